@@ -1,0 +1,134 @@
+// The forward for 64 channels in bf16, on tensor cores. A thread block does one head of one segment;
+// warp j owns the value channels 16j .. 16j+15 and keeps its part of the state, transposed (16 values
+// x 64 keys), in registers from the first token to the last. Per chunk of 64 tokens:
+//
+//   1. warp x prepares block x (block.cuh);
+//   2. for each block:  y = rt S + A V,   S = diag(total) S + kt^T V.
+//
+// The chunk is not prefetched: four thread blocks fit a multiprocessor and cover each other's loads.
+#pragma once
+
+#include "block.cuh"
+
+namespace wkv6 {
+
+struct ForwardArgs {
+  Wkv6Problem problem;
+  Segments segments;
+  const bf16 *r, *k, *v, *w;
+  const float* u;
+  const float* state_in;  // (slots, 64, 64): of every segment; or NULL
+  bf16* y;
+  float* state_out;
+  uint4* checkpoints;
+};
+
+// A checkpoint is a bf16 state as the operands of the backward: fragment (key slice, value slice) of
+// 16x16, one uint4 for each lane.
+constexpr int CHECKPOINT_PIECES = SLICES * SLICES * 32;
+
+__device__ __forceinline__ uint4* checkpoint_fragment(uint4* checkpoint, int key_slice,
+                                                      int value_slice) {
+  return checkpoint + (key_slice * SLICES + value_slice) * 32;
+}
+
+struct ForwardShared {
+  Tile r, k, v, w;  // r and k become rt and kt, v becomes y
+  SharedOperand scores[BLOCKS];
+  float total[BLOCKS][HEAD_SIZE];
+};
+
+// The 16 values x 64 keys of the state that a warp owns.
+struct ValueSlice {
+  Accumulator x[SLICES];
+
+  // Calls f(element, value channel, key channel) for all that the lane holds.
+  template <typename F>
+  __device__ __forceinline__ void each(const Lane& lane, F f) {
+#pragma unroll
+    for (int j = 0; j < SLICES; j++) {
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const int value = 16 * lane.warp + lane.row + i / 2 % 2 * 8;
+        f(x[j].x[i], value, 16 * j + i / 4 * 8 + 2 * lane.quad + i % 2);
+      }
+    }
+  }
+};
+
+// y and the new state for the block whose first tile row is `row`; y replaces the warp's columns of v.
+__device__ __forceinline__ void forward_block(ForwardShared& shared, ValueSlice& state, int row,
+                                              const Lane& lane) {
+  const int column = 16 * lane.warp;
+  const Operand v = shared.v.load_transposed(row, column, lane);  // values x tokens
+  Accumulator y;                                                  // tokens x values
+  multiply_add(y, shared.scores[row / BLOCK].load(lane), v);
+#pragma unroll
+  for (int j = 0; j < SLICES; j++) {
+    multiply_add(y, shared.r.load(row, 16 * j, lane), as_operand(state.x[j]));
+  }
+  const float* const total = shared.total[row / BLOCK];
+  state.each(lane, [total](float& s, int, int key) { s *= total[key]; });
+#pragma unroll
+  for (int j = 0; j < SLICES; j++) {
+    multiply_add(state.x[j], v, shared.k.load_transposed(row, 16 * j, lane));
+  }
+  __syncwarp();  // all lanes have read v
+  shared.v.store(row, column, as_operand(y), lane);
+}
+
+__global__ void __launch_bounds__(THREADS, 4) forward_kernel(ForwardArgs args) {
+  const Wkv6Problem& problem = args.problem;
+  const Work work(problem, args.segments, blockIdx.x);
+  if (work.length == 0 && !work.last) return;
+  ForwardShared& shared = shared_memory<ForwardShared>();
+  const Lane lane;
+
+  ValueSlice state;
+  if (args.state_in != nullptr) {
+    const float* const initial = args.state_in + work.slot * HEAD_SIZE * HEAD_SIZE;
+    state.each(lane, [=](float& s, int value, int key) { s = initial[key * HEAD_SIZE + value]; });
+  }
+  for (int chunk = 0; chunk < work.chunks(); chunk++) {
+    const int64_t t0 = static_cast<int64_t>(chunk) * CHUNK;
+    const int valid = valid_tokens(work, t0), blocks = used_blocks(valid);
+    __syncthreads();  // the tiles of the last chunk have been stored
+    load_chunk(shared.r, args.r, problem, work, t0);
+    load_chunk(shared.k, args.k, problem, work, t0);
+    load_chunk(shared.w, args.w, problem, work, t0);
+    load_chunk(shared.v, args.v, problem, work, t0);
+    async_commit();
+    async_wait<0>();
+    __syncthreads();
+    if (lane.warp < blocks) {
+      const int row = lane.warp * BLOCK;
+      const Operand scores = prepare_block(
+          shared.r, shared.k, shared.w, &shared.r, shared.k, shared.total[lane.warp],
+          args.u + work.head * HEAD_SIZE, row, valid - row, lane);
+      shared.scores[lane.warp].store(scores, lane);
+    }
+    if (args.checkpoints != nullptr) {
+      uint4* const checkpoint =
+          args.checkpoints + work.checkpoint_index(problem, chunk) * CHECKPOINT_PIECES;
+#pragma unroll
+      for (int j = 0; j < SLICES; j++) {
+        const Operand s = transposed(as_operand(state.x[j]));
+        checkpoint_fragment(checkpoint, j, lane.warp)[lane.lane] = {s.pair[0], s.pair[1],
+                                                                     s.pair[2], s.pair[3]};
+      }
+    }
+    __syncthreads();
+    for (int block = 0; block < blocks; block++) {
+      forward_block(shared, state, block * BLOCK, lane);
+    }
+    __syncthreads();
+    store_chunk(args.y, shared.v, problem, work, t0);
+  }
+  if (args.state_out != nullptr && work.last) {
+    float* const final_state =
+        args.state_out + work.state_index(problem) * HEAD_SIZE * HEAD_SIZE;
+    state.each(lane, [=](float& s, int value, int key) { final_state[key * HEAD_SIZE + value] = s; });
+  }
+}
+
+}  // namespace wkv6

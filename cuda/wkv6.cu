@@ -1,0 +1,250 @@
+// The launchers of wkv6.h: which kernels a problem takes, and their buffers.
+#include <cuda_runtime.h>
+
+#include "scan.cuh"
+#include "segments.cuh"
+
+namespace wkv6 {
+namespace {
+
+// Below this many tokens a block of the tensor-core kernels is mostly empty.
+constexpr int64_t SHORTEST_FOR_TENSOR_CORES = BLOCK + 1;
+constexpr int64_t SHORTEST_SEGMENT = 4 * CHUNK;  // the pre-pass and the join have to pay
+constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 4;
+
+bool valid(const Wkv6Problem& p) {
+  return p.B >= 1 && p.T >= 1 && p.H >= 1 && p.N >= 8 && p.N <= 128 && p.N % 8 == 0 &&
+         p.dtype >= WKV6_FP32 && p.dtype <= WKV6_FP16 &&
+         (p.cu_seqlens == nullptr ? p.n_seq == p.B : p.B == 1 && p.n_seq >= 1);
+}
+
+bool uses_tensor_cores(const Wkv6Problem& p) {
+  return p.dtype == WKV6_BF16 && p.N == HEAD_SIZE && p.T >= SHORTEST_FOR_TENSOR_CORES;
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t multiprocessors() {
+  int device = 0, count = 1;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
+    return 1;  // no cutting; the launch will report what is wrong
+  }
+  return count;
+}
+
+Segments choose_segments(const Wkv6Problem& p) {
+  const int64_t processors = multiprocessors();
+  if (p.n_seq * p.H >= 2 * processors) return {INT64_MAX, 1};
+  const int64_t wanted = ceil_div(p.B * p.T * p.H, BLOCKS_PER_MULTIPROCESSOR * processors);
+  const int64_t length = ceil_div(wanted > SHORTEST_SEGMENT ? wanted : SHORTEST_SEGMENT, CHUNK) * CHUNK;
+  return {length, ceil_div(p.T, length)};
+}
+
+int64_t slots(const Wkv6Problem& p, const Segments& segments) {
+  return p.n_seq * segments.per_sequence * p.H;
+}
+
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
+                   void* stream, const Args& args) {
+  // Also allows more than the 48 KB that every kernel may have.
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+// Gradient of u: the sum over the slots (sequence, segment) of each head, always in the same order.
+struct SumArgs {
+  const float* parts;  // (count, size)
+  float* sum;          // (size)
+  int64_t count, size;
+};
+
+__global__ void __launch_bounds__(THREADS) sum_kernel(SumArgs args) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
+  if (i >= args.size) return;
+  float sum = 0.0f;
+  for (int64_t part = 0; part < args.count; part++) sum += args.parts[part * args.size + i];
+  args.sum[i] = sum;
+}
+
+cudaError_t launch_sum(const float* parts, float* sum, int64_t count, int64_t size, void* stream) {
+  return launch(sum_kernel, ceil_div(size, THREADS), THREADS, 0, stream,
+                SumArgs{parts, sum, count, size});
+}
+
+// The temporary buffer of a launch on tensor cores: states and decays of the segments, where sequences
+// are cut, then the parts of du, for a backward.
+struct Scratch {
+  float *states = nullptr, *decays = nullptr, *du = nullptr;
+  size_t bytes = 0;
+
+  Scratch(const Wkv6Problem& p, const Segments& segments, bool backward, void* memory) {
+    const auto take = [&](int64_t count) {
+      float* const start = memory == nullptr ? nullptr : static_cast<float*>(memory) + bytes / sizeof(float);
+      bytes += count * sizeof(float);
+      return start;
+    };
+    if (segments.per_sequence > 1) {
+      states = take(slots(p, segments) * HEAD_SIZE * HEAD_SIZE);
+      decays = take(slots(p, segments) * HEAD_SIZE);
+    }
+    if (backward) du = take(slots(p, segments) * HEAD_SIZE);
+  }
+};
+
+template <bool BACKWARD>
+cudaError_t launch_segments(const SegmentArgs& args, void* stream) {
+  const Wkv6Problem& p = args.problem;
+  cudaError_t error = launch(segment_kernel<BACKWARD>, slots(p, args.segments), THREADS,
+                             sizeof(SegmentShared), stream, args);
+  if (error != cudaSuccess) return error;
+  return launch(join_kernel<BACKWARD>, p.n_seq * p.H * (HEAD_SIZE * HEAD_SIZE / THREADS), THREADS, 0,
+                stream, args);
+}
+
+cudaError_t tensor_core_forward(ForwardArgs args, void* scratch_memory, void* stream) {
+  args.segments = choose_segments(args.problem);
+  const Scratch scratch(args.problem, args.segments, false, scratch_memory);
+  if (args.segments.per_sequence > 1) {
+    const cudaError_t error = launch_segments<false>(
+        {args.problem, args.segments, args.k, args.v, args.w, args.state_in, scratch.states,
+         scratch.decays},
+        stream);
+    if (error != cudaSuccess) return error;
+    args.state_in = scratch.states;
+  }
+  return launch(forward_kernel, slots(args.problem, args.segments), THREADS, sizeof(ForwardShared),
+                stream, args);
+}
+
+cudaError_t tensor_core_backward(BackwardArgs args, void* scratch_memory, void* stream) {
+  const Wkv6Problem& p = args.problem;
+  args.segments = choose_segments(p);
+  const Scratch scratch(p, args.segments, true, scratch_memory);
+  if (args.segments.per_sequence > 1) {
+    const cudaError_t error = launch_segments<true>(
+        {p, args.segments, args.r, args.dy, args.w, args.dstate_out, scratch.states, scratch.decays},
+        stream);
+    if (error != cudaSuccess) return error;
+    args.dstate_out = scratch.states;
+  }
+  float* const du = args.du;
+  args.du = scratch.du;
+  const cudaError_t error = launch(backward_kernel, slots(p, args.segments), THREADS,
+                                   sizeof(BackwardShared), stream, args);
+  if (error != cudaSuccess) return error;
+  return launch_sum(scratch.du, du, slots(p, args.segments) / p.H, p.H * HEAD_SIZE, stream);
+}
+
+int scan_threads(const Wkv6Problem& p) { return static_cast<int>(ceil_div(p.N, 32) * 32); }
+
+template <typename T>
+cudaError_t scan_forward(const ScanForwardArgs<T>& args, void* stream) {
+  const Wkv6Problem& p = args.problem;
+  return launch(scan_forward_kernel<T>, p.n_seq * p.H, scan_threads(p),
+                scan_shared_bytes(p.N, SCAN_FORWARD_ROWS), stream, args);
+}
+
+int64_t scan_du_size(const Wkv6Problem& p) { return p.n_seq * p.H * p.N; }
+
+int64_t step_states_size(const Wkv6Problem& p) { return scan_du_size(p) * (STEPS - 1) * p.N; }
+
+template <typename T>
+cudaError_t scan_backward(ScanBackwardArgs<T> args, void* scratch, void* stream) {
+  const Wkv6Problem& p = args.problem;
+  float* const du = args.du;
+  args.step_states = static_cast<float*>(scratch);
+  args.du = args.step_states + step_states_size(p);
+  const cudaError_t error = launch(scan_backward_kernel<T>, p.n_seq * p.H, scan_threads(p),
+                                   scan_shared_bytes(p.N, SCAN_BACKWARD_ROWS), stream, args);
+  if (error != cudaSuccess) return error;
+  return launch_sum(args.du, du, p.n_seq, p.H * p.N, stream);
+}
+
+template <typename T>
+const T* in(const void* pointer) { return static_cast<const T*>(pointer); }
+template <typename T>
+T* out(void* pointer) { return static_cast<T*>(pointer); }
+
+// Calls f with a value of the C++ type of the problem's dtype.
+template <typename F>
+cudaError_t with_dtype(const Wkv6Problem& p, F f) {
+  switch (p.dtype) {
+    case WKV6_BF16: return f(__nv_bfloat16());
+    case WKV6_FP16: return f(__half());
+    default: return f(float());
+  }
+}
+
+}  // namespace
+}  // namespace wkv6
+
+using namespace wkv6;
+
+extern "C" {
+
+size_t wkv6_checkpoint_bytes(const Wkv6Problem* p) {
+  const size_t element = uses_tensor_cores(*p) ? sizeof(bf16) : sizeof(float);
+  return checkpoint_count(*p) * p->N * p->N * element;
+}
+
+size_t wkv6_forward_scratch_bytes(const Wkv6Problem* p) {
+  return uses_tensor_cores(*p) ? Scratch(*p, choose_segments(*p), false, nullptr).bytes : 0;
+}
+
+size_t wkv6_backward_scratch_bytes(const Wkv6Problem* p) {
+  if (uses_tensor_cores(*p)) return Scratch(*p, choose_segments(*p), true, nullptr).bytes;
+  return (step_states_size(*p) + scan_du_size(*p)) * sizeof(float);
+}
+
+int wkv6_forward(const Wkv6Problem* p, const void* r, const void* k, const void* v, const void* w,
+                 const float* u, const float* state_in, void* y, float* state_out,
+                 void* checkpoints, void* scratch, void* stream) {
+  if (!valid(*p)) return cudaErrorInvalidValue;
+  if (uses_tensor_cores(*p)) {
+    return tensor_core_forward({*p, {}, in<bf16>(r), in<bf16>(k), in<bf16>(v), in<bf16>(w), u,
+                                state_in, out<bf16>(y), state_out, out<uint4>(checkpoints)},
+                               scratch, stream);
+  }
+  return with_dtype(*p, [&](auto element) {
+    using T = decltype(element);
+    return scan_forward<T>({*p, in<T>(r), in<T>(k), in<T>(v), in<T>(w), u, state_in, out<T>(y),
+                            state_out, out<float>(checkpoints)},
+                           stream);
+  });
+}
+
+int wkv6_backward(const Wkv6Problem* p, const void* r, const void* k, const void* v, const void* w,
+                  const float* u, const void* dy, const float* dstate_out, const void* checkpoints,
+                  void* dr, void* dk, void* dv, void* dw, float* du, float* dstate_in,
+                  void* scratch, void* stream) {
+  if (!valid(*p)) return cudaErrorInvalidValue;
+  if (uses_tensor_cores(*p)) {
+    return tensor_core_backward(
+        {*p, {}, in<bf16>(r), in<bf16>(k), in<bf16>(v), in<bf16>(w), in<bf16>(dy), u, dstate_out,
+         in<uint4>(checkpoints), out<bf16>(dr), out<bf16>(dk), out<bf16>(dv), out<bf16>(dw), du,
+         dstate_in},
+        scratch, stream);
+  }
+  return with_dtype(*p, [&](auto element) {
+    using T = decltype(element);
+    return scan_backward<T>({*p, in<T>(r), in<T>(k), in<T>(v), in<T>(w), in<T>(dy), u, dstate_out,
+                             in<float>(checkpoints), out<T>(dr), out<T>(dk), out<T>(dv), out<T>(dw),
+                             du, dstate_in, nullptr},
+                            scratch, stream);
+  });
+}
+
+const char* wkv6_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+}  // extern "C"

@@ -1,0 +1,60 @@
+// The CPU kernel of WKV6, compiled once for each instruction set. The kernel is in
+// wkv6_cpu_kernel.h; which form runs is decided at run time.
+
+#include "wkv6_cpu.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+// Only GCC switches the instruction set inside a file; other compilers get the portable form,
+// which is the compiler's default target (on Arm, that has vectors).
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define FINCHTUNE_X86_PATHS 1
+#endif
+
+namespace finchtune {
+
+#ifdef FINCHTUNE_X86_PATHS
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
+namespace avx512 {
+#define LANES 16
+#include "wkv6_cpu_kernel.h"
+#undef LANES
+bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("fma");
+}
+}  // namespace avx512
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+namespace avx2 {
+#define LANES 8
+#include "wkv6_cpu_kernel.h"
+#undef LANES
+bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+namespace portable {
+#define LANES 4
+#include "wkv6_cpu_kernel.h"
+#undef LANES
+bool supported() { return true; }
+}  // namespace portable
+
+const Wkv6CpuPath kWkv6CpuPaths[] = {
+#ifdef FINCHTUNE_X86_PATHS
+    {"avx512", avx512::supported, avx512::forward, avx512::backward},
+    {"avx2", avx2::supported, avx2::forward, avx2::backward},
+#endif
+    {"portable", portable::supported, portable::forward, portable::backward},
+};
+const int kWkv6CpuPathCount = sizeof kWkv6CpuPaths / sizeof kWkv6CpuPaths[0];
+
+}  // namespace finchtune

@@ -1,0 +1,171 @@
+// The torch operators finchtune::wkv6_forward and finchtune::wkv6_backward: every check, all memory,
+// and the calls into the kernels for the CPU and, in a CUDA build, for the GPU.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "wkv6_cpu.h"
+
+namespace finchtune {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+// What a call works on: the inputs made contiguous and checked against each other.
+struct Call {
+  Tensor r, k, v, w, u, state;
+  optional<Tensor> cu_seqlens;
+  int64_t B, T, H, N, n_sequences;
+
+  Call(const Tensor& r_, const Tensor& k_, const Tensor& v_, const Tensor& w_, const Tensor& u_,
+       const Tensor& state_, const optional<Tensor>& cu_seqlens_)
+      : r(r_.contiguous()), k(k_.contiguous()), v(v_.contiguous()), w(w_.contiguous()),
+        u(u_.contiguous()), state(state_.contiguous()) {
+    TORCH_CHECK(r.dim() == 4 && r.numel() > 0, "wkv6: r must be (B, T, H, N), not ", r.sizes());
+    B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
+    TORCH_CHECK(N % 8 == 0 && N <= 128, "wkv6: N must be a multiple of 8 up to 128, not ", N);
+    n_sequences = B;
+    if (cu_seqlens_) {
+      cu_seqlens = cu_seqlens_->contiguous();
+      TORCH_CHECK(B == 1 && cu_seqlens->dim() == 1 && cu_seqlens->numel() > 1 &&
+                      cu_seqlens->scalar_type() == at::kInt && cu_seqlens->device() == r.device(),
+                  "wkv6: cu_seqlens must be n+1 int32 boundaries beside r, with B = 1");
+      n_sequences = cu_seqlens->numel() - 1;
+    }
+    for (const Tensor* x : {&k, &v, &w}) check(*x, r.sizes(), r.scalar_type());
+    check(u, {H, N}, at::kFloat);
+    check(state, {n_sequences, H, N, N}, at::kFloat);
+  }
+
+  void check(const Tensor& x, at::IntArrayRef shape, at::ScalarType dtype) const {
+    TORCH_CHECK(x.sizes() == shape && x.scalar_type() == dtype && x.device() == r.device(),
+                "wkv6: expected ", shape, " ", dtype, " on ", r.device(), ", got ", x.sizes(), " ",
+                x.scalar_type(), " on ", x.device());
+  }
+
+  Tensor like_r() const { return at::empty(r.sizes(), r.options()); }
+  Tensor floats(at::IntArrayRef shape) const {
+    return at::empty(shape, r.options().dtype(at::kFloat));
+  }
+};
+
+// ---- CPU
+
+std::atomic<const Wkv6CpuPath*> chosen_cpu_path{nullptr};
+
+std::vector<std::string> cpu_paths() {
+  std::vector<std::string> names;
+  for (int i = 0; i < kWkv6CpuPathCount; ++i)
+    if (kWkv6CpuPaths[i].supported()) names.push_back(kWkv6CpuPaths[i].name);
+  return names;
+}
+
+void use_cpu_path(const std::string& name) {
+  for (int i = 0; i < kWkv6CpuPathCount; ++i) {
+    if (kWkv6CpuPaths[i].supported() && (name == kWkv6CpuPaths[i].name || name == "fastest")) {
+      chosen_cpu_path = &kWkv6CpuPaths[i];
+      return;
+    }
+  }
+  TORCH_CHECK(false, "wkv6: this processor has no path named ", name);
+}
+
+const Wkv6CpuPath& cpu_path() {
+  if (!chosen_cpu_path) use_cpu_path("fastest");
+  return *chosen_cpu_path;
+}
+
+struct CpuCall : Call {
+  std::vector<int64_t> bounds;
+  Wkv6Shape shape;
+  Wkv6Inputs inputs;
+
+  template <typename... Arguments>
+  explicit CpuCall(const Arguments&... arguments) : Call(arguments...) {
+    TORCH_CHECK(r.scalar_type() == at::kFloat || r.scalar_type() == at::kBFloat16,
+                "wkv6: the CPU kernel takes fp32 and bf16, not ", r.scalar_type());
+    for (int64_t i = 0; i <= n_sequences; ++i)
+      bounds.push_back(cu_seqlens ? cu_seqlens->const_data_ptr<int32_t>()[i] : i * T);
+    for (int64_t i = 0; i < n_sequences; ++i)
+      TORCH_CHECK(bounds[i] <= bounds[i + 1], "wkv6: cu_seqlens must not fall");
+    TORCH_CHECK(bounds[0] == 0 && bounds[n_sequences] == B * T,
+                "wkv6: cu_seqlens must go from 0 to ", T);
+    auto element = r.scalar_type() == at::kFloat ? Element::kFloat32 : Element::kBfloat16;
+    shape = {n_sequences, H, N, bounds.data(), element};
+    inputs = {r.const_data_ptr(),         k.const_data_ptr(),        v.const_data_ptr(),
+              w.const_data_ptr(),         u.const_data_ptr<float>(), state.const_data_ptr<float>()};
+  }
+
+  template <typename Function>
+  void for_heads(const Function& function) const {
+    at::parallel_for(0, n_sequences * H, 1, function);
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& r, const Tensor& k, const Tensor& v,
+                                               const Tensor& w, const Tensor& u,
+                                               const Tensor& state,
+                                               const optional<Tensor>& cu_seqlens,
+                                               bool for_backward) {
+  CpuCall call(r, k, v, w, u, state, cu_seqlens);
+  Tensor y = call.like_r(), new_state = call.floats(call.state.sizes());
+  int64_t count = for_backward ? checkpoint_count(call.shape) : 0;
+  Tensor checkpoints = call.floats({count, call.H, call.N, call.N});
+  Wkv6Outputs out = {y.data_ptr(), new_state.data_ptr<float>(),
+                     for_backward ? checkpoints.data_ptr<float>() : nullptr};
+  call.for_heads([&](int64_t first, int64_t last) {
+    cpu_path().forward(call.shape, call.inputs, out, first, last);
+  });
+  return {y, new_state, checkpoints};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
+    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
+    const Tensor& state, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
+    const Tensor& grad_y, const Tensor& grad_state) {
+  CpuCall call(r, k, v, w, u, state, cu_seqlens);
+  Tensor dy = grad_y.contiguous(), dstate = grad_state.contiguous();
+  Tensor starts = checkpoints.contiguous();
+  call.check(dy, call.r.sizes(), call.r.scalar_type());
+  call.check(dstate, call.state.sizes(), at::kFloat);
+  call.check(starts, {checkpoint_count(call.shape), call.H, call.N, call.N}, at::kFloat);
+  Tensor dr = call.like_r(), dk = call.like_r(), dv = call.like_r(), dw = call.like_r();
+  Tensor du = call.floats({call.n_sequences, call.H, call.N});
+  Tensor dstate_in = call.floats(call.state.sizes());
+  Wkv6OutputGradients from = {dy.const_data_ptr(), dstate.const_data_ptr<float>()};
+  Wkv6Gradients out = {dr.data_ptr(),         dk.data_ptr(),        dv.data_ptr(),
+                       dw.data_ptr(),         du.data_ptr<float>(), dstate_in.data_ptr<float>()};
+  call.for_heads([&](int64_t first, int64_t last) {
+    cpu_path().backward(call.shape, call.inputs, starts.const_data_ptr<float>(), from, out, first,
+                        last);
+  });
+  return {dr, dk, dv, dw, du.sum(0), dstate_in};
+}
+
+}  // namespace
+}  // namespace finchtune
+
+TORCH_LIBRARY(finchtune, library) {
+  library.def(
+      "wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, "
+      "Tensor? cu_seqlens, bool for_backward) -> (Tensor y, Tensor state, Tensor checkpoints)");
+  library.def(
+      "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, "
+      "Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_y, Tensor grad_state) "
+      "-> (Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state)");
+  library.def("wkv6_cpu_paths() -> str[]", &finchtune::cpu_paths);
+  library.def("wkv6_use_cpu_path(str name) -> ()", &finchtune::use_cpu_path);
+}
+
+TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
+  library.impl("wkv6_forward", &finchtune::forward_cpu);
+  library.impl("wkv6_backward", &finchtune::backward_cpu);
+}

@@ -1,0 +1,37 @@
+"""Continue a prompt with a model, streaming."""
+
+import argparse
+
+import torch
+
+from finchtune.checkpoint import load_model
+from finchtune.errors import run_cli
+from finchtune.generate import generate
+from finchtune.tokenizer import Decoder, load_tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="weights, a plain .pth")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--tokens", type=int, default=200, help="most tokens to write")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 = always the likeliest")
+    parser.add_argument("--top_p", type=float, default=0.7)
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    given = parser.parse_args()
+
+    dtype = torch.float32 if given.device == "cpu" else None
+    model = load_model(given.model, dtype=dtype, device=given.device)
+    tokenizer = load_tokenizer(given.tokenizer, model.config.vocab_size)
+    decoder = Decoder(tokenizer)
+    print(given.prompt, end="", flush=True)
+    prompt = tokenizer.encode(given.prompt)
+    for token in generate(model, prompt, given.tokens, given.temperature, given.top_p, given.seed):
+        print(decoder.feed(token), end="", flush=True)
+    print(decoder.finish(), flush=True)
+
+
+if __name__ == "__main__":
+    run_cli(main)

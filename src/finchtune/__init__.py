@@ -1,0 +1,21 @@
+"""finchtune: fine-tuning RWKV-6 with Bone, Bat, LoRA and their kin.
+
+The public names are imported when first used, so that `import finchtune` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOMES = {
+    "attach": "finchtune.adapters",
+    "merge": "finchtune.adapters",
+    "load_model": "finchtune.checkpoint",
+    "wkv6": "finchtune.wkv",
+}
+__all__ = ["attach", "load_model", "merge", "wkv6"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'finchtune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

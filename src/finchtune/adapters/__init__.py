@@ -1,0 +1,24 @@
+"""Adapters: small trainable changes of a frozen model's linear layers. One file, one method."""
+
+from finchtune.adapters.attaching import adapted_layers, attach, find_targets, merge
+from finchtune.adapters.base import Adapter
+from finchtune.adapters.gradients import weight_gradients
+from finchtune.adapters.linear import AdaptedLinear
+from finchtune.adapters.registry import METHODS, get_method, hyperparameters_of
+from finchtune.adapters.state import adapter_state, file_key, load_adapter_state
+
+__all__ = [
+    "METHODS",
+    "AdaptedLinear",
+    "Adapter",
+    "adapted_layers",
+    "adapter_state",
+    "attach",
+    "file_key",
+    "find_targets",
+    "get_method",
+    "hyperparameters_of",
+    "load_adapter_state",
+    "merge",
+    "weight_gradients",
+]

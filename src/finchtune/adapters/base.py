@@ -1,0 +1,61 @@
+"""What every adapter method has in common: the interface, and checks of hyperparameters."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from finchtune.errors import UserError
+
+
+class Adapter(nn.Module):
+    """A trainable change of one frozen linear layer `y = W x`, W of shape (out, in).
+
+    A method subclasses this, sets `name`, takes its hyperparameters as keyword-only arguments
+    with defaults, and writes `init`, `forward` and `merged`. Tensors are created in the
+    constructor, so that shapes can be counted on the meta device. No tensor may be called
+    `weight` or `bias`: in files the adapter's tensors stand beside the linear's own.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+
+    def init(self, W: Tensor) -> None:
+        """Set the adapter's own tensors from W (out, in). Never writes W."""
+        raise NotImplementedError
+
+    def init_from_gradient(self, W: Tensor, gradient: Tensor) -> None:
+        """In place of `init` where the caller has the gradient of the loss by W, (out, in)."""
+        raise UserError(f"{self.name} does not start from gradients; attach without them")
+
+    def forward(self, x: Tensor, W: Tensor) -> Tensor:
+        """x (..., in), W (out, in) of one dtype -> y (..., out) of that dtype, without a bias."""
+        raise NotImplementedError
+
+    def merged(self, W: Tensor) -> Tensor:
+        """The weight (out, in) that alone computes what `forward` does (without dropout).
+
+        Computed and returned in float32 (float64 if W is), so that merging rounds only once.
+        """
+        raise NotImplementedError
+
+
+def merge_precision(W: Tensor) -> torch.dtype:
+    """The dtype to merge in: float32, or float64 if W has it."""
+    return torch.promote_types(W.dtype, torch.float32)
+
+
+def check_positive_int(name: str, value: Any) -> None:
+    """Raise UserError unless a hyperparameter is a whole number above zero."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"{name} must be a whole number above 0, not {value!r}")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raise UserError unless a hyperparameter is a number above zero."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+        raise UserError(f"{name} must be a number above 0, not {value!r}")

@@ -1,0 +1,63 @@
+"""LoRA: the product of two thin trainable matrices beside W."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finchtune.adapters.base import (
+    Adapter,
+    check_positive,
+    check_positive_int,
+    merge_precision,
+)
+from finchtune.adapters.frozen import frozen_linear
+from finchtune.errors import UserError
+
+
+class LoRA(Adapter):
+    """y = W x + scale B A dropout(x), with A (r, k) Kaiming uniform and B (d, r) zero at first.
+
+    LoRA (arXiv 2106.09685): scale = alpha / r; with `rslora` alpha / sqrt(r) (arXiv 2312.03732).
+    """
+
+    name = "lora"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int = 32,
+        alpha: float = 32,
+        dropout: float = 0.0,
+        rslora: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features)
+        check_positive_int("r", r)
+        check_positive("alpha", alpha)
+        if not 0 <= dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, not {dropout!r}")
+        self.scale = alpha / (math.sqrt(r) if rslora else r)
+        self.dropout = dropout
+        self.lora_A = nn.Parameter(torch.zeros(r, in_features))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+
+    def init(self, W: Tensor) -> None:
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor, W: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.dropout, self.training)
+        return frozen_linear(x, W) + low_rank(dropped, self.lora_A, self.lora_B, self.scale)
+
+    def merged(self, W: Tensor) -> Tensor:
+        dtype = merge_precision(W)
+        A, B = self.lora_A.detach().to(W.device, dtype), self.lora_B.detach().to(W.device, dtype)
+        return torch.addmm(W.detach().to(dtype), B, A, alpha=self.scale)
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale B A x in the dtype of x: x (..., k), A (r, k), B (d, r) -> (..., d)."""
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))

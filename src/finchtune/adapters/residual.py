@@ -1,0 +1,62 @@
+"""LoRA that starts away from zero: what the first B A adds is taken off again."""
+
+import torch
+from torch import Tensor, nn
+
+from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
+from finchtune.adapters.frozen import frozen_linear
+from finchtune.adapters.lora import low_rank
+from finchtune.errors import UserError
+
+
+class ResidualLoRA(Adapter):
+    """y = W x + scale (B A - B0 A0) x, with the initial A0 (r, k), B0 (d, r) in frozen buffers.
+
+    The common part of PiSSA, OLoRA and LoRA-GA, which differ in `init`. W itself stays
+    untouched, so the base's file stays valid and resuming needs no second file; at the start
+    both products are equal and the layer is exactly the base's.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    init_lora_A: Tensor
+    init_lora_B: Tensor
+
+    def __init__(self, in_features: int, out_features: int, *, r: int, scale: float = 1.0) -> None:
+        super().__init__(in_features, out_features)
+        check_positive_int("r", r)
+        if r > min(in_features, out_features):
+            raise UserError(
+                f"r = {r} is larger than the smaller side of a weight with in_features = "
+                f"{in_features} and out_features = {out_features}; choose a smaller r"
+            )
+        self.r = r
+        self.scale = scale
+        self.lora_A = nn.Parameter(torch.zeros(r, in_features))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, r))
+        self.register_buffer("init_lora_A", torch.zeros(r, in_features))
+        self.register_buffer("init_lora_B", torch.zeros(out_features, r))
+
+    @torch.no_grad()
+    def start_at(self, A: Tensor, B: Tensor) -> None:
+        """Take A (r, k) and B (d, r) as the starting point."""
+        for tensor, value in (
+            (self.lora_A, A),
+            (self.lora_B, B),
+            (self.init_lora_A, A),
+            (self.init_lora_B, B),
+        ):
+            tensor.copy_(value)
+
+    def forward(self, x: Tensor, W: Tensor) -> Tensor:
+        change = low_rank(x, self.lora_A, self.lora_B, self.scale)
+        change = change - low_rank(x, self.init_lora_A, self.init_lora_B, self.scale)
+        return frozen_linear(x, W) + change
+
+    def merged(self, W: Tensor) -> Tensor:
+        dtype = merge_precision(W)
+        A, B, A0, B0 = (
+            tensor.detach().to(W.device, dtype)
+            for tensor in (self.lora_A, self.lora_B, self.init_lora_A, self.init_lora_B)
+        )
+        return W.detach().to(dtype) + self.scale * (B @ A - B0 @ A0)

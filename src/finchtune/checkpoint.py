@@ -1,0 +1,208 @@
+"""Weights in and out: strict loading, adapter files, and checkpoints that resume exactly."""
+
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finchtune.adapters import file_key
+from finchtune.errors import UserError
+from finchtune.files import atomic_path, read_json, remove, sha256, write_json
+from finchtune.model import RWKV6, ModelConfig
+
+SHIFT_VECTOR = re.compile(r"time_(maa_[xwkvrg]|decay)$")
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """The flat dict of tensors in a .pth file, memory-mapped where the format allows.
+
+    Never runs code from the file. Raises UserError, naming the file, if it is missing, damaged,
+    or holds anything but named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    size = f"{path.stat().st_size:,} bytes"
+    try:
+        # Only torch's zip format can be mapped; older files are read whole.
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        raise UserError(
+            f"{path} ({size}): refused, it is no plain weight file: it holds objects that could "
+            "run code, or is damaged; get it from a source you trust"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} ({size}): damaged or cut short ({error}); download or copy it again"
+        ) from error
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(
+                f"{path}: entry {name!r} is a {type(tensor).__name__}; expected a flat dict of "
+                "tensors, the form that RWKV weights are released in"
+            )
+    return content
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Write a flat dict of tensors atomically; each tensor is stored by itself, contiguous."""
+    with atomic_path(path) as temporary:
+        torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
+                   temporary)  # fmt: skip
+
+
+def read_base(path: str | Path) -> dict[str, Tensor]:
+    """A base model's tensors; token-shift vectors stored as plain C are viewed as 1,1,C."""
+    weights = read_tensors(path)
+    for name, tensor in weights.items():
+        if SHIFT_VECTOR.search(name) and tensor.dim() == 1:
+            weights[name] = tensor.view(1, 1, -1)
+    return weights
+
+
+def load_model(
+    path: str | Path,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    grad_checkpoint: bool = False,
+) -> RWKV6:
+    """An RWKV-6 from an official weight file; every size is read off the tensors.
+
+    `dtype` defaults to the file's own, `device` to the CPU. Raises UserError listing every
+    missing, extra or misshapen tensor.
+    """
+    weights = read_base(path)
+    try:
+        config = ModelConfig.from_weights(weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    with torch.device("meta"):
+        model = RWKV6(config, grad_checkpoint)
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    check_shapes({name: tuple(t.shape) for name, t in weights.items()}, expected, path)
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.to(device=device, dtype=dtype or weights["emb.weight"].dtype)
+
+
+def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], path: str | Path) -> None:
+    """Raise UserError unless both hold the same names with the same shapes."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not known" for name in found if name not in expected]
+    problems += [
+        f"{name} is {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{path} does not fit: {'; '.join(problems[:5])}{more}")
+
+
+def adapter_keys(model: RWKV6) -> dict[str, str]:
+    """Name in the model -> key in an adapter file, of every tensor that such a file holds.
+
+    These are all tensors of the adapters (frozen initial ones too) and every other trained
+    parameter; for full fine-tuning, the whole model.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    names = [name for name in model.state_dict() if name in trained or ".adapter." in name]
+    return {name: file_key(name) for name in names}
+
+
+def read_adapter(path: str | Path, initial: str | Path | None = None) -> dict[str, Tensor]:
+    """An adapter file's tensors by plain key; `initial` is PiSSA's separate file of first A, B.
+
+    Other software's spellings are understood: a `model.` prefix, and `.disha` for `.bone`.
+    """
+    tensors = read_tensors(path)
+    if initial:
+        tensors = tensors | read_tensors(initial)
+    return {
+        re.sub(r"\.disha$", ".bone", name.removeprefix("model.")): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def load_adapter(model: RWKV6, path: str | Path, initial: str | Path | None = None) -> None:
+    """Fill an adapted model's trained tensors from an adapter file.
+
+    Raises UserError that lists missing, unknown and misshapen tensors; nothing is changed then.
+    """
+    tensors = read_adapter(path, initial)
+    own = model.state_dict()
+    names = {key: name for name, key in adapter_keys(model).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    check_shapes(found, {key: tuple(own[name].shape) for key, name in names.items()}, path)
+    with torch.no_grad():
+        for key, name in names.items():
+            own[name].copy_(tensors[key])
+
+
+def save_adapter(tensors: dict[str, Tensor], record: dict[str, Any], path: str | Path) -> None:
+    """Write `path` (.pth) and, beside it, `record` as .json with the sha256 of what was written."""
+    path = Path(path)
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{name} holds NaN or infinity; {path} is not written")
+    write_tensors(tensors, path)
+    write_json(path.with_suffix(".json"), record | {"sha256": sha256(path)})
+
+
+def adapter_record(path: str | Path) -> dict[str, Any] | None:
+    """The JSON beside an adapter file, or None if there is none (files of other software)."""
+    path = Path(path).with_suffix(".json")
+    return read_json(path) if path.exists() else None
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], record: dict[str, Any]) -> Path:
+    """Write `folder`/step-N atomically: state.pth, and the manifest that vouches for it."""
+    path = folder / f"step-{step}"
+    remove(path)
+    with atomic_path(path) as temporary:
+        temporary.mkdir()
+        torch.save(state, temporary / "state.pth")
+        manifest = record | {"step": step, "sha256": {"state.pth": sha256(temporary / "state.pth")}}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return path
+
+
+def checkpoint_problem(path: Path) -> str | None:
+    """Why a checkpoint folder cannot be trusted, or None if it is intact."""
+    try:
+        manifest = read_json(path / "manifest.json")
+        for name, digest in manifest["sha256"].items():
+            if sha256(path / name) != digest:
+                return f"{name} does not match its checksum"
+    except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
+        return f"no usable manifest ({error})"
+    return None
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest intact step-N under `folder`, and a line for each damaged one passed over."""
+    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
+    skipped: list[str] = []
+    for path in sorted(found, key=lambda p: int(p.name[5:]), reverse=True):
+        problem = checkpoint_problem(path)
+        if problem is None:
+            return path, skipped
+        skipped.append(f"checkpoint {path} is passed over: {problem}")
+    return None, skipped
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(state, manifest) of an intact checkpoint folder. Raises UserError if it is damaged."""
+    problem = checkpoint_problem(path)
+    if problem is not None:
+        raise UserError(f"--resume {path}: {problem}; use --resume auto or an earlier checkpoint")
+    state = torch.load(path / "state.pth", map_location="cpu", weights_only=True)
+    return state, read_json(path / "manifest.json")

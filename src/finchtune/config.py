@@ -1,0 +1,157 @@
+"""Every flag of train.py: one field, its help beside it, and what makes a run impossible."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from finchtune.errors import UserError
+
+METHODS = ("none", "bone", "bat", "lora", "pissa")
+STAGES = {
+    "auto": 1,
+    "ddp": 1,
+    "deepspeed_stage_1": 1,
+    "deepspeed_stage_2": 2,
+    "deepspeed_stage_3": 3,
+}
+AT_LEAST_ONE = {
+    *("bone_r", "bat_r", "lora_r", "pissa_r", "ctx_len", "micro_bsz", "accumulate_grad_batches"),
+    *("epoch_count", "epoch_save", "devices", "num_nodes"),
+    *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
+}
+
+
+def flag(default: Any, text: str, choices: tuple = (), free: bool = False) -> Any:
+    """A field that is a flag. `free`: may change when a run is resumed."""
+    metadata = {"help": text, "choices": choices, "free": free}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """What one training run does. Field names are flag names."""
+
+    # The model
+    load_model: str = flag("", "base weights, an RWKV-6 .pth file", free=True)
+    peft: str = flag("none", "what is trained; none = every parameter", METHODS)
+    bone_r: int = flag(64, "Bone: rows of D, the length of an input block")
+    bat_r: int = flag(64, "Bat: side of a block; must divide both sides of every layer")
+    bat_mode: str = flag("row", "Bat: a D per input (row) or output (col) block", ("row", "col"))
+    lora_r: int = flag(32, "LoRA: rank")
+    lora_alpha: float = flag(32.0, "LoRA: the update is scaled by alpha / r")
+    lora_dropout: float = flag(0.0, "LoRA: dropout on the adapter's input")
+    pissa_r: int = flag(32, "PiSSA: rank")
+    svd_niter: int = flag(4, "PiSSA: power iterations of the fast SVD; 0 = exact SVD")
+    peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")
+    pissa_init: str = flag("", "PiSSA with --peft_load: a separate file of initial A and B")
+    train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
+    n_layer: int | None = flag(None, "checked against the weight file")
+    n_embd: int | None = flag(None, "checked against the weight file")
+    vocab_size: int | None = flag(None, "checked against the weight file")
+    head_size_a: int | None = flag(None, "checked against the weight file")
+    dim_att: int | None = flag(None, "checked against the weight file")
+    dim_ffn: int | None = flag(None, "checked against the weight file")
+    my_testing: str = flag("x060", "model generation; RWKV-6 is x060", ("x060",))
+
+    # The data
+    data_file: str = flag("", "binidx prefix or .jsonl file", free=True)
+    data_type: str = flag("binidx", "what data_file is", ("binidx", "jsonl"))
+    dataload: str = flag("pad", "one document a row, or windows of the stream", ("pad", "get"))
+    loss_mask: str = flag("pad", "pad or none = all text, qa = answers only", ("none", "pad", "qa"))
+    sft_field: list[str] = flag([], "JSON fields: question answer, or instruction input output")
+    tokenizer: str | None = flag(None, "world, bytes or a tokenizer.json; default by vocab size")
+    ctx_len: int = flag(512, "tokens in a row")
+
+    # The steps
+    micro_bsz: int = flag(1, "rows per process and micro batch", free=True)
+    accumulate_grad_batches: int = flag(1, "micro batches per optimizer step", free=True)
+    epoch_steps: int = flag(0, "optimizer steps in an epoch; 0 = one pass over the data")
+    epoch_count: int = flag(1, "epochs to train")
+    epoch_begin: int = flag(0, "number of the first saved file")
+    epoch_save: int = flag(1, "save rwkv-N.pth every so many epochs", free=True)
+    lr_init: float = flag(2e-5, "learning rate after warm-up")
+    lr_final: float | None = flag(None, "learning rate of the last step; default lr_init")
+    lr_schedule: str = flag(
+        "cos", "way from lr_init to lr_final", ("cos", "exp", "linear", "constant", "wsd")
+    )
+    warmup_steps: int = flag(0, "steps over which the learning rate grows from 1 %")
+    layerwise_lr: bool = flag(False, "train time_decay at twice the learning rate")
+    beta1: float = flag(0.9, "Adam's first-moment decay")
+    beta2: float = flag(0.99, "Adam's second-moment decay")
+    adam_eps: float = flag(1e-8, "Adam's epsilon")
+    weight_decay: float = flag(0.0, "decoupled weight decay of weight matrices")
+    decay_adapters: bool = flag(False, "apply --weight_decay to adapter matrices too")
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping")
+    random_seed: int = flag(42, "fixes initialisation, data order and dropout")
+
+    # The machine
+    accelerator: str = flag("auto", "auto = a GPU if there is one", ("auto", "gpu", "cpu"), True)
+    devices: int = flag(1, "processes on this machine, one per GPU", free=True)
+    num_nodes: int = flag(1, "machines; more than one needs torchrun or deepspeed", free=True)
+    strategy: str = flag("deepspeed_stage_1", "ZeRO stage", tuple(STAGES), free=True)
+    precision: str | None = flag(
+        None, "default bf16 on a GPU, fp32 on a CPU", ("bf16", "fp32", "fp16", "tf32")
+    )
+    grad_cp: bool = flag(True, "recompute activations in backward to save memory", free=True)
+
+    # What is kept and shown
+    proj_dir: str = flag("out", "folder of everything the run writes", free=True)
+    save_every: int = flag(0, "steps between resumable checkpoints; 0 = none", free=True)
+    resume: str = flag("", "auto, or a checkpoint folder, to go on from", free=True)
+    overwrite: bool = flag(False, "throw away an earlier run in proj_dir", free=True)
+    wandb: str = flag("", "Weights & Biases project to log to", free=True)
+
+    @property
+    def stage(self) -> int:
+        return STAGES[self.strategy]
+
+    @property
+    def adapter_hyperparameters(self) -> dict[str, Any]:
+        """Keyword arguments for `attach(model, self.peft, ...)`."""
+        by_method: dict[str, dict[str, Any]] = {
+            "none": {},
+            "bone": {"r": self.bone_r},
+            "bat": {"r": self.bat_r, "mode": self.bat_mode},
+            "lora": {"r": self.lora_r, "alpha": self.lora_alpha, "dropout": self.lora_dropout},
+            "pissa": {"r": self.pissa_r, "svd_niter": self.svd_niter},
+        }
+        return by_method[self.peft]
+
+    def validate(self) -> None:
+        """Raise UserError for the first value, or pair of values, that makes no sense."""
+        for name in ("load_model", "data_file"):
+            if not getattr(self, name):
+                raise UserError(f"--{name} is missing")
+        for field in dataclasses.fields(self):
+            self._validate_range(field.name, getattr(self, field.name))
+        if self.lr_schedule == "exp" and self.lr_final == 0:
+            raise UserError("--lr_schedule exp cannot reach --lr_final 0; give a small number")
+        if self.lr_schedule == "constant" and self.lr_final not in (None, self.lr_init):
+            raise UserError("--lr_schedule constant has no use for --lr_final; drop it or use cos")
+        if self.pissa_init and not (self.peft == "pissa" and self.peft_load):
+            raise UserError("--pissa_init goes with --peft pissa and --peft_load")
+        if self.peft == "none" and (self.train_parts or self.peft_load):
+            raise UserError("--train_parts and --peft_load need --peft; without it all is trained")
+        if self.decay_adapters and not (self.weight_decay and self.peft != "none"):
+            raise UserError("--decay_adapters goes with --weight_decay and --peft")
+        if self.weight_decay and self.peft != "none" and not self.decay_adapters:
+            raise UserError(
+                f"--weight_decay {self.weight_decay:g} would act on nothing: adapter matrices are "
+                "not decayed unless --decay_adapters 1 is given"
+            )
+
+    def _validate_range(self, name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return
+        if not math.isfinite(value):
+            raise UserError(f"--{name} must be a finite number, not {value}")
+        if value < 0 or (name in AT_LEAST_ONE and value < 1):
+            least = "at least 1" if name in AT_LEAST_ONE else "zero or more"
+            raise UserError(f"--{name} must be {least}, not {value}")
+        if name in ("beta1", "beta2", "lora_dropout") and value >= 1:
+            raise UserError(f"--{name} must be below 1, not {value}")
+        if name == "lr_init" and value == 0:
+            raise UserError("--lr_init 0 would train nothing")

@@ -1,0 +1,153 @@
+"""Documents as one stream of token ids, where each ends, and which tokens count for the loss."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from finchtune.binidx import BinIdx, exists, strip_extension, token_dtype
+from finchtune.data.inputs import find_inputs, read_blocks
+from finchtune.data.records import BadRecords
+from finchtune.data.render import BadRecord, Layout
+from finchtune.errors import UserError
+from finchtune.tokenizer import END_OF_DOCUMENT, Tokenizer
+
+MASK_SUFFIX = ".mask"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Document i is tokens[offsets[i]:offsets[i + 1]].
+
+    `tokens` (n_tokens,) of an integer dtype, `offsets` (documents + 1,) int64, `trained`
+    (n_tokens,) uint8, 1 where the token counts as a target; None where every token does.
+    `source` names the data in messages; `skipped` counts bad records that were left out.
+    """
+
+    source: str
+    tokens: np.ndarray
+    offsets: np.ndarray
+    trained: np.ndarray | None = None
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def n_tokens(self) -> int:
+        return int(self.offsets[-1])
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens of each document, (documents,) int64."""
+        return np.diff(self.offsets)
+
+
+class Encoded(NamedTuple):
+    """Documents end to end: `tokens` (n,), `sizes` (documents,) int64, `trained` (n,) uint8."""
+
+    tokens: np.ndarray
+    sizes: np.ndarray
+    trained: np.ndarray
+
+
+def encode_records(
+    records: Iterable[tuple[str, Any]],
+    layout: Layout,
+    tokenizer: Tokenizer,
+    bad: BadRecords,
+    dtype: np.dtype,
+    end: bool = True,
+) -> Encoded:
+    """Tokenise records, each after its `file:line`.
+
+    With `end`, token 0 closes each document, trained on where the last piece is. An empty plain
+    text gives no document. Bad records, or the BadRecord in their place, go to `bad`.
+    """
+    ids: list[int] = []
+    sizes, lengths, flags = [], [], []
+    for where, record in records:
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            pieces = [(tokenizer.encode(text), train) for text, train in layout.pieces(record)]
+        except (BadRecord, UserError) as error:
+            bad.add(where, str(error))
+            continue
+        if not pieces:
+            continue
+        if end:
+            pieces.append(([END_OF_DOCUMENT], pieces[-1][1]))
+        start = len(ids)
+        for piece, train in pieces:
+            ids += piece
+            lengths.append(len(piece))
+            flags.append(train)
+        sizes.append(len(ids) - start)
+    trained = np.repeat(np.array(flags, np.uint8), lengths)
+    return Encoded(np.array(ids, dtype), np.array(sizes, np.int64), trained)
+
+
+def read_records(
+    path: Path, layout: Layout, tokenizer: Tokenizer, on_bad: str = "fail"
+) -> Documents:
+    """Tokenise a file of records into memory."""
+    bad = BadRecords(on_bad)
+    dtype = token_dtype(tokenizer.vocab_size)
+    blocks = [
+        encode_records(block.records(), layout, tokenizer, bad, dtype)
+        for block in read_blocks(path, layout.fields[0])
+    ]
+    tokens = np.concatenate([np.empty(0, dtype), *(block.tokens for block in blocks)])
+    trained = np.concatenate([np.empty(0, np.uint8), *(block.trained for block in blocks)])
+    sizes = np.concatenate([[0], *(block.sizes for block in blocks)])
+    mask = None if trained.all() else trained
+    return Documents(str(path), tokens, np.cumsum(sizes), mask, bad.count)
+
+
+def read_binidx(prefix: str | Path, vocab_size: int, loss_mask: str) -> Documents:
+    """Map a .bin/.idx pair, every token id checked; under `qa` with the mask files beside it."""
+    data = BinIdx(prefix)
+    data.check_tokens(vocab_size)
+    trained = _read_mask(data) if loss_mask == "qa" else None
+    return Documents(data.prefix, data.tokens, data.offsets, trained)
+
+
+def _read_mask(data: BinIdx) -> np.ndarray:
+    prefix = data.prefix + MASK_SUFFIX
+    if not exists(prefix):
+        raise UserError(
+            f"--loss_mask qa needs {prefix}.bin and .idx, which say what to train on; make them "
+            "by running scripts/prepare_data.py again with --sft_field, or --loss_mask qa for text"
+        )
+    mask = BinIdx(prefix)
+    if mask.dtype != np.uint8 or not np.array_equal(mask.sizes, data.sizes):
+        raise UserError(
+            f"{prefix}.idx does not match {data.prefix}.idx; run scripts/prepare_data.py again"
+        )
+    mask.check_tokens(2)
+    return mask.tokens
+
+
+def read_documents(
+    data_file: str,
+    data_type: str,
+    layout: Layout,
+    loss_mask: str,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    on_bad: str = "fail",
+) -> Documents:
+    """The documents of one data file, whatever its kind."""
+    if data_type == "binidx":
+        return read_binidx(strip_extension(data_file), vocab_size, loss_mask)
+    assert tokenizer is not None
+    paths = find_inputs([data_file])
+    if len(paths) > 1:
+        raise UserError(
+            f"--data_file {data_file} names {len(paths)} files; join them with "
+            "scripts/prepare_data.py and train with --data_type binidx"
+        )
+    return read_records(paths[0], layout, tokenizer, on_bad)

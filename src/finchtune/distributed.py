@@ -1,0 +1,127 @@
+"""Which process am I, and how do the processes meet. The only reader of RANK and WORLD_SIZE."""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from finchtune.errors import UserError
+
+
+def rank() -> int:
+    """Global rank of this process; 0 when started without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Rank of this process on its own machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of the run; 1 when started without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched() -> bool:
+    """Whether torchrun, deepspeed or another launcher started this process."""
+    return "RANK" in os.environ
+
+
+def ensure_launched(devices: int, num_nodes: int) -> None:
+    """See that as many processes run as were asked for; may replace this process by torchrun.
+
+    A launcher's own count wins where --devices was left at 1. Raises UserError where the two
+    contradict each other, or where several machines are asked for without a launcher.
+    """
+    if launched():
+        if devices * num_nodes not in (1, world_size()):
+            raise UserError(
+                f"--devices {devices} --num_nodes {num_nodes} contradicts the launcher, which "
+                f"started {world_size()} processes; drop the flags"
+            )
+    elif num_nodes > 1:
+        raise UserError(
+            "--num_nodes needs a launcher: run torchrun --nnodes N --nproc_per_node M "
+            "--rdzv_backend c10d --rdzv_endpoint HOST:PORT train.py ... on every machine"
+        )
+    elif devices > 1:
+        _relaunch_with_torchrun(devices)
+
+
+def _relaunch_with_torchrun(n_processes: int) -> None:
+    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    arguments += ["--nproc_per_node", str(n_processes), *sys.argv]
+    # torchrun's default of one thread per process starves a CPU run.
+    threads = max(1, (os.cpu_count() or 1) // n_processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.execv(sys.executable, arguments)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def pick_device(accelerator: str) -> torch.device:
+    """`auto`, `gpu` or `cpu` -> the device of this process."""
+    if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank())
+
+
+def init_process_group(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
+    """Join the other processes (nccl on GPUs, gloo on CPUs); a lone process gets a group of one."""
+    lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    if not launched():
+        os.environ.update(lone, MASTER_PORT=str(free_port()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown() -> None:
+    """Leave the process group; without this, processes may abort at exit."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def all_sum(value: float, device: torch.device) -> float:
+    """Sum of `value` over all processes, in float64."""
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total.item()
+
+
+def rank_zero_first(work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the others wait; its failure becomes everyone's."""
+    failure: list[Exception | None] = [None]
+    if rank() == 0:
+        try:
+            work()
+        except Exception as error:  # handed on to every rank below
+            failure[0] = error
+    if dist.is_initialized():
+        dist.broadcast_object_list(failure)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def say(message: str) -> None:
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print(message, flush=True)

@@ -1,0 +1,223 @@
+"""DeepSpeed: how it is configured, started, stepped, and how its sharded state is read and set.
+
+Everything here that touches DeepSpeed's internals was checked against the pinned version.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finchtune import distributed
+from finchtune.config import TrainConfig
+from finchtune.errors import UserError
+from finchtune.model import RWKV6
+from finchtune.optim import adamw, parameter_groups, set_learning_rate
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
+
+
+class SummedLoss(nn.Module):
+    """What DeepSpeed wraps: (tokens, labels) -> the sum of the unmasked tokens' losses."""
+
+    def __init__(self, model: RWKV6):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        return self.model.loss(tokens, labels)
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, over all ranks: mean loss per unmasked token, and counts."""
+
+    loss: float
+    grad_norm: float
+    tokens: int  # positions fed to the model, padding included
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype that weights are held in. Sets TF32 matrix products where asked for."""
+    on_gpu = device.type == "cuda"
+    name = config.precision or ("bf16" if on_gpu else "fp32")
+    if name in ("fp16", "tf32") and not on_gpu:
+        raise UserError(f"--precision {name} needs a GPU; use bf16 or fp32 on a CPU")
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    return DTYPES[name]
+
+
+class Engine:
+    """A model under DeepSpeed's ZeRO: forward, backward and step, and its whole training state."""
+
+    def __init__(self, model: RWKV6, config: TrainConfig, device: torch.device):
+        groups = parameter_groups(
+            model.named_parameters(),
+            config.weight_decay,
+            config.decay_adapters,
+            config.layerwise_lr,
+        )
+        betas = (config.beta1, config.beta2)
+        optimizer = adamw(groups, config.lr_init, betas, config.adam_eps)
+        self.model, self.device = model, device
+        self.accumulate = config.accumulate_grad_batches
+        self.stage = config.stage
+        self.ds = _initialize(SummedLoss(model), optimizer, self._ds_config(config), device)
+
+    def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
+        dtype = next(self.model.parameters()).dtype
+        return {
+            "train_micro_batch_size_per_gpu": config.micro_bsz,
+            "gradient_accumulation_steps": config.accumulate_grad_batches,
+            "gradient_clipping": config.grad_clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": config.stage,
+                "contiguous_gradients": True,
+                "overlap_comm": self.device.type == "cuda",
+            },
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "steps_per_print": 2**31,
+        }
+
+    def step(self, micro_batches: list[tuple[Tensor, Tensor]], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro batches of (tokens, labels), each (B, T).
+
+        The loss is the mean over the unmasked tokens of all ranks and micro batches together.
+        """
+        world = distributed.world_size()
+        valid = sum(int((labels != -100).sum()) for _, labels in micro_batches)
+        valid_everywhere = max(1.0, distributed.all_sum(valid, self.device))
+        # DeepSpeed averages over ranks and micro batches; this turns its mean into our sum.
+        scale = world * self.accumulate / valid_everywhere
+        set_learning_rate(self.ds.optimizer.param_groups, lr)
+        loss_sum = 0.0
+        for tokens, labels in micro_batches:
+            loss = self.ds(tokens.to(self.device), labels.to(self.device))
+            self.ds.backward(loss * scale)
+            self.ds.step()
+            loss_sum += loss.item()
+        return StepResult(
+            loss=distributed.all_sum(loss_sum, self.device) / valid_everywhere,
+            grad_norm=float(self.ds.get_global_grad_norm()),
+            tokens=int(distributed.all_sum(sum(t.numel() for t, _ in micro_batches), self.device)),
+        )
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""
+        self.ds.destroy()
+
+    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole tensor) of every trained parameter in master precision, on the CPU.
+
+        A collective call: every rank must exhaust it, in step.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                yield name, safe_get_full_fp32_param(parameter).cpu()
+
+    def state(self) -> dict[str, Any]:
+        """Everything that resuming needs, whole, whatever the ZeRO stage and number of ranks.
+
+        {"trained": {name: tensor}, "exp_avg": {...}, "exp_avg_sq": {...}, "adam_step": int}.
+        A collective call; only rank 0 gets the tensors, the others empty dicts.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        keep = distributed.rank() == 0
+        state: dict[str, Any] = {"trained": {}, **{moment: {} for moment in MOMENTS}}
+        for name, tensor in self.trained_tensors():
+            state["trained"].update({name: tensor} if keep else {})
+        for name, parameter in self.model.named_parameters():
+            for moment in MOMENTS if parameter.requires_grad else ():
+                tensor = safe_get_full_optimizer_state(parameter, moment).cpu()
+                state[moment].update({name: tensor} if keep else {})
+        inner = self.ds.optimizer.optimizer
+        # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
+        state["frozen"] = {n: b.cpu() for n, b in self.model.named_buffers()} if keep else {}
+        state["adam_step"] = int(next(iter(inner.state.values()))["step"])
+        if self.ds.fp16_enabled():
+            state["loss_scale"] = dict(vars(self.ds.optimizer.loss_scaler))
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a state that `state` returned, under any ZeRO stage and number of ranks.
+
+        The model's parameters must hold state["trained"] already, since DeepSpeed copied them.
+        """
+        zero = self.ds.optimizer
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            step = torch.tensor(float(state["adam_step"]), device=flat.device)
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            zero.optimizer.state[flat] = {"step": step, **moments}
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self._set_whole(parameter, state["trained"][name], None)
+                for moment in MOMENTS:
+                    self._set_whole(parameter, state[moment][name], moment)
+        if "loss_scale" in state:
+            vars(zero.loss_scaler).update(state["loss_scale"])
+
+    def _set_whole(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Copy this rank's share of a whole tensor into the sharded state."""
+        from deepspeed import utils
+
+        value = value.to(self.device, torch.float32)
+        if self.stage < 3:
+            if moment is None:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # ZeRO-3 cuts the flat tensor into equal shares, the last one padded.
+        share = -(-value.numel() // distributed.world_size())
+        padded = torch.nn.functional.pad(value.flatten(), (0, share * distributed.world_size()))
+        mine = padded.narrow(0, share * distributed.rank(), share)
+        if moment is None:
+            utils.safe_set_local_fp32_param(parameter, mine)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, mine, moment)
+
+
+def _initialize(module: nn.Module, optimizer, ds_config: dict[str, Any], device: torch.device):
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # spares a warning that it guessed so
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # Compiling DeepSpeed's shared-memory collectives takes half a minute; gloo gives the same.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Its use of collectives that torch renamed would warn at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    trainable = [p for p in module.parameters() if p.requires_grad]
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False
+    )
+    engine, _, _, _ = deepspeed.initialize(
+        model=module, optimizer=optimizer, model_parameters=trainable, config=ds_config
+    )
+    return engine

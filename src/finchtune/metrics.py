@@ -1,0 +1,81 @@
+"""What a run tells: a progress line, metrics.jsonl, and Weights & Biases when asked."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+LINE_SECONDS = 2.0  # between two progress lines where there is no terminal
+
+
+def peak_memory_mb() -> int:
+    """Largest memory this process has used: GPU memory if it has one, else resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() >> 20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    rows = []
+    for line in Path(path).read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+class Metrics:
+    """Takes one row a step. Only rank 0 makes one; the other ranks have none to report to."""
+
+    def __init__(self, folder: Path, total: int, start: int, config: dict[str, Any]):
+        self.path, self.total = folder / "metrics.jsonl", total
+        kept = [row for row in self._earlier() if row["step"] <= start]
+        self.file = self.path.open("w", buffering=1)
+        self.file.writelines(json.dumps(row) + "\n" for row in kept)
+        terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=not terminal)
+        self.wandb = self._start_wandb(folder, config) if config.get("wandb") else None
+        self.started, self.start, self.last_line = time.monotonic(), start, 0.0
+
+    def _earlier(self) -> list[dict[str, Any]]:
+        return read_metrics(self.path) if self.path.exists() else []
+
+    def _start_wandb(self, folder: Path, config: dict[str, Any]):
+        import wandb
+
+        return wandb.init(project=config["wandb"], dir=str(folder), config=config)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Record one step: row holds step (1-based), loss, lr, tokens_per_s and whatever else."""
+        self.file.write(json.dumps(row) + "\n")
+        if self.wandb:
+            self.wandb.log(row, step=row["step"])
+        text = (
+            f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
+            f"{row['memory_mb']:,} MB"
+        )
+        self.bar.update(1)
+        self.bar.set_postfix_str(text, refresh=False)
+        now = time.monotonic()
+        last = row["step"] == self.total
+        if self.bar.disable and (last or now - self.last_line >= LINE_SECONDS):
+            self.last_line = now
+            print(f"step {row['step']}/{self.total}  {text}  {self._eta(row['step'])}", flush=True)
+
+    def _eta(self, step: int) -> str:
+        seconds = (time.monotonic() - self.started) / (step - self.start) * (self.total - step)
+        minutes, seconds = divmod(round(seconds), 60)
+        return f"{minutes}:{seconds:02d} left"
+
+    def close(self) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.wandb:
+            self.wandb.finish()

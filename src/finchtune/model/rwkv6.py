@@ -1,0 +1,185 @@
+"""RWKV-6 (x060, "Finch"): the model, nothing else.
+
+Parameter names and shapes are those of the released weight files. Letters in shapes: B batch,
+T tokens, C n_embd, H heads, N head_size, F dim_ffn, V vocab_size, M and D the ranks of the
+token-shift and decay LoRAs. Source: "Eagle and Finch", arXiv 2404.05892, section 4 and appendix.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from finchtune.loss import cross_entropy_sum
+from finchtune.model.config import ModelConfig
+from finchtune.wkv import wkv6
+
+
+class BlockState(NamedTuple):
+    """What one block carries from token to token: the whole memory of the past."""
+
+    att_shift: Tensor  # (B, C), the time mix's last input
+    wkv: Tensor  # (B, H, N key, N value), fp32
+    ffn_shift: Tensor  # (B, C), the channel mix's last input
+
+
+State = list[BlockState]
+
+
+def shift_difference(x: Tensor, last: Tensor | None) -> Tensor:
+    """Previous token minus this token. x (B, T, C); `last` (B, C) precedes x, zero if None."""
+    last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
+    return torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1) - x
+
+
+class TimeMix(nn.Module):
+    """Attention's stand-in: data-dependent token shift, decay, and the WKV recurrence."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, M, D = config.n_embd, config.dim_mix_lora, config.dim_decay_lora
+        self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_v = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_g = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * M))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, M, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, C))
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, D))
+        self.time_decay_w2 = nn.Parameter(torch.empty(D, C))
+        self.time_faaaa = nn.Parameter(torch.empty(config.n_head, config.head_size))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.gate = nn.Linear(C, C, bias=False)
+        # The files' eps is 1e-5 times the square of a fixed divisor of 8.
+        self.ln_x = nn.GroupNorm(config.n_head, C, eps=64e-5)
+
+    def mixtures(self, x: Tensor, xx: Tensor) -> list[Tensor]:
+        """The five inputs x_w, x_k, x_v, x_r, x_g, each (B, T, C): learnt blends with the past."""
+        B, T, C = x.shape
+        low = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1)
+        low = low.view(B * T, 5, -1).transpose(0, 1)
+        m_w, m_k, m_v, m_r, m_g = torch.bmm(low, self.time_maa_w2).view(5, B, T, C)
+        return [
+            x + xx * (self.time_maa_w + m_w),
+            x + xx * (self.time_maa_k + m_k),
+            x + xx * (self.time_maa_v + m_v),
+            x + xx * (self.time_maa_r + m_r),
+            x + xx * (self.time_maa_g + m_g),
+        ]
+
+    def forward(self, x: Tensor, shift: Tensor | None, state: Tensor | None):
+        """x (B, T, C) -> output (B, T, C), last input (B, C), WKV state (B, H, N, N)."""
+        B, T, C = x.shape
+        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift_difference(x, shift))
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        g = F.silu(self.gate(x_g))
+        w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        heads = (B, T, self.config.n_head, self.config.head_size)
+        y, state = wkv6(
+            r.view(heads), k.view(heads), v.view(heads), w.view(heads), self.time_faaaa, state
+        )
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
+        return self.output(y * g), x[:, -1], state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward half of a block: squared ReLU, gated by a receptance."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, dim_ffn = config.n_embd, config.dim_ffn
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = nn.Linear(C, dim_ffn, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(dim_ffn, C, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor | None):
+        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
+        xx = shift_difference(x, shift)
+        k = torch.relu(self.key(x + xx * self.time_maa_k)) ** 2
+        r = torch.sigmoid(self.receptance(x + xx * self.time_maa_r))
+        return r * self.value(k), x[:, -1]
+
+
+class Block(nn.Module):
+    """x += time mix(ln1 x); x += channel mix(ln2 x). The first block normalises its input too."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+        self.first = layer == 0
+
+    def forward(self, x: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+        att_shift, wkv, ffn_shift = state or (None, None, None)
+        if self.first:
+            x = self.ln0(x)
+        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv)
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
+        return x + y, BlockState(att_shift, wkv, ffn_shift)
+
+
+class Head(nn.Linear):
+    """Hidden states -> logits; with labels -> the summed loss, without holding all logits."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return cross_entropy_sum(hidden, self.weight, labels)
+
+
+class RWKV6(nn.Module):
+    """The language model. Parallel over T; feeding T = 1 with the state is the recurrent form.
+
+    A new model's tensors are uninitialised memory: call `init_weights` or load a file. With
+    `grad_checkpoint`, each block's activations are recomputed in backward instead of kept.
+    """
+
+    def __init__(self, config: ModelConfig, grad_checkpoint: bool = False):
+        super().__init__()
+        self.config, self.grad_checkpoint = config, grad_checkpoint
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
+
+    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> normalised hidden states (B, T, C) before the head, new state."""
+        x = self.emb(tokens)
+        new_state = []
+        for layer, block in enumerate(self.blocks):
+            block_state = state[layer] if state else None
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, block_state = checkpoint(block, x, block_state, use_reentrant=False)
+            else:
+                x, block_state = block(x, block_state)
+            new_state.append(block_state)
+        return self.ln_out(x), new_state
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype, new state.
+
+        `state` is what an earlier call returned, None at the start of a document.
+        """
+        hidden, state = self.hidden(tokens, state)
+        return self.head(hidden), state
+
+    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross entropy over the labels (B, T) that are not -100; a scalar, fp32."""
+        hidden, _ = self.hidden(tokens)
+        return self.head(hidden, labels)

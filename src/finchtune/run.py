@@ -1,0 +1,201 @@
+"""A run's folder: what may start or go on in it, and what is saved there."""
+
+import dataclasses
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finchtune import distributed
+from finchtune.adapters import attach
+from finchtune.checkpoint import (
+    adapter_keys,
+    load_adapter,
+    load_checkpoint,
+    load_model,
+    newest_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
+from finchtune.config import TrainConfig
+from finchtune.engine import Engine
+from finchtune.errors import UserError
+from finchtune.files import remove, sha256, write_json
+from finchtune.metrics import Metrics
+from finchtune.model import RWKV6
+
+
+def choose_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to go on from; None to start anew. Changes nothing on the disk.
+
+    Raises UserError for a proj_dir that holds a run, unless --resume or --overwrite asks for it.
+    """
+    if config.resume and config.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite throws it away; choose one")
+    folder = Path(config.proj_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--proj_dir {folder} is a file, not a folder")
+    if config.resume == "auto":
+        checkpoint, skipped = newest_checkpoint(checkpoints_folder(config))
+        for line in skipped:
+            distributed.say(f"warning: {line}")
+        return checkpoint
+    if config.resume:
+        if not Path(config.resume).is_dir():
+            raise UserError(f"--resume {config.resume}: no such checkpoint folder")
+        return Path(config.resume)
+    if run_files(folder) and not config.overwrite:
+        raise UserError(
+            f"--proj_dir {folder} already holds a run; go on with --resume auto, throw it away "
+            "with --overwrite 1, or choose another folder"
+        )
+    return None
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What an earlier run left in its folder."""
+    names = ("rwkv-*.pth", "rwkv-*.json", "metrics.jsonl", "checkpoints")
+    return [path for name in names for path in folder.glob(name)]
+
+
+def checkpoints_folder(config: TrainConfig) -> Path:
+    """Where the resumable checkpoints of a run lie."""
+    return Path(config.proj_dir) / "checkpoints"
+
+
+def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> RWKV6:
+    """The base model with its adapters, and exactly the wanted parameters trainable."""
+    model = load_model(config.load_model, dtype, device, config.grad_cp)
+    check_sizes(config, model)
+    if config.peft == "none":
+        return model.requires_grad_(True)
+    attach(model, config.peft, init=not config.peft_load, **config.adapter_hyperparameters)
+    for part in config.train_parts:
+        chosen = [p for name, p in model.named_parameters() if part in name]
+        if not chosen:
+            raise UserError(f"--train_parts {part}: no parameter has this in its name")
+        for parameter in chosen:
+            parameter.requires_grad_(True)
+    if config.peft_load:
+        load_adapter(model, config.peft_load, config.pissa_init or None)
+    return model
+
+
+def check_sizes(config: TrainConfig, model: RWKV6) -> None:
+    """Raise UserError if a size given as a flag contradicts the weight file."""
+    sizes = model.config
+    in_file = {
+        "n_layer": sizes.n_layer,
+        "n_embd": sizes.n_embd,
+        "vocab_size": sizes.vocab_size,
+        "head_size_a": sizes.head_size,
+        "dim_att": sizes.n_embd,
+        "dim_ffn": sizes.dim_ffn,
+    }
+    for name, value in in_file.items():
+        given = getattr(config, name)
+        if given not in (None, value):
+            raise UserError(
+                f"--{name} {given} contradicts {config.load_model}, where it is {value}; "
+                "drop the flag, sizes are read off the file"
+            )
+
+
+class Run:
+    """Saves what a run makes: adapter or model files by epoch, checkpoints that resume."""
+
+    def __init__(self, config: TrainConfig, engine: Engine, data: dict[str, Any]):
+        self.config, self.engine, self.data = config, engine, data
+        self.folder = Path(config.proj_dir)
+        self.base_dtype = next(engine.model.parameters()).dtype
+        # Hashing a large base takes a while, and nobody needs it before the first save.
+        self._base_sha256: Future[str] = ThreadPoolExecutor(1).submit(sha256, config.load_model)
+        distributed.rank_zero_first(self._prepare_folder)
+
+    def _prepare_folder(self) -> None:
+        for path in run_files(self.folder) if self.config.overwrite else ():
+            remove(path)
+        write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+
+    def open_metrics(self, total: int, start: int) -> Metrics | None:
+        """Where rank 0 reports the steps from `start` to `total`; None on the other ranks."""
+        if distributed.rank() != 0:
+            return None
+        return Metrics(self.folder, total, start, dataclasses.asdict(self.config))
+
+    def record(self) -> dict[str, Any]:
+        """What a saved file says of itself."""
+        return {
+            "format": "finchtune 1",
+            "adapter": getattr(self.engine.model, "adapter_spec", {}),
+            "base": {
+                "file": Path(self.config.load_model).name,
+                "sha256": self._base_sha256.result(),
+            },
+            "config": dataclasses.asdict(self.config),
+            "global_batch": self.global_batch,
+            "data": self.data,
+        }
+
+    @property
+    def global_batch(self) -> int:
+        """Rows in one optimizer step, over all processes and micro batches."""
+        config = self.config
+        return config.micro_bsz * config.accumulate_grad_batches * distributed.world_size()
+
+    def save_epoch(self, epoch: int, step: int) -> Path:
+        """Write rwkv-{epoch_begin + epoch}.pth and its JSON. A collective call."""
+        path = self.folder / f"rwkv-{self.config.epoch_begin + epoch}.pth"
+        tensors = self._whole_tensors()
+
+        def write() -> None:
+            save_adapter(tensors, self.record() | {"step": step}, path)
+
+        distributed.rank_zero_first(write)
+        return path
+
+    def _whole_tensors(self) -> dict[str, Tensor]:
+        """What save_epoch writes, by file key; a fully tuned model in its own dtype."""
+        model, whole = self.engine.model, dict(self.engine.trained_tensors())
+        keys = adapter_keys(model)
+        if self.config.peft == "none":
+            return {keys[name]: tensor.to(self.base_dtype) for name, tensor in whole.items()}
+        own = dict(model.named_buffers()) | whole
+        return {key: own[name] for name, key in keys.items()}
+
+    def save_checkpoint(self, step: int) -> None:
+        """Write checkpoints/step-N. A collective call."""
+        state = self.engine.state()
+
+        def write() -> None:
+            save_checkpoint(checkpoints_folder(self.config), step, state, self.record())
+
+        distributed.rank_zero_first(write)
+
+    def check_resumable(self, manifest: dict[str, Any]) -> None:
+        """Raise UserError, naming what differs, unless the checkpoint continues this very run."""
+        old, new = manifest["config"], dataclasses.asdict(self.config)
+        free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
+        changed = [k for k in new if k not in free and old.get(k) != new[k]]
+        differing = [f"--{k} {old.get(k)} -> {new[k]}" for k in changed]
+        for what, mine in (("global_batch", self.global_batch), ("data", self.data)):
+            if manifest[what] != mine:
+                differing.append(f"{what} {manifest[what]} -> {mine}")
+        if manifest["base"]["sha256"] != self._base_sha256.result():
+            differing.append(f"--load_model is not the same file as {manifest['base']['file']}")
+        if differing:
+            raise UserError(f"cannot resume with another configuration: {'; '.join(differing)}")
+
+
+def restore_tensors(model: RWKV6, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Put a checkpoint's trained tensors into the model; return its (state, manifest)."""
+    state, manifest = load_checkpoint(checkpoint)
+    own = model.state_dict()
+    if set(state["trained"]) != {n for n, p in model.named_parameters() if p.requires_grad}:
+        raise UserError(f"--resume {checkpoint}: it trains other parameters than this run")
+    with torch.no_grad():
+        for name, tensor in (state["trained"] | state["frozen"]).items():
+            own[name].copy_(tensor)
+    return state, manifest

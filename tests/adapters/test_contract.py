@@ -1,0 +1,310 @@
+"""What every adapter method must hold, checked against its formula written out in plain loops."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from finchtune.adapters import METHODS, AdaptedLinear
+from finchtune.adapters.registry import hyperparameters_of
+
+SMALL = {"r": 4, "r1": 3, "r2": 5, "alpha": 6}
+SIZES = [(12, 8), (8, 12), (8, 8)]
+"""(out, in): wider, taller and square."""
+
+
+def small(name: str) -> dict:
+    return {key: SMALL[key] for key in hyperparameters_of(METHODS[name]) if key in SMALL}
+
+
+CASES = [(name, small(name)) for name in METHODS] + [
+    ("bone", {"r": 3}),
+    ("bone", {"r": 16}),
+    ("bat", {"r": 4, "mode": "col"}),
+    ("bat", {"r": 1, "mode": "col"}),
+    ("disha", {"r1": 4, "r2": 2}),
+    ("disha", {"r1": 16, "r2": 16}),
+    ("lora", {"r": 2, "alpha": 3, "rslora": True}),
+    ("pissa", {"r": 4, "svd_niter": None}),
+]
+every_case = pytest.mark.parametrize(
+    ("name", "settings"), CASES, ids=lambda v: v if isinstance(v, str) else str(v)
+)
+
+
+@pytest.fixture(autouse=True)
+def uninitialised_memory_is_nan():
+    """torch.empty gives NaN, so that whatever is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def make(name: str, settings: dict, out: int = 12, k: int = 8, dtype=torch.float64):
+    """An adapter that has moved away from its start, and its W."""
+    W = torch.randn(out, k, dtype=dtype)
+    adapter = METHODS[name](k, out, **settings).to(dtype)
+    start(adapter, W)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) / 2)
+    return adapter, W
+
+
+def start(adapter, W):
+    if adapter.name == "lora_ga":
+        adapter.init_from_gradient(W, torch.randn_like(W))
+    else:
+        adapter.init(W)
+
+
+def product(B, A):
+    """B A, entry by entry."""
+    return torch.stack(
+        [
+            torch.stack(
+                [sum(b * a for b, a in zip(row, A[:, i], strict=True)) for i in range(A.shape[1])]
+            )
+            for row in B
+        ]
+    )
+
+
+def entries(W, change):
+    """W plus change(o, i), entry by entry."""
+    rows = [[W[o, i] + change(o, i) for i in range(W.shape[1])] for o in range(W.shape[0])]
+    return torch.stack([torch.stack(row) for row in rows])
+
+
+def bat_weight(adapter, W):
+    """Equations 4 and 5, block by block."""
+    r, D = adapter.r, adapter.bone
+    rows = []
+    for a in range(W.shape[0] // r):
+        row = []
+        for b in range(W.shape[1] // r):
+            block = W[a * r : a * r + r, b * r : b * r + r]
+            shard = D[b] if adapter.mode == "row" else D[a]
+            row.append(block + product(block, shard) + shard)
+        rows.append(torch.cat(row, 1))
+    return torch.cat(rows)
+
+
+def low_rank_weight(adapter, W):
+    return W + adapter.scale * product(adapter.lora_B, adapter.lora_A)
+
+
+def residual_weight(adapter, W):
+    start = product(adapter.init_lora_B, adapter.init_lora_A)
+    return low_rank_weight(adapter, W) - adapter.scale * start
+
+
+def dora_weight(adapter, W):
+    """The norms are constants in backward."""
+    rows = zip(adapter.magnitude, low_rank_weight(adapter, W), strict=True)
+    return torch.stack([m * row / sum(v.detach() ** 2 for v in row).sqrt() for m, row in rows])
+
+
+FORMULAS = {
+    "bone": lambda a, W: entries(W, lambda o, i: a.bone[i % a.r, o]),
+    "bat": bat_weight,
+    "lora": low_rank_weight,
+    "biglora": low_rank_weight,
+    "pissa": residual_weight,
+    "olora": residual_weight,
+    "lora_ga": residual_weight,
+    "dora": dora_weight,
+    "disha": lambda a, W: entries(
+        W, lambda o, i: a.shard[o % a.shard.shape[0], i % a.shard.shape[1]]
+    ),
+    "frozen_ft": lambda a, W: entries(W, lambda o, i: a.delta[o, i]),
+}
+"""W' of each method, written out; differentiable, so that its gradients are the oracle too."""
+
+
+def test_every_method_has_a_formula():
+    assert FORMULAS.keys() == METHODS.keys()
+
+
+@every_case
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_forward_and_gradients_are_the_formulas(name, settings, size):
+    adapter, W = make(name, settings, *size)
+    x = torch.randn(2, 3, W.shape[1], dtype=W.dtype, requires_grad=True)
+    dy = torch.randn(2, 3, W.shape[0], dtype=W.dtype)
+    inputs = {"x": x, **dict(adapter.named_parameters())}
+    y = adapter(x, W)
+    expected = x @ FORMULAS[name](adapter, W).T
+    torch.testing.assert_close(y, expected)
+    gradients = torch.autograd.grad(y, inputs.values(), dy)
+    wanted = torch.autograd.grad(expected, inputs.values(), dy)
+    for key, gradient, want in zip(inputs, gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, want, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@every_case
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_merged_weight_gives_the_forward(name, settings, size):
+    adapter, W = make(name, settings, *size)
+    x = torch.randn(5, W.shape[1], dtype=W.dtype)
+    merged = adapter.merged(W)
+    assert merged.dtype == W.dtype
+    assert not merged.requires_grad
+    torch.testing.assert_close(F.linear(x, merged), adapter(x, W))
+
+
+@every_case
+def test_merging_is_done_in_float32(name, settings):
+    adapter, W = make(name, settings, dtype=torch.float32)
+    merged = adapter.bfloat16().merged(W.bfloat16())
+    assert merged.dtype == torch.float32
+    exact = adapter.double().merged(W.bfloat16().double())
+    torch.testing.assert_close(merged.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_starts_as_the_base_and_leaves_W_alone(name, settings, dtype):
+    W = nn.Parameter(torch.randn(12, 8).to(dtype), requires_grad=False)
+    before = W.clone()
+    adapter = METHODS[name](8, 12, **settings)
+    start(adapter, W)
+    x = torch.randn(2, 3, 8).to(dtype)
+    assert torch.equal(adapter(x, W), F.linear(x, W))
+    assert torch.equal(W, before)
+    assert torch.equal(adapter.merged(W).to(dtype), W)
+
+
+@every_case
+def test_any_leading_shape_and_stride(name, settings):
+    adapter, W = make(name, settings)
+    weight = adapter.merged(W)
+    wide = torch.randn(4, 3, 16, dtype=W.dtype)
+    for x in (
+        wide[0, 0, :8],
+        wide[:0, 0, :8],
+        wide[:, 0, :8],
+        wide[..., ::2],
+        wide[..., :8].mT.contiguous().mT,
+        wide[None, ..., :8],
+    ):
+        torch.testing.assert_close(adapter(x, W), F.linear(x, weight))
+
+
+@every_case
+@pytest.mark.parametrize("own_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_is_as_exact_as_building_the_weight(name, settings, own_dtype):
+    """The error in bfloat16: at most twice that of the formula, three times for gradients."""
+    adapter, W = make(name, settings, 24, 32, dtype=torch.float32)
+    adapter, W = adapter.bfloat16().to(own_dtype), W.bfloat16()
+    x = torch.randn(128, 32, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(128, 24, dtype=torch.bfloat16)
+
+    def run(forward, x, W, dy):
+        y = forward(x, W)
+        return [y, *torch.autograd.grad(y, [x, *adapter.parameters()], dy)]
+
+    low = run(adapter, x, W, dy)
+    assert [t.dtype for t in low] == [torch.bfloat16] * 2 + [own_dtype] * (len(low) - 2)
+    adapter.bfloat16()
+    plain = run(lambda x, W: F.linear(x, FORMULAS[name](adapter, W)), x, W, dy)
+    adapter.double()
+    exact = run(adapter, x.double(), W.double(), dy.double())
+    for factor, got, other, want in zip([2] + [3] * 9, low, plain, exact, strict=False):
+        assert (got - want).norm() <= factor * (other - want).norm()
+
+
+@every_case
+def test_autocast_computes_in_its_dtype(name, settings):
+    adapter, W = make(name, settings, dtype=torch.float32)
+    x = torch.randn(2, 3, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = adapter(x, W)
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in [x, *adapter.parameters()])
+
+
+@every_case
+def test_works_on_the_meta_device(name, settings):
+    with torch.device("meta"):
+        adapter = METHODS[name](8, 12, **settings)
+        start(adapter, torch.empty(12, 8))
+        assert adapter(torch.empty(5, 8), torch.empty(12, 8)).shape == (5, 12)
+    assert all(tensor.is_meta for tensor in adapter.state_dict().values())
+
+
+@every_case
+def test_only_adapter_tensors_train(name, settings):
+    adapter, W = make(name, settings, dtype=torch.float32)
+    linear = nn.Linear(8, 12)
+    linear.weight = nn.Parameter(W)
+    layer = AdaptedLinear(linear, adapter)
+    layer(torch.randn(4, 8)).square().sum().backward()
+    assert layer.weight is linear.weight
+    assert layer.weight.grad is None
+    assert all(p.grad is not None and p.grad.any() for p in adapter.parameters())
+
+
+@every_case
+def test_files_stay_unambiguous(name, settings):
+    adapter, _ = make(name, settings)
+    assert not {"weight", "bias"} & adapter.state_dict().keys()
+    assert not any("." in key for key in adapter.state_dict())
+
+
+@every_case
+def test_recomputing_activations_changes_nothing(name, settings):
+    adapter, W = make(name, settings)
+    x = torch.randn(5, 8, dtype=W.dtype, requires_grad=True)
+    inputs = [x, *adapter.parameters()]
+    plain = torch.autograd.grad(adapter(x, W).square().sum(), inputs)
+    again = checkpoint(adapter, x, W, use_reentrant=False).square().sum()
+    torch.testing.assert_close(torch.autograd.grad(again, inputs), plain, rtol=0, atol=0)
+
+
+@every_case
+def test_weights_may_be_released_between_forward_and_backward(name, settings):
+    """As ZeRO-3 does: full tensors only while the module that holds them runs."""
+    adapter, W = make(name, settings)
+    linear = nn.Linear(8, 12, dtype=W.dtype)
+    linear.weight = nn.Parameter(W)
+    layer = AdaptedLinear(linear, adapter)
+    x = torch.randn(5, 8, dtype=W.dtype, requires_grad=True)
+    inputs = [x, *adapter.parameters()]
+    plain = torch.autograd.grad(layer(x).square().sum(), inputs)
+
+    full = {p: p.data for p in layer.parameters()}
+
+    def gather(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = full[parameter].clone()
+
+    def release(module, *_):
+        for parameter in module.parameters(recurse=False):
+            parameter.data = torch.empty(0, dtype=W.dtype)
+
+    for module in layer.modules():
+        module.register_forward_pre_hook(gather)
+        module.register_forward_hook(release)
+        module.register_full_backward_pre_hook(gather)
+        release(module)
+    loss = layer(x).square().sum()
+    assert layer.weight.numel() == 0
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs), plain)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_compiles_as_one_graph(name):
+    adapter, W = make(name, small(name))
+    layer = AdaptedLinear(nn.Linear(8, 12, dtype=W.dtype), adapter)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 3, 8, dtype=W.dtype, requires_grad=True)
+    inputs = [x, *adapter.parameters()]
+    y, expected = compiled(x), layer(x)
+    torch.testing.assert_close(y, expected)
+    gradients = torch.autograd.grad(y, inputs, torch.ones_like(y))
+    wanted = torch.autograd.grad(expected, inputs, torch.ones_like(y))
+    torch.testing.assert_close(gradients, wanted)

@@ -1,0 +1,155 @@
+"""scripts/prepare_data.py: its flags, its lines, its files, and json2binidx's spelling of them."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from finchtune.binidx import BinIdx
+from finchtune.tokenizer import load_tokenizer
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the script in this process: its exit status, standard output and standard error."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    path = tmp_path / "corpus.jsonl"
+    texts = ["First document.", "Second, longer document.\n\nEnd.", "Third: 三"]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_world_is_the_default_and_the_summary_says_what_was_written(run, corpus, tmp_path):
+    status, out, err = run("--input", corpus, "--output", tmp_path / "out", "--workers", 1)
+    assert status == 0
+    data = BinIdx(tmp_path / "out")
+    assert f"out: 3 documents, {data.n_tokens} tokens" in out
+    assert "100%" in err
+    world = load_tokenizer("world")
+    assert world.decode(data.doc(0)) == "First document."
+    assert [int(data.doc(i)[-1]) for i in range(3)] == [0, 0, 0]
+
+
+def test_fields_masks_and_splits(run, tmp_path):
+    rows = [{"instruction": f"i{i}", "input": "", "output": f"o{i}"} for i in range(50)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    fields = ("--sft_field", "instruction", "input", "output")
+    status, out, _ = run(
+        "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes",
+        *fields, "--val_fraction", 0.3, "--no_eod", "--workers", 2
+    )  # fmt: skip
+    assert status == 0
+    assert "of the tokens are trained on under --loss_mask qa" in out
+    sizes = [len(BinIdx(tmp_path / name)) for name in ("out", "out.mask", "out_val")]
+    assert sizes[0] == sizes[1] == 50 - sizes[2]
+    assert f"{sizes[2]} documents are in" in out
+    assert bytes(BinIdx(tmp_path / "out").doc(0).tolist()).decode().endswith("step by step.o0")
+
+
+def test_turns_of_plain_text_can_be_marked(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"body": "User: a\n\nAssistant: b"}))
+    run(
+        "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes",
+        "--field", "body", "--loss_mask", "qa", "--workers", 1
+    )  # fmt: skip
+    assert BinIdx(tmp_path / "out.mask").tokens.sum() == len(" b\0")
+
+
+def test_skipped_records_are_reported(run, corpus, tmp_path):
+    corpus.write_text(corpus.read_text() + "{}\n")
+    arguments = ("--input", corpus, "--output", tmp_path / "out", "--workers", 1)
+    status, _, err = run(*arguments)
+    assert status == 2
+    assert err.rstrip().splitlines()[-1].startswith(f"error: {corpus}:4: there is no field 'text'")
+    status, out, _ = run(*arguments, "--on_bad", "skip")
+    assert status == 0
+    assert f"skipped 1 bad records; the first: {corpus}:4" in out
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_json2binidx_command_lines_work_unchanged(run, corpus, tmp_path, end):
+    prefix = tmp_path / "sample"
+    status, _, _ = run(
+        "--input", corpus, "--output-prefix", prefix, "--vocab", vocabulary(),
+        "--dataset-impl", "mmap", "--tokenizer-type", "RWKVTokenizer", "--workers", 1,
+        *["--append-eod"] * end
+    )  # fmt: skip
+    assert status == 0
+    data = BinIdx(f"{prefix}_text_document")
+    assert data.dtype.str == "<i4"
+    assert (data.doc(2)[-1] == 0) == end
+    encode = load_tokenizer("world").encode
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert [data.doc(i).tolist() for i in range(3)] == [encode(t) + [0] * end for t in texts]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {corpus.name, "sample_text_document.bin", "sample_text_document.idx"}
+
+
+def vocabulary() -> Path:
+    import pyrwkv_tokenizer
+
+    return Path(pyrwkv_tokenizer.__file__).parent / "rwkv_vocab_v20230424.txt"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--output is needed"),
+        (["--output", "x", "--append-eod"], "--append-eod goes with --output-prefix, not --output"),
+        (["--output", "x", "--vocab", "v"], "--vocab goes with --output-prefix, not --output"),
+        (["--output", "x", "--val_fraction", "1"], "--val_fraction 1.0 must be at least 0"),
+        (["--output", "x", "--workers", "0"], "--workers 0 must be at least 1"),
+        (["--output", "x", "--sft_field", "a"], "--sft_field takes two names"),
+        (["--output", "x", "--tokenizer", "none.json"], "--tokenizer none.json: no such file"),
+        (["--output-prefix", "x"], "--tokenizer-type is needed: RWKVTokenizer or HFTokenizer"),
+        (["--output-prefix", "x", "--no_eod"], "--no_eod goes with --output, not --output-prefix"),
+        (
+            ["--output-prefix", "x", "--tokenizer-type", "HFTokenizer"],
+            "--tokenizer-type HFTokenizer needs --vocab",
+        ),
+    ],
+)
+def test_flags_that_do_not_fit_stop_with_one_line(run, corpus, arguments, message):
+    status, _, err = run("--input", corpus, *arguments)
+    assert status == 2
+    assert err.startswith("error: ")
+    assert message in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_terminated_run_leaves_nothing(tmp_path):
+    """The real command, told to stop while it works."""
+    lines = (json.dumps({"text": f"{i} " * 300}) + "\n" for i in range(30_000))
+    (tmp_path / "a.jsonl").write_text("".join(lines))
+    arguments = ["--input", tmp_path / "a.jsonl", "--output", tmp_path / "out"]
+    process = subprocess.Popen(
+        list(map(str, [sys.executable, SCRIPT, *arguments])), stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(os.listdir(tmp_path)) == 1 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert os.listdir(tmp_path) == ["a.jsonl"]

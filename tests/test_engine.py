@@ -1,0 +1,129 @@
+"""DeepSpeed's step against a plain torch loop, and its whole state out and in, in one process."""
+
+import pytest
+import torch
+from support import small_model
+
+from finchtune import distributed
+from finchtune.adapters import attach
+from finchtune.config import TrainConfig
+from finchtune.engine import Engine
+
+CPU = torch.device("cpu")
+METHODS = {
+    "bone": {"r": 8},
+    "bat": {"r": 8, "mode": "row"},
+    "lora": {"r": 4},
+    "pissa": {"r": 4},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    distributed.init_process_group(CPU)
+    yield
+    distributed.shutdown()
+
+
+def settings(**changes) -> TrainConfig:
+    return TrainConfig(load_model="m", data_file="d", micro_bsz=2, lr_init=1e-2, **changes)
+
+
+def batches(n_steps, accumulate=1):
+    generator = torch.Generator().manual_seed(0)
+    steps = []
+    for _ in range(n_steps):
+        micro = []
+        for length in range(10, 10 + accumulate):
+            tokens, labels = torch.randint(0, 256, (2, 2, length), generator=generator)
+            labels[0, : length // 2] = -100
+            micro.append((tokens, labels))
+        steps.append(micro)
+    return steps
+
+
+def run(engine, steps, lr=1e-2):
+    return [engine.step(micro, lr) for micro in steps]
+
+
+def plain_torch_losses(model, steps, clip, lr=1e-2):
+    """What the engine should do, said plainly."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
+    losses, norms = [], []
+    for micro in steps:
+        valid = sum((labels != -100).sum() for _, labels in micro)
+        loss = sum(model.loss(*batch) for batch in micro) / valid
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(trainable, clip).item())
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, norms
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("peft", ["none", "bone"])
+def test_equals_a_plain_loop(stage, peft):
+    def model():
+        made = small_model()
+        return made if peft == "none" else attach(made, "bone", r=8)
+
+    steps = batches(1, accumulate=3) * 5
+    config = settings(strategy=f"deepspeed_stage_{stage}", accumulate_grad_batches=3, grad_clip=0.5)
+    engine = Engine(model(), config, CPU)
+    results = run(engine, steps)
+    losses, norms = plain_torch_losses(model(), steps, clip=0.5)
+    assert [r.loss for r in results] == pytest.approx(losses, rel=1e-5)
+    assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-3)
+    assert losses[-1] < losses[0]
+    engine.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_method_learns_and_leaves_the_base_alone(method, dtype):
+    base = small_model().to(dtype)
+    before = {name: t.clone() for name, t in base.state_dict().items()}
+    engine = Engine(attach(base, method, **METHODS[method]), settings(), CPU)
+    (micro,) = batches(1)
+    results = run(engine, [micro] * 15)
+    assert results[-1].loss < 0.8 * results[0].loss
+    after = base.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_state_goes_out_and_in_exactly(stage, dtype):
+    config = settings(strategy=f"deepspeed_stage_{stage}")
+    steps = batches(6)
+
+    def start(trained=None):
+        model = attach(small_model().to(dtype), "bone", r=8)
+        for name, tensor in (trained or {}).items():
+            model.state_dict()[name].copy_(tensor)
+        return Engine(model, config, CPU)
+
+    whole = start()
+    run(whole, steps[:3])
+    state = whole.state()
+    losses = [r.loss for r in run(whole, steps[3:])]
+    again = start(state["trained"])
+    again.load_state(state)
+    assert [r.loss for r in run(again, steps[3:])] == losses
+    for (name, a), (_, b) in zip(whole.trained_tensors(), again.trained_tensors(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.state()["adam_step"] == 6
+    whole.close()
+    again.close()
+
+
+def test_a_fully_masked_step_is_zero_and_harmless():
+    engine = Engine(attach(small_model(), "bone", r=8), settings(), CPU)
+    tokens = torch.zeros(2, 8, dtype=torch.long)
+    result = engine.step([(tokens, torch.full_like(tokens, -100))], 1e-2)
+    assert result.loss == 0
+    assert result.grad_norm == 0
+    engine.close()

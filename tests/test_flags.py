@@ -1,0 +1,112 @@
+"""The command line: what is understood, what is refused, and with which words."""
+
+import pytest
+
+from finchtune.errors import UserError
+from finchtune.flags import parse_train_flags
+
+BASE = ["--load_model", "m.pth", "--data_file", "d"]
+
+
+def parse(*words):
+    return parse_train_flags([*BASE, *words])
+
+
+def test_plain_flags_arrive_with_their_types():
+    config = parse(
+        *"--peft bone --bone_r 8 --lr_init 2e-4 --grad_cp 0 --train_parts time ln".split()
+    )
+    assert (config.peft, config.bone_r, config.lr_init) == ("bone", 8, 2e-4)
+    assert config.grad_cp is False
+    assert config.train_parts == ["time", "ln"]
+    assert config.adapter_hyperparameters == {"r": 8}
+
+
+def test_a_script_of_the_incumbent_runs_unchanged():
+    config = parse(
+        *"--proj_dir out --vocab_size 65536 --n_layer 32 --n_embd 2560 --data_type binidx".split(),
+        *"--dataload pad --loss_mask pad --ctx_len 512 --micro_bsz 4 --epoch_steps 100".split(),
+        *"--epoch_count 2 --epoch_save 1 --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0".split(),
+        *"--beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices 4".split(),
+        *"--precision bf16 --strategy deepspeed_stage_1 --my_testing x060 --grad_cp 1".split(),
+        *"--dim_att 2560 --dim_ffn 8960 --head_size_a 64 --epoch_begin 0".split(),
+        *["--train_parts", "[]", "--peft", "bone"],
+        *["--bone_config", '{"bone_mode": "bat", "bone_load": "", "bone_r": 64}'],
+    )
+    assert (config.peft, config.bat_r, config.bat_mode) == ("bat", 64, "row")
+    assert config.train_parts == []
+    assert config.stage == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--peft", "disha", "--disha_config", '{"mode": "bone", "load": "", "r": 32}'],
+         {"peft": "bone", "bone_r": 32}),
+        (["--disha_config", '{"mode": "bat", "r": 16}'], {"peft": "bat", "bat_r": 16}),
+        (["--peft", "lora", "--lora_config",
+          '{"lora_load": "x.pth", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1}'],
+         {"peft": "lora", "lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1,
+          "peft_load": "x.pth"}),
+        (["--peft", "pissa", "--pissa_config",
+          '{"pissa_load": "a.pth", "pissa_init": "i.pth", "pissa_r": 8, "svd_niter": 2}'],
+         {"peft": "pissa", "pissa_r": 8, "svd_niter": 2, "pissa_init": "i.pth"}),
+        (["--train_parts", '["time", "ln"]', "--peft", "bone"], {"train_parts": ["time", "ln"]}),
+    ],
+)  # fmt: skip
+def test_json_spellings(words, expected):
+    config = parse(*words)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pfet", "bone"], "unknown flag --pfet; did you mean --peft?"),
+        (["--frobnicate", "1"], "unknown flag --frobnicate"),
+        (["stray"], "stray argument 'stray'"),
+        (["--peft", "bome"], "--peft bome: choose one of .* did you mean bone?"),
+        (["--bone_r", "eight"], "--bone_r takes a whole number, not 'eight'"),
+        (["--lr_init", "big"], "--lr_init takes a number"),
+        (["--lr_init", "nan"], "--lr_init must be a finite number"),
+        (["--lr_init", "-1"], "--lr_init must be zero or more"),
+        (["--micro_bsz", "0"], "--micro_bsz must be at least 1"),
+        (["--beta2", "1"], "--beta2 must be below 1"),
+        (["--grad_cp", "yes"], "--grad_cp takes 0 or 1"),
+        (["--bone_r", "8"], "--bone_r goes with --peft bone, not --peft none"),
+        (["--peft", "bone", "--lora_r", "8"], "--lora_r goes with --peft lora"),
+        (["--peft", "disha"], "--peft disha needs --disha_config"),
+        (["--bone_config", "{"], "--bone_config is not JSON"),
+        (["--bone_config", "[1]"], "--bone_config takes an object"),
+        (["--bone_config", '{"bone_rank": 8}'], "unknown key 'bone_rank'; did you mean 'bone_r'"),
+        (["--bone_config", '{"bone_mode": "bet"}'], "mode is bone or bat, not 'bet'"),
+        (["--peft", "lora", "--bone_config", "{}"], "--bone_config goes with --peft bone"),
+        (["--peft", "bone", "--bone_r", "8", "--bone_config", '{"bone_r": 8}'], "given twice"),
+        (["--my_testing", "x070"], "--my_testing x070: choose one of x060"),
+        (["--strategy", "deepspeed_stage_4"], "did you mean deepspeed_stage"),
+        (["--sft_field", "a", "b"], "--sft_field goes with --data_type jsonl"),
+        (["--peft", "bone", "--weight_decay", "0.1"], "--weight_decay 0.1 would act on nothing"),
+        (["--train_parts", "ln"], "--train_parts and --peft_load need --peft"),
+        (["--lr_schedule", "exp", "--lr_final", "0"], "exp cannot reach --lr_final 0"),
+        (["--lr_schedule", "constant", "--lr_final", "0"], "constant has no use for --lr_final"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(*words)
+
+
+@pytest.mark.parametrize(
+    "flag",
+    "sft_split data_shuffle train_type chunk_ctx quant fla op merge".split(),
+)
+def test_flags_that_cannot_be_honoured_are_refused_with_a_remedy(flag):
+    with pytest.raises(UserError, match=f"--{flag} cannot be honoured: .*"):
+        parse(f"--{flag}", "1")
+
+
+def test_model_and_data_are_required():
+    with pytest.raises(UserError, match="--load_model is missing"):
+        parse_train_flags(["--data_file", "d"])
+    with pytest.raises(UserError, match="--data_file is missing"):
+        parse_train_flags(["--load_model", "m"])

@@ -1,0 +1,76 @@
+"""Learning-rate schedules against plain statements of them; parameter groups."""
+
+import itertools
+import math
+
+import pytest
+from support import small_model
+
+from finchtune.adapters import attach
+from finchtune.optim import learning_rate, parameter_groups
+
+
+def rates(schedule, total=101, warmup=0, lr_init=1e-3, lr_final=1e-4):
+    return [
+        learning_rate(step, total, lr_init, lr_final, schedule, warmup) for step in range(total)
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["cos", "exp", "linear", "wsd"])
+def test_schedules_run_from_first_to_last_rate(schedule):
+    found = rates(schedule)
+    assert found[0] == pytest.approx(1e-3)
+    assert found[-1] == pytest.approx(1e-4)
+    assert all(a >= b for a, b in itertools.pairwise(found))
+
+
+def test_schedules_in_the_middle():
+    assert rates("linear")[50] == pytest.approx((1e-3 + 1e-4) / 2)
+    assert rates("cos")[50] == pytest.approx((1e-3 + 1e-4) / 2)
+    assert rates("cos")[25] == pytest.approx(1e-4 + 0.9e-3 * (1 + math.cos(math.pi / 4)) / 2)
+    assert rates("exp")[50] == pytest.approx(math.sqrt(1e-3 * 1e-4))
+    assert rates("constant") == [1e-3] * 101
+
+
+def test_wsd_is_stable_and_then_decays_in_its_last_fifth():
+    found = rates("wsd")
+    assert found[:81] == pytest.approx([1e-3] * 81)
+    assert found[90] == pytest.approx((1e-3 + 1e-4) / 2)
+
+
+def test_warmup_multiplies_and_hands_over():
+    found = rates("cos", warmup=10)
+    expected = [1e-3 * (0.01 + 0.99 * step / 10) for step in range(10)]
+    assert found[:10] == pytest.approx(expected)
+    assert found[10] == pytest.approx(1e-3)
+    assert found[-1] == pytest.approx(1e-4)
+
+
+def test_a_run_of_one_step_uses_the_first_rate():
+    assert rates("cos", total=1) == [1e-3]
+
+
+def group_names(model, **settings):
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model.named_parameters(), **settings)
+    return {(g["lr_scale"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
+
+
+def test_full_tuning_decays_matrices_but_not_vectors_and_embedding():
+    groups = group_names(small_model(), weight_decay=0.1, layerwise_lr=True)
+    decayed = groups[(1.0, 0.1)]
+    assert "head.weight" in decayed
+    assert "blocks.0.att.key.weight" in decayed
+    plain = groups[(1.0, 0.0)]
+    for name in ("emb.weight", "ln_out.weight", "blocks.0.att.time_maa_x", "blocks.1.ln1.bias"):
+        assert name in plain
+    assert groups[(2.0, 0.0)] == {f"blocks.{layer}.att.time_decay" for layer in (0, 1)}
+
+
+def test_adapters_are_decayed_only_when_asked():
+    model = attach(small_model(), "bone", r=8)
+    assert set(group_names(model, weight_decay=0.1)) == {(1.0, 0.0)}
+    assert set(group_names(model, weight_decay=0.1, decay_adapters=True)) == {(1.0, 0.1)}
+    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    groups = parameter_groups(model.named_parameters())
+    assert sum(p.numel() for g in groups for p in g["params"]) == count

@@ -1,0 +1,149 @@
+"""The World tokenizer against the Python trie it was published with; streaming against decode."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rwkv
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
+
+from finchtune.errors import UserError
+from finchtune.tokenizer import BytesTokenizer, Decoder, load_tokenizer
+
+TEXT = "Finch 芬奇 🐦\n\n\tdef f(x):\n        return x ** 2  # naïve  \r\n"
+VOCABULARY = Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt"
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return load_tokenizer("world")
+
+
+@pytest.fixture(scope="module")
+def trie():
+    return TRIE_TOKENIZER(str(VOCABULARY))
+
+
+@pytest.fixture(scope="module")
+def byte_level_bpe(tmp_path_factory) -> str:
+    """A tokenizer.json like the Pile's: byte-level BPE, <|endoftext|> first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([TEXT * 5], trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path)
+
+
+@given(text=any_text)
+@settings(max_examples=200)
+def test_world_encodes_like_the_published_trie(world, trie, text):
+    assert world.encode(text) == trie.encode(text)
+
+
+def test_world_tokens_have_the_published_bytes(world, trie):
+    for id, token in trie.idx2token.items():
+        assert world.id_bytes(id) == token
+    assert [world.id_bytes(id) for id in (0, 65530, 65535)] == [b"", b"", b""]
+
+
+def test_a_world_vocabulary_file_is_read_as_such(world):
+    assert load_tokenizer(str(VOCABULARY)).encode(TEXT) == world.encode(TEXT)
+
+
+@pytest.mark.parametrize("spec", ["world", "bytes", "bpe"])
+def test_decode_undoes_encode(spec, byte_level_bpe):
+    tokenizer = load_tokenizer(byte_level_bpe if spec == "bpe" else spec)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert tokenizer.encode("") == []
+
+
+@pytest.mark.parametrize("spec", ["world", "bytes", "bpe"])
+def test_streamed_text_is_complete_characters_and_adds_up(spec, byte_level_bpe):
+    tokenizer = load_tokenizer(byte_level_bpe if spec == "bpe" else spec)
+    ids = tokenizer.encode(TEXT)[:-1] + tokenizer.encode("🐦")[:-1]
+    decoder = Decoder(tokenizer)
+    parts = [decoder.feed(id) for id in ids]
+    assert "\ufffd" not in "".join(parts)
+    assert "".join(parts) + decoder.finish() == tokenizer.decode(ids)
+    assert tokenizer.decode(ids).endswith("\ufffd")
+
+
+@given(ids=st.lists(st.integers(0, 65535), max_size=20))
+@settings(max_examples=100)
+def test_any_world_ids_stream_to_what_they_decode_to(world, ids):
+    decoder = Decoder(world)
+    assert "".join(map(decoder.feed, ids)) + decoder.finish() == world.decode(ids)
+
+
+@pytest.mark.parametrize(("vocab_size", "name"), [(65536, "world"), (256, "bytes")])
+def test_the_vocabulary_size_names_the_tokenizer(vocab_size, name):
+    assert load_tokenizer(None, vocab_size).name == name
+
+
+@pytest.mark.parametrize(
+    ("spec", "vocab_size", "message"),
+    [
+        (None, 50277, "no tokenizer is known for a vocabulary of 50277; pass --tokenizer"),
+        (None, None, "no tokenizer is known"),
+        ("world", 50277, "--tokenizer world has 65536 tokens, but the model only 50277"),
+        ("no_such.json", None, "--tokenizer no_such.json: no such file"),
+    ],
+)
+def test_tokenizers_that_do_not_fit_are_refused(spec, vocab_size, message):
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(spec, vocab_size)
+
+
+def test_files_that_are_no_vocabulary_are_refused(tmp_path):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    with pytest.raises(UserError, match=r"broken\.json: not a tokenizer\.json"):
+        load_tokenizer(str(broken))
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("1 'a' 7\n")
+    with pytest.raises(UserError, match=r"vocab\.txt: not a World vocabulary: token 1 has 1"):
+        load_tokenizer(str(vocabulary))
+
+
+def test_a_tokenizer_whose_token_0_is_text_is_refused(byte_level_bpe, tmp_path):
+    content = json.loads(Path(byte_level_bpe).read_text())
+    content["added_tokens"] = []
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="token 0 must be a special token"):
+        load_tokenizer(str(path))
+
+
+@pytest.mark.parametrize("spec", ["world", "bytes", "bpe"])
+def test_lone_surrogates_are_refused_with_their_place(spec, byte_level_bpe):
+    tokenizer = load_tokenizer(byte_level_bpe if spec == "bpe" else spec)
+    with pytest.raises(UserError, match="lone surrogate at character 2"):
+        tokenizer.encode("ab\ud800c")
+
+
+@pytest.mark.parametrize("id", [-1, 256])
+def test_ids_outside_the_vocabulary_are_refused(id):
+    with pytest.raises(UserError, match=f"token id {id} is outside the bytes vocabulary of 256"):
+        BytesTokenizer().decode([65, id])
+
+
+def test_importing_the_module_loads_no_tokenizer_library():
+    code = "import sys, finchtune.tokenizer; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert not {"pyrwkv_tokenizer", "tokenizers", "torch"} & set(loaded.stdout.split())

@@ -1,0 +1,110 @@
+// The part of the CUDA runtime and of CUDA C++ that the kernels and their launchers use, on the CPU.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+#define EMULATION_TEXT(x) #x
+#define EMULATION_PLACE(file, line) file ":" EMULATION_TEXT(line)
+#define __syncthreads()                                             \
+  do {                                                              \
+    static const char* const place = EMULATION_PLACE(__FILE__, __LINE__); \
+    emulation::barrier(place);                                      \
+  } while (false)
+#define __syncwarp() ((void)emulation::collect({__LINE__}))
+
+namespace emulation {
+
+enum Kind { SHUFFLE = 100000, LOAD_MATRICES, LOAD_MATRICES_TRANSPOSED, TRANSPOSE_MATRIX, MMA };
+
+}  // namespace emulation
+
+inline float __shfl_xor_sync(unsigned, float value, int mask) {
+  emulation::Contribution mine{emulation::SHUFFLE + 1000 * mask};
+  std::memcpy(mine.words, &value, sizeof value);
+  const emulation::Contribution* const lanes = emulation::collect(mine);
+  std::memcpy(&value, lanes[emulation::lane() ^ mask].words, sizeof value);
+  return value;
+}
+
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+// What a block may take on the smallest of the GPUs that the kernels are for (compute capability 8.6).
+constexpr size_t SHARED_MEMORY_LIMIT = 99 * 1024;
+
+namespace wkv6 {
+// The kernels' `extern __shared__` array. A block sees NaN in what it has not written.
+alignas(128) inline unsigned char dynamic_shared[SHARED_MEMORY_LIMIT + 4096];
+}  // namespace wkv6
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
+  return static_cast<size_t>(bytes) <= SHARED_MEMORY_LIMIT ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <typename Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
+  using namespace emulation;
+  last_error.clear();
+  blockDim = config->blockDim;
+  kernel_body = [=] { kernel(args); };
+  try {
+    for (unsigned x = 0; x < config->gridDim.x; x++) {
+      blockIdx.x = x;
+      std::fill(std::begin(wkv6::dynamic_shared), std::end(wkv6::dynamic_shared), 0xff);
+      run_block();
+      if (std::any_of(wkv6::dynamic_shared + config->dynamicSmemBytes, std::end(wkv6::dynamic_shared),
+                      [](unsigned char byte) { return byte != 0xff; })) {
+        last_error = "a write behind the end of shared memory";
+        return cudaErrorLaunchFailure;
+      }
+    }
+  } catch (const std::runtime_error&) {
+    return cudaErrorLaunchFailure;
+  }
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = emulation::multiprocessors;
+  return cudaSuccess;
+}
+
+inline const char* cudaGetErrorString(cudaError_t error) {
+  if (error == cudaSuccess) return "no error";
+  return error == cudaErrorInvalidValue ? "invalid argument" : emulation::last_error.c_str();
+}

@@ -1,0 +1,12 @@
+// The launchers of wkv6.h as a plain shared library: wkv6.cu itself, compiled by a C++ compiler.
+#include <cuda_runtime.h>
+
+#include "wkv6.cu"
+
+// schedule: an emulation::Order; eager_copies: when cp.async copies; multiprocessors: of the GPU that the
+// launchers see.
+extern "C" void emulation_configure(int schedule, int eager_copies, int multiprocessors) {
+  emulation::order = static_cast<emulation::Order>(schedule);
+  emulation::eager_copies = eager_copies != 0;
+  emulation::multiprocessors = multiprocessors;
+}

@@ -1,0 +1,128 @@
+"""Fine-tune an RWKV-6: base weights and text in, adapter (or model) weights out.
+
+    python train.py --load_model base.pth --data_file corpus --peft bone --bone_r 64
+
+`--help` lists every flag. Runs on one process, on several with `--devices N`, or under torchrun
+or deepspeed. What a step does, in order: draw its rows, forward, backward, update, log, save.
+"""
+
+import math
+import time
+
+import torch
+
+from finchtune import distributed
+from finchtune.data import load_data
+from finchtune.engine import Engine, choose_precision
+from finchtune.errors import UserError, run_cli
+from finchtune.flags import parse_train_flags
+from finchtune.metrics import peak_memory_mb
+from finchtune.optim import learning_rate
+from finchtune.report import plot_loss
+from finchtune.run import Run, build_model, choose_checkpoint, restore_tensors
+from finchtune.tokenizer import load_tokenizer
+
+
+def main() -> None:
+    config = parse_train_flags()
+    distributed.ensure_launched(config.devices, config.num_nodes)
+    device = distributed.pick_device(config.accelerator)
+    distributed.init_process_group(device)
+    checkpoint = choose_checkpoint(config)
+
+    # The model, and what of it is trained.
+    dtype = choose_precision(config, device)
+    torch.manual_seed(config.random_seed)
+    model = build_model(config, dtype, device)
+    state, manifest = restore_tensors(model, checkpoint) if checkpoint else ({}, {})
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total_parameters = sum(p.numel() for p in model.parameters())
+    distributed.say(
+        f"model: {total_parameters / 1e6:,.2f} M parameters in {dtype}, "
+        f"{trained / 1e6:,.2f} M trained ({config.peft})"
+    )
+
+    # The data, and how many steps it makes.
+    data = load_data(
+        config.data_file,
+        data_type="sft" if config.sft_field else config.data_type,
+        dataload=config.dataload,
+        ctx_len=config.ctx_len,
+        loss_mask=config.loss_mask,
+        sft_field=config.sft_field,
+        tokenizer=load_tokenizer(config.tokenizer, model.config.vocab_size),
+        vocab_size=model.config.vocab_size,
+        seed=config.random_seed,
+    )
+    engine = Engine(model, config, device)
+    run = Run(config, engine, data.describe())
+    epoch_steps = config.epoch_steps or math.ceil(data.n_rows / run.global_batch)
+    total = epoch_steps * config.epoch_count
+    distributed.say(
+        f"data: {data.n_rows:,} rows, {data.n_tokens:,} tokens; "
+        f"{total:,} steps of {run.global_batch} rows"
+    )
+
+    start = 0
+    if checkpoint:
+        run.check_resumable(manifest)
+        engine.load_state(state)
+        start = manifest["step"]
+        distributed.say(f"resumed from {checkpoint} at step {start}")
+
+    lr_final = config.lr_init if config.lr_final is None else config.lr_final
+    metrics = run.open_metrics(total, start)
+    for step in range(start, total):
+        began = time.perf_counter()
+        # Rows and dropout are functions of seed, step and rank: resuming needs no more than `step`.
+        torch.manual_seed(hash((config.random_seed, step, distributed.rank())))
+        rows = data.rows(
+            step,
+            distributed.rank(),
+            distributed.world_size(),
+            config.micro_bsz,
+            config.accumulate_grad_batches,
+        )
+        epoch = step // epoch_steps
+        lr = learning_rate(
+            step, total, config.lr_init, lr_final, config.lr_schedule, config.warmup_steps
+        )
+        result = engine.step([(batch.tokens, batch.labels) for batch in rows], lr)
+        if not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss is {result.loss} at step {step + 1}; nothing was saved after the last "
+                "checkpoint; try a lower --lr_init, some --warmup_steps, or --precision fp32"
+            )
+
+        seconds = time.perf_counter() - began
+        if metrics:
+            metrics.log(
+                {
+                    "step": step + 1,
+                    "epoch": epoch,
+                    "loss": result.loss,
+                    "lr": lr,
+                    "grad_norm": result.grad_norm,
+                    "tokens": result.tokens,
+                    "tokens_per_s": result.tokens / seconds,
+                    "memory_mb": peak_memory_mb(),
+                    "seconds": seconds,
+                }
+            )
+
+        last = step + 1 == total
+        if (step + 1) % epoch_steps == 0 and ((epoch + 1) % config.epoch_save == 0 or last):
+            path = run.save_epoch(epoch, step + 1)
+            distributed.say(f"saved {path}")
+        if config.save_every and ((step + 1) % config.save_every == 0 or last):
+            run.save_checkpoint(step + 1)
+
+    if metrics:
+        metrics.close()
+        picture = plot_loss(metrics.path, run.folder / "loss.png")
+        print(f"loss picture: {picture}", flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    run_cli(main)
