@@ -306,7 +306,7 @@ __device__ __forceinline__ void store_backward_chunk(BackwardShared& shared, con
   store_chunk(args.dv, shared.v, args.problem, work, t0);
 }
 
-__global__ void __launch_bounds__(THREADS, 2) backward_kernel(BackwardArgs args) {
+__global__ void __launch_bounds__(THREADS, 3) backward_kernel(BackwardArgs args) {
   const Wkv6Problem& problem = args.problem;
   const Work work(problem, args.segments, blockIdx.x);
   BackwardShared& shared = shared_memory<BackwardShared>();

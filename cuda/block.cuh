@@ -172,7 +172,7 @@ __device__ __forceinline__ Operand prepare_block(Tile& r_tile, Tile& k_tile, Til
                                                  int valid, const Lane& lane) {
   Accumulator level4, level8;
   LeafScores leaf;
-#pragma unroll
+#pragma unroll 1  // unrolled, it needs more registers than three thread blocks leave each other
   for (int n = 0; n < HEAD_SIZE; n += 16) {
     const Leaf r = as_leaf(r_tile.load_transposed(row, n, lane));
     const Leaf k = as_leaf(k_tile.load_transposed(row, n, lane));

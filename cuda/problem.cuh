@@ -18,21 +18,23 @@ struct Segments {
   int64_t length;        // tokens of a segment, a multiple of CHUNK
   int64_t per_sequence;  // segments of the longest possible sequence; 1: not cut
 };
+constexpr Segments UNCUT = {INT64_MAX, 1};
 
 // The part of the problem that one thread block works on: one head of one segment of one sequence.
 // Positions count along the flattened (B, T) axis.
 struct Work {
-  int64_t sequence, segment, head;
+  int sequence, segment, head;
   int64_t slot;            // index of (sequence, segment, head)
   int64_t sequence_begin;  // first token of the sequence
   int64_t begin;           // first token of the segment
   int64_t length;          // tokens in the segment; 0 where the sequence ends before it
   bool first, last;        // of the segments that the sequence really has
 
-  __device__ Work(const Wkv6Problem& problem, const Segments& segments, int64_t block)
-      : head(block % problem.H), slot(block) {
-    segment = block / problem.H % segments.per_sequence;
-    sequence = block / problem.H / segments.per_sequence;
+  __device__ Work(const Wkv6Problem& problem, Segments segments, int64_t block)
+      : slot(block) {
+    head = static_cast<int>(block % problem.H);
+    segment = static_cast<int>(block / problem.H % segments.per_sequence);
+    sequence = static_cast<int>(block / problem.H / segments.per_sequence);
     sequence_begin = sequence * problem.T;
     int64_t sequence_length = problem.T;
     if (problem.cu_seqlens != nullptr) {

@@ -83,9 +83,9 @@ struct ScanForwardArgs {
 constexpr int SCAN_FORWARD_ROWS = 3;  // r, k, decay
 
 template <typename T>
-__global__ void __launch_bounds__(128) scan_forward_kernel(ScanForwardArgs<T> args) {
+__global__ void __launch_bounds__(128, 1) scan_forward_kernel(ScanForwardArgs<T> args) {
   const Wkv6Problem& problem = args.problem;
-  const Work work(problem, {INT64_MAX, 1}, blockIdx.x);
+  const Work work(problem, UNCUT, blockIdx.x);
   const int n = static_cast<int>(problem.N), channel = threadIdx.x;
   const bool active = channel < n;  // threads come in whole warps
   const int64_t state_offset = work.state_index(problem) * n * n;
@@ -301,9 +301,9 @@ __device__ float backward_step(const ScanBackwardArgs<T>& args, const Work& work
 }
 
 template <typename T>
-__global__ void __launch_bounds__(128) scan_backward_kernel(ScanBackwardArgs<T> args) {
+__global__ void __launch_bounds__(128, 1) scan_backward_kernel(ScanBackwardArgs<T> args) {
   const Wkv6Problem& problem = args.problem;
-  const Work work(problem, {INT64_MAX, 1}, blockIdx.x);
+  const Work work(problem, UNCUT, blockIdx.x);
   const int n = static_cast<int>(problem.N), channel = threadIdx.x;
   const bool active = channel < n;  // threads come in whole warps
   const int64_t state_offset = work.state_index(problem) * n * n;

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(THREADS) join_kernel(SegmentArgs args) {
   const int64_t element = blockIdx.x % BLOCKS_PER_STATE * THREADS + threadIdx.x;
   const int64_t first_slot = head / problem.H * args.segments.per_sequence * problem.H + head % problem.H;
 
-  const Work sequence(problem, {INT64_MAX, 1}, head);
+  const Work sequence(problem, UNCUT, head);
   const int64_t used = (sequence.length + args.segments.length - 1) / args.segments.length;
   const int64_t count = used > 1 ? used : 1;
   float state = args.boundary == nullptr

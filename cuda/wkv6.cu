@@ -18,6 +18,12 @@ bool valid(const Wkv6Problem& p) {
          (p.cu_seqlens == nullptr ? p.n_seq == p.B : p.B == 1 && p.n_seq >= 1);
 }
 
+// Several values at a time are moved, so that every tensor must begin at a multiple of 16 bytes.
+template <typename... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
 bool uses_tensor_cores(const Wkv6Problem& p) {
   return p.dtype == WKV6_BF16 && p.N == HEAD_SIZE && p.T >= SHORTEST_FOR_TENSOR_CORES;
 }
@@ -35,7 +41,7 @@ int64_t multiprocessors() {
 
 Segments choose_segments(const Wkv6Problem& p) {
   const int64_t processors = multiprocessors();
-  if (p.n_seq * p.H >= 2 * processors) return {INT64_MAX, 1};
+  if (p.n_seq * p.H >= 2 * processors) return UNCUT;
   const int64_t wanted = ceil_div(p.B * p.T * p.H, BLOCKS_PER_MULTIPROCESSOR * processors);
   const int64_t length = ceil_div(wanted > SHORTEST_SEGMENT ? wanted : SHORTEST_SEGMENT, CHUNK) * CHUNK;
   return {length, ceil_div(p.T, length)};
@@ -209,6 +215,7 @@ int wkv6_forward(const Wkv6Problem* p, const void* r, const void* k, const void*
                  const float* u, const float* state_in, void* y, float* state_out,
                  void* checkpoints, void* scratch, void* stream) {
   if (!valid(*p)) return cudaErrorInvalidValue;
+  if (!aligned(r, k, v, w, y, checkpoints)) return cudaErrorMisalignedAddress;
   if (uses_tensor_cores(*p)) {
     return tensor_core_forward({*p, {}, in<bf16>(r), in<bf16>(k), in<bf16>(v), in<bf16>(w), u,
                                 state_in, out<bf16>(y), state_out, out<uint4>(checkpoints)},
@@ -227,6 +234,7 @@ int wkv6_backward(const Wkv6Problem* p, const void* r, const void* k, const void
                   void* dr, void* dk, void* dv, void* dw, float* du, float* dstate_in,
                   void* scratch, void* stream) {
   if (!valid(*p)) return cudaErrorInvalidValue;
+  if (!aligned(r, k, v, w, dy, checkpoints, dr, dk, dv, dw)) return cudaErrorMisalignedAddress;
   if (uses_tensor_cores(*p)) {
     return tensor_core_backward(
         {*p, {}, in<bf16>(r), in<bf16>(k), in<bf16>(v), in<bf16>(w), in<bf16>(dy), u, dstate_out,

@@ -7,8 +7,8 @@
  *   r, k, v, w, y and their gradients   (B, T, H, N)    Wkv6Problem.dtype
  *   u, du                               (H, N)          fp32
  *   states and their gradients          (sequences, H, N key, N value)   fp32
- * Every tensor of a 16-bit dtype must start at a multiple of 16 bytes, every scratch buffer at a
- * multiple of 128 (torch's allocator gives 512).
+ * The (B, T, H, N) tensors and the checkpoints must start at a multiple of 16 bytes, the rest at
+ * a multiple of 4.
  *
  * Each launcher enqueues its kernels on `stream` (a cudaStream_t) of the current device and returns
  * a cudaError_t as int: 0, or why the launch failed. It never synchronises.

@@ -54,8 +54,16 @@ FILES = {
         b'{"text": "a", "n": ' + b"7" * 5000 + b"}",
         "a.jsonl:1: a number has more digits than Python reads",
     ),
-    "nested lists": ("a.jsonl", b'{"text": ' + b"[" * 100_000, "a.jsonl:1: nested too deeply"),
-    "nested objects": ("a.jsonl", b'{"text": ' * 100_000, "a.jsonl:1: nested too deeply"),
+    "nested lists": (
+        "a.jsonl",
+        b'{"text": ' + b"[" * 100_000,
+        "a.jsonl:1: nested more than 200 levels deep",
+    ),
+    "nested objects": (
+        "a.jsonl",
+        b'{"text": ' * 100_000,
+        "a.jsonl:1: nested more than 200 levels deep",
+    ),
     "lone surrogate": (
         "a.jsonl",
         b'{"text": "ab\\ud83d"}',
@@ -133,6 +141,15 @@ def test_a_bad_line_can_be_skipped(tmp_path, name):
     recipe = Recipe(Layout(), "bytes", "<u2", on_bad="skip")
     totals = prepare([str(tmp_path / file)], str(tmp_path / "out"), recipe)
     assert (totals.documents, totals.skipped) == (1, 1)
+
+
+def test_brackets_in_a_text_are_no_nesting(tmp_path):
+    text = '"[' * 500 + "\\" + "{" * 500
+    inner = b"[" * 150 + b"]" * 150
+    (tmp_path / "a.jsonl").write_bytes(
+        json.dumps({"text": text}).encode()[:-1] + b', "x": ' + inner + b"}"
+    )
+    assert load(tmp_path / "a.jsonl").n_tokens == len(text) + 1
 
 
 def unreadable(path):

@@ -235,9 +235,9 @@ def test_the_described_targets_are_the_targets_of_an_epoch(questions, dataload):
 
 def test_the_description_counts_what_is_cut_and_padded(corpus):
     described = load(corpus, "pad").describe()
-    assert described["documents"] == len(SIZES)
-    assert described["tokens"] == sum(SIZES)
-    assert described["rows"] == sum(size >= 2 for size in SIZES)
+    used = [size for size in SIZES if size >= 2]
+    assert described["documents"] == described["rows"] == len(used)
+    assert described["tokens"] == load(corpus, "pad").n_tokens == sum(used)
     assert described["truncated_documents"] == sum(size > CTX_LEN + 1 for size in SIZES)
     assert described["truncated_tokens"] == sum(max(size - CTX_LEN - 1, 0) for size in SIZES)
     inputs = sum(min(size - 1, CTX_LEN) for size in SIZES if size)
@@ -291,6 +291,10 @@ def mask_of_zeros(corpus):
         (None, {"sft_field": ["a", "b"]}, "--sft_field belongs to --data_type sft, not binidx"),
         (None, {"data_type": "jsonl"}, "--data_type jsonl needs a tokenizer"),
         (None, {"ctx_len": 0}, "--ctx_len 0 must be at least 1"),
+        (None, {"split": "test"}, "--split test: choose one of train, val"),
+        (None, {"val_fraction": 1.0}, r"--val_fraction 1\.0 must be at least 0 and below 1"),
+        (None, {"val_fraction": 0.1, "dataload": "get"}, "cannot hold some out; split the data"),
+        (None, {"val_fraction": 1e-9, "split": "val"}, "leaves no document for val"),
         (None, {"vocab_size": 500}, r"corpus\.bin: document 10, position 0: token id 501"),
         (None, {"dataload": "get", "ctx_len": 168}, "168 tokens are too few for one window"),
         (None, {"loss_mask": "qa"}, r"corpus\.mask\.bin and \.idx, which say what to train on"),

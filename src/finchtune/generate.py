@@ -58,3 +58,33 @@ def generate(
         if token == END_OF_DOCUMENT:
             return
         hidden, state = model.hidden(torch.tensor([[token]], device=device), state)
+
+
+@torch.no_grad()
+def generate_batch(
+    model: RWKV6, prompts: Sequence[Sequence[int]], n_tokens: int
+) -> list[list[int]]:
+    """Greedy completions of several prompts at once, without their end of document.
+
+    The prompts advance in lockstep, one token a step: each is fed to its end, then continued.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(prompt) for prompt in prompts]
+    assert min(lengths) > 0
+    completions: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    tokens, state = [prompt[0] for prompt in prompts], None
+    for position in range(1, max(lengths) + n_tokens):
+        logits, state = model(torch.tensor(tokens, device=device).unsqueeze(1), state)
+        likeliest = logits[:, -1].argmax(dim=-1).tolist()
+        for row, prompt in enumerate(prompts):
+            if position < lengths[row]:
+                tokens[row] = prompt[position]
+                continue
+            tokens[row] = likeliest[row]
+            finished[row] |= tokens[row] == END_OF_DOCUMENT or len(completions[row]) == n_tokens
+            if not finished[row]:
+                completions[row].append(tokens[row])
+        if all(finished):
+            break
+    return completions

@@ -3,7 +3,7 @@
 import ast
 import codecs
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from finchtune.errors import UserError
@@ -202,6 +202,7 @@ def load_tokenizer(spec: str | None, vocab_size: int | None = None) -> Tokenizer
     return tokenizer
 
 
+@lru_cache(maxsize=4)
 def _open_tokenizer(spec: str) -> Tokenizer:
     if spec == "world":
         return WorldTokenizer()

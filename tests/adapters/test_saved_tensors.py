@@ -11,8 +11,8 @@ OUT, IN, TOKENS, R = 48, 32, 10, 4
 
 
 def kept(module, x, W):
-    """Storages kept for backward, other than those of W and the parameters: name -> elements."""
-    known = {p.untyped_storage().data_ptr() for p in [W, *module.parameters()]}
+    """Storages kept for backward, other than those of W and the adapter: name -> elements."""
+    known = {p.untyped_storage().data_ptr() for p in [W, *module.state_dict().values()]}
     found = {}
 
     def pack(tensor):

@@ -3,9 +3,8 @@
 import ctypes
 import itertools
 import subprocess
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,9 @@ CUDA = Path(__file__).parents[2] / "cuda"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ORDERS = ("forward", "reverse", "random", "warp by warp", "warp by warp, reversed")
 REGIMES = ("typical", "strong", "mixed", "weak", "wide")
-TOKEN_INPUTS = ("r", "k", "v", "w", "dy")
+INPUTS = ("r", "k", "v", "w", "dy", "u", "state", "dstate")
+STATE_OUTPUTS = ("state", "dstate_in")
+BUFFERS = ("checkpoint", "forward_scratch", "backward_scratch")
 GUARD = 64  # elements of NaN around every tensor
 
 
@@ -107,6 +108,11 @@ def reference(case: Case) -> dict[str, Tensor]:
     return {"y": y.detach(), "state": final.detach(), **gradients}
 
 
+def problem_of(case: Case) -> Problem:
+    bounds = None if case.cu_seqlens is None else case.cu_seqlens.data_ptr()
+    return Problem(*case.r.shape, DTYPE_CODES[case.r.dtype], case.n_seq, bounds)
+
+
 class Guarded:
     """A tensor between two stretches of NaN, so that reads and writes beyond it show."""
 
@@ -132,11 +138,11 @@ class Emulator:
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
         self.library.wkv6_error_string.restype = ctypes.c_char_p
-        for name in ("checkpoint", "forward_scratch", "backward_scratch"):
+        for name in BUFFERS:
             getattr(self.library, f"wkv6_{name}_bytes").restype = ctypes.c_size_t
 
-    def bytes(self, name: str, problem: Problem) -> Guarded:
-        """A buffer of as many bytes as the library asks for."""
+    def buffer(self, name: str, problem: Problem) -> Guarded:
+        """As many bytes as the library asks for."""
         count = getattr(self.library, f"wkv6_{name}_bytes")(ctypes.byref(problem))
         return Guarded((count // 4,), torch.float32)
 
@@ -149,43 +155,35 @@ class Emulator:
     ) -> dict[str, Tensor]:
         """Forward and backward; every output and gradient by name."""
         self.library.emulation_configure(ORDERS.index(order), eager, multiprocessors)
-        B, T, H, N = case.r.shape
-        dtype = case.r.dtype
-        bounds = None if case.cu_seqlens is None else case.cu_seqlens.data_ptr()
-        problem = Problem(B, T, H, N, DTYPE_CODES[dtype], case.n_seq, bounds)
-        inputs = {
-            name: Guarded(x.shape, x.dtype, x)
-            for name, x in vars(case).items()
-            if isinstance(x, Tensor) and name != "cu_seqlens"
-        }
-        token, state = (B, T, H, N), (case.n_seq, H, N, N)
+        problem = problem_of(case)
+        H, N = case.u.shape
+        given = {name: getattr(case, name) for name in INPUTS}
+        inputs = {n: Guarded(x.shape, x.dtype, x) for n, x in given.items() if x is not None}
         outputs = {
-            **{name: Guarded(token, dtype) for name in ("y", "dr", "dk", "dv", "dw")},
+            **{name: Guarded(case.r.shape, case.r.dtype) for name in ("y", "dr", "dk", "dv", "dw")},
+            **{name: Guarded((case.n_seq, H, N, N), torch.float32) for name in STATE_OUTPUTS},
             "du": Guarded((H, N), torch.float32),
-            "state": Guarded(state, torch.float32),
-            "dstate_in": Guarded(state, torch.float32),
         }
-        buffers = {
-            name: self.bytes(name, problem)
-            for name in ("checkpoint", "forward_scratch", "backward_scratch")
-        }
-        everything = SimpleNamespace(
-            **{
-                name: guarded.pointer
-                for name, guarded in {**buffers, **inputs, **{f"out_{n}": g for n, g in outputs.items()}}.items()
-            }
+        buffers = {name: self.buffer(name, problem) for name in BUFFERS}
+
+        def pointers(of: dict[str, Guarded], *names: str) -> list[ctypes.c_void_p | None]:
+            return [of[name].pointer if name in of else None for name in names]
+
+        self.launch(
+            "wkv6_forward",
+            problem,
+            *pointers(inputs, "r", "k", "v", "w", "u", "state"),
+            *pointers(outputs, "y", "state"),
+            *pointers(buffers, "checkpoint", "forward_scratch"),
         )
-        p = everything
-        state_in = getattr(p, "state", None)
-        dstate = getattr(p, "dstate", None)
         self.launch(
-            "wkv6_forward", problem, p.r, p.k, p.v, p.w, p.u, state_in, p.out_y, p.out_state,
-            p.checkpoint, p.forward_scratch,
-        )  # fmt: skip
-        self.launch(
-            "wkv6_backward", problem, p.r, p.k, p.v, p.w, p.u, p.dy, dstate, p.checkpoint,
-            p.out_dr, p.out_dk, p.out_dv, p.out_dw, p.out_du, p.out_dstate_in, p.backward_scratch,
-        )  # fmt: skip
+            "wkv6_backward",
+            problem,
+            *pointers(inputs, "r", "k", "v", "w", "u", "dy", "dstate"),
+            *pointers(buffers, "checkpoint"),
+            *pointers(outputs, "dr", "dk", "dv", "dw", "du", "dstate_in"),
+            *pointers(buffers, "backward_scratch"),
+        )
         for name, guarded in {**buffers, **outputs}.items():
             guarded.check(name)
         return {name: guarded.tensor for name, guarded in outputs.items()}
@@ -202,16 +200,133 @@ def emulator(tmp_path_factory) -> Emulator:
     return Emulator(library)
 
 
-if __name__ == "__main__":
-    import sys, time
-    torch.set_num_threads(1)
-    E = Emulator(Path("/tmp/wkvcuda/emu.so"))
-    def show(label, case, **kw):
-        t=time.time(); out=E.run(case, **kw); dt=time.time()-t
-        print(label, "%.2fs"%dt, " ".join(f"{n}:{((out[n].double()-x).norm()/x.norm()).item():.1e}" for n,x in case.expected.items()), flush=True)
-        return out
-    for reg in REGIMES:
-        show(reg+" packed", make_case(reg, lengths=[1,2,3,15,0,16,17,63,64,65]))
-        show(reg+" T203 H2", make_case(reg, T=203, H=2))
-        c=make_case(reg, T=41, H=2, N=24, dtype=torch.float32); out=show(reg+" scan24", c)
-        print('   relmax', {n: f"{((out[n].double()-x).abs().max()/x.abs().max()).item():.1e}" for n,x in c.expected.items()})
+def rms_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
+def max_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).abs().max() / expected.abs().max()).item()
+
+
+def check(case: Case, outputs: dict[str, Tensor], error, tolerance: float) -> None:
+    """Every output within the tolerance; a NaN fails."""
+    errors = {name: error(outputs[name], x) for name, x in case.expected.items()}
+    assert all(x <= tolerance for x in errors.values()), errors
+
+
+# Rounding the exact results to bf16 costs 1.7e-3 alone; the operands of the products are bf16 too.
+BF16_RMS = 4e-3
+ROUNDING_RMS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
+FP32_MAX = 2e-6
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_tensor_cores_at_every_length(emulator, regime):
+    """Packed, so that sequences shorter than a block of tokens run on tensor cores too."""
+    case = make_case(regime, lengths=[1, 2, 3, 15, 0, 16, 17, 63, 64, 65])
+    check(case, emulator.run(case), rms_error, BF16_RMS)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_tensor_cores_over_several_heads(emulator, regime):
+    case = make_case(regime, T=203, H=2)
+    check(case, emulator.run(case), rms_error, BF16_RMS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_states_may_be_left_out(emulator, dtype):
+    case = make_case("typical", B=2, T=65, dtype=dtype, states=False)
+    check(case, emulator.run(case), rms_error, BF16_RMS)
+
+
+@pytest.mark.parametrize(
+    ("regime", "lengths"), [("typical", None), ("mixed", [300, 0, 1, 520])], ids=["batch", "packed"]
+)
+def test_few_heads_are_cut_into_segments(emulator, regime, lengths):
+    """A GPU of 16 multiprocessors wants more than a head: the sequences run in parts."""
+    case = make_case(regime, T=600, lengths=lengths)
+    outputs = emulator.run(case, multiprocessors=16)
+    assert emulator.buffer("forward_scratch", problem_of(case)).tensor.numel() > 0
+    check(case, outputs, rms_error, BF16_RMS)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_scan_in_fp32(emulator, regime):
+    case = make_case(regime, lengths=[1, 2, 3, 15, 0, 16, 17, 63, 64, 65], dtype=torch.float32)
+    check(case, emulator.run(case), max_error, FP32_MAX)
+
+
+@pytest.mark.parametrize("N", [8, 24, 40, 128])
+def test_scan_of_other_head_sizes(emulator, N):
+    case = make_case("mixed", B=2, T=83, H=2, N=N, dtype=torch.float32)
+    check(case, emulator.run(case), max_error, FP32_MAX)
+
+
+@pytest.mark.parametrize("dtype", ROUNDING_RMS, ids=str)
+@pytest.mark.parametrize("regime", ["typical", "mixed"])
+def test_scan_in_low_precision_only_rounds_its_results(emulator, dtype, regime):
+    case = make_case(regime, T=70, H=2, N=32, dtype=dtype)
+    check(case, emulator.run(case), rms_error, ROUNDING_RMS[dtype])
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 15, 16])
+def test_short_sequences_take_the_scan(emulator, T):
+    """Its results are only rounded, which those of the tensor cores are not."""
+    case = make_case("typical", B=2, T=T, H=2)
+    check(case, emulator.run(case), rms_error, ROUNDING_RMS[torch.bfloat16])
+
+
+SCHEDULES = [(order, eager) for order in ORDERS for eager in (False, True)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"lengths": [81, 5, 150]}, {"T": 330, "H": 1}, {"T": 75, "dtype": torch.float32, "N": 40}],
+    ids=["tensor cores", "segments", "scan"],
+)
+def test_every_thread_schedule_gives_the_same_bits(emulator, options):
+    """A missing barrier or wait shows as a difference, or as NaN, in at least one of them."""
+    case = make_case("mixed", **options)
+    runs = [emulator.run(case, *schedule, multiprocessors=16) for schedule in SCHEDULES]
+    check(case, runs[0], rms_error, BF16_RMS)
+    for schedule, outputs in zip(SCHEDULES, runs, strict=True):
+        for name, x in outputs.items():
+            assert torch.equal(x, runs[0][name]), (schedule, name)
+
+
+def test_forward_alone_needs_no_checkpoints(emulator):
+    case = make_case("typical", T=100)
+    y = Guarded(case.r.shape, case.r.dtype)
+    inputs = [Guarded(x.shape, x.dtype, x) for x in (case.r, case.k, case.v, case.w, case.u)]
+    pointers = [x.pointer for x in inputs]
+    emulator.launch("wkv6_forward", problem_of(case), *pointers, None, y.pointer, None, None, None)
+    y.check("y")
+    without_state = reference(replace(case, state=None))["y"]
+    assert rms_error(y.tensor, without_state) <= BF16_RMS
+
+
+@pytest.mark.parametrize("N", [4, 12, 136])
+def test_unsupported_head_sizes_are_refused(emulator, N):
+    problem = Problem(1, 20, 1, N, 1, 1, None)
+    error = emulator.library.wkv6_forward(ctypes.byref(problem), *[None] * 11)
+    assert emulator.library.wkv6_error_string(error) == b"invalid argument"
+
+
+def test_misaligned_tensors_are_refused(emulator):
+    problem = Problem(1, 20, 1, 64, 1, 1, None)
+    buffer = Guarded((1281,), torch.bfloat16)
+    r = ctypes.c_void_p(buffer.tensor[1:].data_ptr())
+    error = emulator.library.wkv6_forward(ctypes.byref(problem), r, *[None] * 10)
+    assert emulator.library.wkv6_error_string(error) == b"misaligned address"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("T", [17, 63, 64, 65, 203, 1000])
+def test_every_length_and_regime(emulator, T, regime, dtype):
+    case = make_case(regime, B=2, T=T, H=3, dtype=dtype)
+    tensor_cores = dtype == torch.bfloat16
+    error, tolerance = (rms_error, BF16_RMS) if tensor_cores else (max_error, FP32_MAX)
+    check(case, emulator.run(case), error, tolerance)
+    check(case, emulator.run(case, "random", multiprocessors=16), error, tolerance)

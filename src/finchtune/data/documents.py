@@ -1,16 +1,24 @@
 """Documents as one stream of token ids, where each ends, and which tokens count for the loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from finchtune.binidx import BinIdx, exists, strip_extension, token_dtype
+from finchtune.binidx import (
+    BinIdx,
+    BinIdxWriter,
+    exists,
+    remove,
+    strip_extension,
+    token_dtype,
+)
 from finchtune.data.inputs import find_inputs, read_blocks
 from finchtune.data.records import BadRecords
-from finchtune.data.render import BadRecord, Layout
+from finchtune.data.render import PROMPT, BadRecord, Layout
 from finchtune.errors import UserError
 from finchtune.tokenizer import END_OF_DOCUMENT, Tokenizer
 
@@ -107,6 +115,18 @@ def read_records(
     return Documents(str(path), tokens, np.cumsum(sizes), mask, bad.count)
 
 
+def is_held_out(ids: np.ndarray, fraction: float) -> bool:
+    """Whether a document belongs to the validation split; depends on its token ids alone."""
+    digest = blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def held_out(documents: Documents, chosen: np.ndarray, fraction: float) -> np.ndarray:
+    """`is_held_out` for the documents of these numbers, (chosen,) bool."""
+    bounds = zip(documents.offsets[chosen], documents.offsets[chosen + 1], strict=True)
+    return np.array([is_held_out(documents.tokens[a:b], fraction) for a, b in bounds], bool)
+
+
 def read_binidx(prefix: str | Path, vocab_size: int, loss_mask: str) -> Documents:
     """Map a .bin/.idx pair, every token id checked; under `qa` with the mask files beside it."""
     data = BinIdx(prefix)
@@ -139,6 +159,7 @@ def read_documents(
     tokenizer: Tokenizer | None,
     vocab_size: int,
     on_bad: str = "fail",
+    cache_dir: str | None = None,
 ) -> Documents:
     """The documents of one data file, whatever its kind."""
     if data_type == "binidx":
@@ -150,4 +171,41 @@ def read_documents(
             f"--data_file {data_file} names {len(paths)} files; join them with "
             "scripts/prepare_data.py and train with --data_type binidx"
         )
-    return read_records(paths[0], layout, tokenizer, on_bad)
+    if cache_dir is None:
+        return read_records(paths[0], layout, tokenizer, on_bad)
+    return _read_cached(paths[0], layout, tokenizer, on_bad, Path(cache_dir))
+
+
+def _read_cached(
+    path: Path, layout: Layout, tokenizer: Tokenizer, on_bad: str, cache_dir: Path
+) -> Documents:
+    """As `read_records`, from the cache where the same content was tokenised the same way.
+
+    A run that skips bad records is not kept, so that they are reported every time.
+    """
+    prefix = str(cache_dir / f"{path.name}-{_cache_key(path, layout, tokenizer)}")
+    if exists(prefix):
+        try:
+            return replace(read_binidx(prefix, tokenizer.vocab_size, "qa"), source=str(path))
+        except UserError:
+            remove(prefix)  # damaged; tokenised anew below
+    documents = read_records(path, layout, tokenizer, on_bad)
+    if not documents.skipped:
+        trained = documents.trained
+        mask = np.ones(documents.n_tokens, np.uint8) if trained is None else trained
+        with BinIdxWriter(prefix, documents.tokens.dtype) as tokens_file:
+            tokens_file.extend(documents.tokens, documents.sizes)
+            with BinIdxWriter(prefix + MASK_SUFFIX, "u1") as mask_file:
+                mask_file.extend(mask, documents.sizes)
+    return documents
+
+
+def _cache_key(path: Path, layout: Layout, tokenizer: Tokenizer) -> str:
+    """A hash of everything that the tokens depend on."""
+    vocabulary = Path(tokenizer.name)
+    key = blake2b(repr((layout, tokenizer.name, PROMPT, path.suffixes)).encode(), digest_size=8)
+    for file in (path, vocabulary) if vocabulary.is_file() else (path,):
+        with file.open("rb") as content:
+            while block := content.read(1 << 20):
+                key.update(block)
+    return key.hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 
 from finchtune.data.batch import Batch, packed, padded, round_up
 from finchtune.data.documents import Documents, held_out, read_documents
-from finchtune.data.mixing import MixedRows, parse_sources
+from finchtune.data.mixing import MixedRows, SourceRows, parse_sources
 from finchtune.data.render import Layout
 from finchtune.data.sampling import DocumentRows, PackedRows, Rows, Segment, WindowRows
 from finchtune.errors import UserError
@@ -131,7 +131,8 @@ def load_data(
     if loss_mask != "qa":
         sets = [replace(documents, trained=None) for documents in sets]
     parts = [_rows(d, dataload, ctx_len, seed, val_fraction, split) for d in sets]
-    rows = MixedRows(parts, [weight for _, weight in sources], seed) if parts[1:] else parts[0]
+    weights = [weight for _, weight in sources]
+    rows: Rows = MixedRows(parts, weights, seed) if len(parts) > 1 else parts[0]
     if not rows.counts().targets:
         raise UserError(
             f"{data_file}: --loss_mask {loss_mask} leaves no token to train on within "
@@ -187,7 +188,7 @@ def _check_tokenizer(tokenizer: Tokenizer | None, data_type: str, vocab_size: in
 
 def _rows(
     documents: Documents, dataload: str, ctx_len: int, seed: int, val_fraction: float, split: str
-) -> Rows:
+) -> SourceRows:
     if len(documents) == 0:
         raise UserError(f"{documents.source}: there are no documents in it")
     if dataload == "get":

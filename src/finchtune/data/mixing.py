@@ -1,15 +1,17 @@
 """Several data sets in one: `a,b` row by row, `a:0.7,b:0.3` in these shares of the rows."""
 
 import re
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
 from finchtune.binidx import exists
-from finchtune.data.sampling import Counts, Rows, Segment, Shuffle
+from finchtune.data.sampling import Counts, DocumentRows, PackedRows, Segment, Shuffle, WindowRows
 from finchtune.errors import UserError
 
+SourceRows = DocumentRows | PackedRows | WindowRows
 WEIGHTED = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
 
 
@@ -37,17 +39,17 @@ def parse_sources(data_file: str) -> list[tuple[str, float | None]]:
 class MixedRows:
     """Rows of several data sets, shuffled together.
 
-    An epoch has as many rows as all sets together; without weights each set gives its own, with
-    weights its share, going round in its own order where that is more than it has.
+    Documents are numbered through all sets. An epoch has as many rows as all sets together;
+    without weights each set gives its own, with weights its share, going round in its own order
+    where that is more than it has.
     """
 
-    def __init__(self, sources: list[Rows], weights: list[float | None], seed: int):
+    def __init__(self, sources: Sequence[SourceRows], weights: list[float | None], seed: int):
         self.sources = sources
         self.n_rows = sum(rows.n_rows for rows in sources)
         self.shares = _shares([rows.n_rows for rows in sources], weights)
         self._ends = list(accumulate(self.shares))
-        counts = [rows.counts() for rows in sources]
-        self._first_document = [0, *accumulate(count.documents for count in counts)]
+        self._first_document = [0, *accumulate(len(rows.documents) for rows in sources)]
         self._shuffle = Shuffle(self.n_rows, seed)
 
     def segments(self, index: int) -> list[Segment]:

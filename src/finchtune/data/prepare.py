@@ -8,14 +8,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
-from hashlib import blake2b
 from multiprocessing import get_context
 from typing import NamedTuple
 
 import numpy as np
 
 from finchtune.binidx import BinIdxWriter, remove, strip_extension
-from finchtune.data.documents import MASK_SUFFIX, Encoded, encode_records
+from finchtune.data.documents import MASK_SUFFIX, Encoded, encode_records, is_held_out
 from finchtune.data.inputs import Block, find_inputs, read_blocks
 from finchtune.data.records import BadRecords
 from finchtune.data.render import Layout
@@ -61,14 +60,6 @@ class EncodedBlock(NamedTuple):
     read_bytes: int
     skipped: int
     first_bad: str
-
-
-def is_held_out(ids: np.ndarray, fraction: float) -> bool:
-    """Whether a document belongs to the validation split; depends on its token ids alone."""
-    if fraction <= 0:
-        return False
-    digest = blake2b(ids.astype("<i4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < fraction * 2**64
 
 
 def encode_block(block: Block, recipe: Recipe, tokenizer: Tokenizer) -> EncodedBlock:
