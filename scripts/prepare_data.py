@@ -62,8 +62,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
     if flags.workers < 1:
         raise UserError(f"--workers {flags.workers} must be at least 1")
-    output, recipe = json2binidx_recipe(flags) if flags.output_prefix else own_recipe(flags)
-    size = sum(path.stat().st_size for path in find_inputs(flags.input))
+    inputs = flags.input
+    if flags.output_prefix:
+        output, recipe = json2binidx_recipe(flags)
+        inputs = [path for paths in inputs for path in paths.split(",")]
+    else:
+        output, recipe = own_recipe(flags)
+    size = sum(path.stat().st_size for path in find_inputs(inputs))
     with tqdm(total=size, unit="B", unit_scale=True, mininterval=interval()) as bar:
 
         def show(totals: Totals) -> None:
@@ -72,7 +77,7 @@ def main() -> None:
             if terminated:
                 sys.exit(128 + signal.SIGTERM)
 
-        totals = prepare(flags.input, output, recipe, flags.workers, show)
+        totals = prepare(inputs, output, recipe, flags.workers, show)
     print(summary(output, totals))
 
 

@@ -106,6 +106,17 @@ def test_json2binidx_command_lines_work_unchanged(run, corpus, tmp_path, end):
     assert names == {corpus.name, "sample_text_document.bin", "sample_text_document.idx"}
 
 
+def test_json2binidx_takes_its_inputs_with_commas(run, corpus, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_text(json.dumps({"text": "more"}))
+    status, _, _ = run(
+        "--input", f"{corpus},{other}", "--output-prefix", tmp_path / "sample",
+        "--tokenizer-type", "RWKVTokenizer", "--workers", 1
+    )  # fmt: skip
+    assert status == 0
+    assert len(BinIdx(tmp_path / "sample_text_document")) == 4
+
+
 def vocabulary() -> Path:
     import pyrwkv_tokenizer
 

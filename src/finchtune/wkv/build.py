@@ -18,7 +18,6 @@ import torch
 
 SOURCE_FOLDER = Path(__file__).parents[3] / "cuda"
 C_FLAGS = ["-O3", "-fopenmp"]
-CUDA_FLAGS = ["-O3"]
 NEEDS = "install g++ and ninja (apt install g++; pip install ninja)"
 
 
@@ -51,32 +50,18 @@ def compiler_version(command: str) -> str:
     return answer.stdout
 
 
-def cuda_target() -> str | None:
-    """The GPU architectures to compile for, or None for a build without CUDA: no GPU or no nvcc."""
-    if not torch.cuda.is_available():
-        return None
-    from torch.utils import cpp_extension
-
-    if cpp_extension.CUDA_HOME is None:
-        return None
-    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    seen = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or seen
-
-
-def source_files(with_cuda: bool) -> list[Path]:
+def source_files() -> list[Path]:
     """The files to compile."""
-    names = ["wkv6_op.cpp", "wkv6_cpu.cpp"] + (["wkv6.cu"] if with_cuda else [])
-    return [SOURCE_FOLDER / name for name in names]
+    return [SOURCE_FOLDER / name for name in ("wkv6_op.cpp", "wkv6_cpu.cpp")]
 
 
-def build_key(compilers: list[str], target: str | None) -> str:
+def build_key(compiler: str) -> str:
     """A digest of everything that the compiled library depends on."""
     digest = hashlib.sha256()
     for path in sorted(SOURCE_FOLDER.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    facts = [torch.__version__, str(torch.version.cuda), platform.machine(), str(target)]
-    digest.update("\0".join([*facts, *compilers, *C_FLAGS, *CUDA_FLAGS]).encode())
+    facts = [torch.__version__, platform.machine(), compiler, *C_FLAGS]
+    digest.update("\0".join(facts).encode())
     return digest.hexdigest()[:16]
 
 
@@ -88,7 +73,7 @@ def machine_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_and_load(library: Path, target: str | None) -> None:
+def compile_and_load(library: Path) -> None:
     """Compile in a fresh folder, load, and move the finished library to its place in one step."""
     from torch.utils import cpp_extension  # slow to import, so only where it is needed
 
@@ -99,11 +84,9 @@ def compile_and_load(library: Path, target: str | None) -> None:
     try:
         cpp_extension.load(
             name=library.stem,
-            sources=[str(path) for path in source_files(target is not None)],
-            extra_cflags=[*C_FLAGS, *(["-DFINCHTUNE_CUDA"] if target else [])],
-            extra_cuda_cflags=CUDA_FLAGS,
+            sources=[str(path) for path in source_files()],
+            extra_cflags=C_FLAGS,
             build_directory=str(folder),
-            with_cuda=target is not None,
             is_python_module=False,
         )
         os.replace(folder / library.name, library)
@@ -111,7 +94,7 @@ def compile_and_load(library: Path, target: str | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_or_wait(library: Path, target: str | None) -> None:
+def build_or_wait(library: Path) -> None:
     """Have the library loaded: by compiling it, or from another process that did meanwhile."""
     failure = library.with_suffix(".log")
     began = time.time()
@@ -122,32 +105,30 @@ def build_or_wait(library: Path, target: str | None) -> None:
         if failure.exists() and failure.stat().st_mtime >= began:  # failed while this one waited
             raise BuildError(failure.read_text())
         try:
-            compile_and_load(library, target)
+            compile_and_load(library)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             message = f"compiling the kernels in {SOURCE_FOLDER} failed ({NEEDS}):\n{error}"
             failure.write_text(message)
             raise BuildError(message) from error
 
 
-def load_library(cache: Path | None = None) -> bool:
+def load_library(cache: Path | None = None) -> None:
     """Load the operators `torch.ops.finchtune.wkv6_*`, compiling them first where needed.
 
     Safe to call from several processes at once: one compiles, the others wait. `cache` is the
-    folder of compiled libraries. Returns whether the CUDA kernels are among them.
+    folder of compiled libraries.
 
     Raises:
         BuildError: no sources, no compiler, or a compiler that fails (its output is shown).
     """
-    if not all(path.exists() for path in source_files(with_cuda=False)):
+    if not all(path.exists() for path in source_files()):
         raise BuildError(f"no kernel sources in {SOURCE_FOLDER}: install from a clone, pip -e")
     cache = cache or cache_folder()
-    target = cuda_target()
     with scripts_on_path():
-        compilers = [compiler_version(os.environ.get("CXX", "c++"))]
-        library = cache / f"finchtune_wkv6_{build_key(compilers, target)}.so"
+        compiler = compiler_version(os.environ.get("CXX", "c++"))
+        library = cache / f"finchtune_wkv6_{build_key(compiler)}.so"
         if library.exists():
             torch.ops.load_library(str(library))
         else:
             cache.mkdir(parents=True, exist_ok=True)
-            build_or_wait(library, target)
-    return target is not None
+            build_or_wait(library)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from finchtune.errors import UserError
+from finchtune.wkv import kernels
+from finchtune.wkv import native
 from finchtune.wkv.chunked import wkv6_chunked
-from finchtune.wkv.sequences import compute_dtype
+from finchtune.wkv.sequences import compute_dtype, zero_state
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -72,7 +74,7 @@ def wkv6(
     Args:
         r, k, v: (B, T, H, N) in one of bf16, fp16, fp32, fp64.
         w: (B, T, H, N), converted to r's dtype.
-        u: (H, N), the bonus of the current token, converted to r's dtype.
+        u: (H, N), the bonus of the current token.
         state: (B, H, N key, N value), zero when None; fp32, or fp64 for fp64 inputs.
         cu_seqlens: (n+1) integer boundaries of n sequences packed into a batch of 1; the state is
             then (n, H, N, N), one for each sequence. On a GPU its values are not checked.
@@ -87,6 +89,11 @@ def wkv6(
     Source: "Eagle and Finch", arXiv 2404.05892, equations 19 and 20.
     """
     check_arguments(r, k, v, w, u, state, cu_seqlens)
-    w, u = w.to(r.dtype), u.to(r.dtype)
-    state = None if state is None else state.to(compute_dtype(r))
-    return wkv6_chunked(r, k, v, w, u, state, cu_seqlens)
+    wide = compute_dtype(r)
+    w, u = w.to(r.dtype), u.to(wide)
+    state = zero_state(r, cu_seqlens) if state is None else state.to(wide)
+    if not native.fits(r):
+        return wkv6_chunked(r, k, v, w, u, state, cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(r.device, torch.int32)
+    return native.wkv6_native(r, k, v, w, u, state, cu_seqlens)

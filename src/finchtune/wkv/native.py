@@ -1,0 +1,125 @@
+"""The compiled operators as torch sees them: shapes, gradients, and whether they are there at all."""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finchtune.wkv.build import BuildError, load_library
+
+HEAD_SIZES = range(8, 129, 8)
+DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
+CHECKPOINT_SPAN = 64  # tokens between the states that forward keeps for backward
+
+
+def checkpoint_dtype(r: Tensor) -> torch.dtype:
+    """bf16 where the tensor-core kernel runs, else fp32; the kernels check that they agree."""
+    _, T, _, N = r.shape
+    tensor_cores = r.device.type == "cuda" and r.dtype == torch.bfloat16 and N == 64 and T > 16
+    return torch.bfloat16 if tensor_cores else torch.float32
+
+
+def fake_forward(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of `wkv6_forward`: y, the new state, and the checkpoints for backward."""
+    B, T, H, N = r.shape
+    # Every sequence adds at most one incomplete span.
+    n_checkpoints = B * T // CHECKPOINT_SPAN + state.shape[0] if for_backward else 0
+    checkpoints = r.new_empty(n_checkpoints, H, N, N, dtype=checkpoint_dtype(r))
+    return r.new_empty(r.shape), state.new_empty(state.shape), checkpoints
+
+
+def fake_backward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    """Shapes of `wkv6_backward`: one gradient for each of the six inputs."""
+    return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))
+
+
+def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+    """Keep the inputs and the checkpoints."""
+    *tensors, cu_seqlens, _ = inputs
+    ctx.save_for_backward(*tensors, cu_seqlens, output[2])
+    ctx.set_materialize_grads(False)  # the checkpoints, large, have no gradient
+
+
+def backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: None) -> tuple:
+    """Gradients of r, k, v, w, u, state; none for cu_seqlens and for_backward."""
+    saved = ctx.saved_tensors
+    r, state = saved[0], saved[5]
+    grad_y = torch.zeros_like(r) if grad_y is None else grad_y
+    grad_state = torch.zeros_like(state) if grad_state is None else grad_state
+    gradients = torch.ops.finchtune.wkv6_backward(*saved, grad_y, grad_state)
+    return *gradients, None, None
+
+
+@functools.cache
+def loaded_devices() -> frozenset[str]:
+    """Load the operators, once; the device types they run on. Warns, once, when there are none."""
+    try:
+        with_cuda = load_library()
+    except BuildError as error:
+        warnings.warn(f"WKV6 runs in plain torch, which is slower: {error}", stacklevel=2)
+        return frozenset()
+    torch.library.register_fake("finchtune::wkv6_forward", fake_forward)
+    torch.library.register_fake("finchtune::wkv6_backward", fake_backward)
+    torch.library.register_autograd(
+        "finchtune::wkv6_forward", backward, setup_context=save_for_backward
+    )
+    if not with_cuda and torch.cuda.is_available():
+        message = "WKV6 runs in plain torch on the GPU, which is slower: install CUDA's nvcc"
+        warnings.warn(message, stacklevel=2)
+    return frozenset({"cpu", "cuda"} if with_cuda else {"cpu"})
+
+
+@torch.compiler.assume_constant_result
+def has_kernels(device_type: str) -> bool:
+    """Whether compiled kernels run on this type of device; compiles them on first use."""
+    return device_type in DTYPES and device_type in loaded_devices()
+
+
+def fits(r: Tensor) -> bool:
+    """Whether a compiled kernel exists for inputs like r (B, T, H, N) on this machine."""
+    device = r.device.type
+    return r.dtype in DTYPES.get(device, ()) and r.shape[-1] in HEAD_SIZES and has_kernels(device)
+
+
+def wkv6_native(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`finchtune.wkv.wkv6` by the compiled kernels; r, k, v, w in one dtype, u and state fp32."""
+    inputs = (r, k, v, w, u, state)
+    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, state, _ = torch.ops.finchtune.wkv6_forward(*inputs, cu_seqlens, for_backward)
+    return y, state
+
+
+def cpu_paths() -> list[str]:
+    """Names of the CPU kernel's forms that this processor runs, the fastest first."""
+    assert has_kernels("cpu")
+    return torch.ops.finchtune.wkv6_cpu_paths()
+
+
+def use_cpu_path(name: str) -> None:
+    """Run the CPU kernel in this form from now on: a name from `cpu_paths`, or "fastest"."""
+    assert has_kernels("cpu")
+    torch.ops.finchtune.wkv6_use_cpu_path(name)
