@@ -53,14 +53,13 @@ def read_questions(path: str, fields: list[str], prompt: str) -> list[tuple[str,
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
+                where = f"{path}:{number}"
                 row = json.loads(line)
                 pairs.append((prompt.replace("{question}", row[question]), row[answer]))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path}:{number}: not an object with {question!r} and {answer!r}"
-        ) from error
+        raise UserError(f"{where}: not an object with {question!r} and {answer!r}") from error
     if not pairs:
         raise UserError(f"{path}: holds no questions")
     return pairs

@@ -22,7 +22,7 @@ python scripts/init_model.py --n_layer 4 --n_embd 128 --vocab_size 256 --head_si
     --output "$out/init.pth"
 python train.py --load_model "$out/init.pth" --proj_dir "$out/base" \
     --data_file "$out/old/train" --data_type binidx --dataload get --ctx_len 128 \
-    --micro_bsz 32 --epoch_steps 600 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20 --grad_cp 0
+    --micro_bsz 32 --epoch_steps 250 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20 --grad_cp 0
 
 echo; echo "3. What it can do of the new skill"
 "${exact_match[@]}" --model "$out/base/rwkv-0.pth"
@@ -30,7 +30,7 @@ echo; echo "3. What it can do of the new skill"
 echo; echo "4. Fine-tune it on the new skill with Bone"
 python train.py --load_model "$out/base/rwkv-0.pth" --proj_dir "$out/bone" \
     --data_file "$out/new/train.jsonl" --data_type jsonl --loss_mask qa --ctx_len 160 \
-    --peft bone --bone_r 16 --micro_bsz 32 --epoch_steps 150 --lr_init 5e-3 --lr_final 5e-4 \
+    --peft bone --bone_r 16 --micro_bsz 32 --epoch_steps 120 --lr_init 5e-3 --lr_final 5e-4 \
     --warmup_steps 10 --grad_cp 0
 
 echo; echo "5. Merge the adapter into plain weights, and look again"

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from finchtune.errors import UserError
-from finchtune.wkv import kernels
 from finchtune.wkv import native
 from finchtune.wkv.chunked import wkv6_chunked
 from finchtune.wkv.sequences import compute_dtype, zero_state
