@@ -1,5 +1,8 @@
 """DeepSpeed's step against a plain torch loop, and its whole state out and in, in one process."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from support import small_model
@@ -127,3 +130,20 @@ def test_a_fully_masked_step_is_zero_and_harmless():
     assert result.loss == 0
     assert result.grad_norm == 0
     engine.close()
+
+
+GOLDEN = Path(__file__).parent / "golden" / "bone_20_steps.json"
+
+
+def test_golden_loss_curve():
+    """Twenty steps of a tiny model with Bone give the recorded losses, on any machine."""
+    text = "Ada has 3 apples and finds 4 more. Ben has 9 pears and sells 2. " * 8
+    ids = torch.tensor(list(text.encode())).unfold(0, 33, 16)
+    config = settings(accumulate_grad_batches=1, random_seed=0)
+    engine = Engine(attach(small_model(n_layer=3), "bone", r=8), config, CPU)
+    losses = []
+    for step in range(20):
+        rows = ids[[(2 * step) % len(ids), (2 * step + 1) % len(ids)]]
+        losses.append(engine.step([(rows[:, :-1], rows[:, 1:])], 1e-2 * 0.9**step).loss)
+    engine.close()
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-5)
