@@ -1,26 +1,29 @@
-// The backward for 64 channels in bf16, on tensor cores. A thread block does one head of one segment,
-// from its last chunk to its first; warp j owns the key channels 16j .. 16j+15 and keeps its part of
-// G, the gradient of the state (16 keys x 64 values), in registers throughout. Per chunk of 64 tokens:
+// The backward for 64 channels in bf16, on tensor cores. A thread block does one head of one
+// segment, from its last chunk to its first; warp j owns the key channels 16j .. 16j+15 and keeps
+// its part of G, the gradient of the state (16 keys x 64 values), in registers throughout. Per
+// chunk of 64 tokens:
 //
-//   1. warp x prepares block x: scores A, kt, and dA = dY V^T, of which the parts below the diagonal are
-//      kept as one symmetric fragment per tree level, the leaves in fp32;
+//   1. warp x prepares block x: scores A, kt, and dA = dY V^T, which is kept as one symmetric
+//      fragment for each tree level, the leaves in fp32;
 //   2. for each block, last first, with S the state before it, from the checkpoint:
 //        per key slice:   dr = from_start * (dY S^T) + pairs,   dk = to_end * (V G^T) + pairs,
 //                         dw, du, and G = diag(total) G + rt^T dY;
 //        per value slice: dv = A^T dY + kt G.
 //
-// The gradient of the log decay of token t sums what crosses it, and never subtracts (r*dr - k*dk, the
-// shorter way, cancels when strong and weak decays meet):
+// The gradient of the log decay of token t sums what crosses it, and never subtracts (r*dr - k*dk,
+// the shorter way, cancels when strong and weak decays meet):
 //
-//   total * sum_v S G  +  sum_{i>t} r_i dr_i  +  sum_{j<t} k_j dk_j  +  sum_{j<t<i} dA_ij r_i k_j D_ij,
+//   total * sum_v S G + sum_{i>t} r_i dr_i + sum_{j<t} k_j dk_j + sum_{j<t<i} dA_ij r_i k_j D_ij,
 //
-// the second and third over the state's share of dr and dk, the last level by level: at each level, an
-// exclusive suffix sum of r*dr over the rows or an exclusive prefix sum of k*dk over the columns.
+// the second and third over the state's share of dr and dk, the last level by level: an exclusive
+// suffix sum of r*dr over the level's rows or an exclusive prefix sum of k*dk over its columns.
 #pragma once
 
 #include "forward.cuh"
 
 namespace wkv6 {
+
+constexpr int BACKWARD_BLOCKS = 3;  // thread blocks for each multiprocessor
 
 struct BackwardArgs {
   Wkv6Problem problem;
@@ -37,10 +40,10 @@ struct BackwardArgs {
 struct BackwardShared {
   Tile r, k, v, w, dy;  // r, k, v, w become dr, dk, dv, dw
   Tile kt;
-  Tile g;  // G of the current block, keys x values
-  SharedOperand scores[BLOCKS];                   // A transposed
-  SharedOperand level4[BLOCKS], level8[BLOCKS];   // dA between rows and columns, and its transpose
-  float leaf[BLOCKS][4][4][4];                    // dA of leaf, row, column
+  Tile g;                                        // G of the current block, keys x values
+  SharedOperand scores[BLOCKS];                  // A transposed
+  SharedOperand level4[BLOCKS], level8[BLOCKS];  // dA between rows and columns, and its transpose
+  float leaf[BLOCKS][4][4][4];                   // dA of leaf, row, column
   float total[BLOCKS][HEAD_SIZE];
 };
 
@@ -61,9 +64,10 @@ struct KeySlice {
     }
   }
 
-  // x = diag(total) x + keys values, keys (keys x tokens) in registers, the values' tile rows from `row`.
-  __device__ __forceinline__ void advance(const float (&total)[2], const Operand& keys, Tile& values,
-                                          int row, const Lane& lane) {
+  // x = diag(total) x + keys values, keys (keys x tokens) in registers, the values' tile rows from
+  // `row`.
+  __device__ __forceinline__ void advance(const float (&total)[2], const Operand& keys,
+                                          Tile& values, int row, const Lane& lane) {
 #pragma unroll
     for (int j = 0; j < SLICES; j++) {
 #pragma unroll
@@ -91,7 +95,8 @@ __device__ __forceinline__ KeySlice state_before(BackwardShared& shared, const u
   for (int earlier = 0; earlier < row; earlier += BLOCK) {
     const float* const total = shared.total[earlier / BLOCK] + key + lane.row;
     const float total_pair[2] = {total[0], total[8]};
-    state.advance(total_pair, shared.kt.load_transposed(earlier, key, lane), shared.v, earlier, lane);
+    state.advance(total_pair, shared.kt.load_transposed(earlier, key, lane), shared.v, earlier,
+                  lane);
   }
   return state;
 }
@@ -146,8 +151,8 @@ struct LeafSums {
 // What the key slice of a block is made of, for a lane's two channels and four tokens.
 struct BlockInputs {
   Leaf r, k, log_decay, decay;
-  Leaf state_r, state_k;  // dY S^T and V G^T, without their decay factors
-  Leaf level4, level8;    // products of each level, likewise
+  Leaf state_r, state_k;    // dY S^T and V G^T, without their decay factors
+  Leaf level4, level8;      // products of each level, likewise
   float state_gradient[2];  // sum_v S G
 };
 
@@ -221,8 +226,8 @@ __device__ __forceinline__ float leaf_gradients(BlockGradients& out, const Block
   return du;
 }
 
-// dr, dk, dw of the block for the warp's key channels, in place of r, k, w; G, published in shared.g and
-// then taken to the block's start; du.
+// dr, dk, dw of the block for the warp's key channels, in place of r, k, w; G, published in
+// shared.g and then taken to the block's start; du.
 __device__ __forceinline__ void key_slice_gradients(BackwardShared& shared, KeySlice& state,
                                                     KeySlice& g, float (&du)[2], const float* u,
                                                     int row, int valid, const Lane& lane) {
@@ -287,8 +292,9 @@ __device__ __forceinline__ void value_slice_gradients(BackwardShared& shared, in
   shared.v.store(row, value, as_operand(dv), lane);
 }
 
-__device__ __forceinline__ void load_backward_chunk(BackwardShared& shared, const BackwardArgs& args,
-                                                    const Work& work, int64_t t0) {
+__device__ __forceinline__ void load_backward_chunk(BackwardShared& shared,
+                                                    const BackwardArgs& args, const Work& work,
+                                                    int64_t t0) {
   load_chunk(shared.r, args.r, args.problem, work, t0);
   load_chunk(shared.k, args.k, args.problem, work, t0);
   load_chunk(shared.w, args.w, args.problem, work, t0);
@@ -298,15 +304,16 @@ __device__ __forceinline__ void load_backward_chunk(BackwardShared& shared, cons
   async_wait<0>();
 }
 
-__device__ __forceinline__ void store_backward_chunk(BackwardShared& shared, const BackwardArgs& args,
-                                                     const Work& work, int64_t t0) {
+__device__ __forceinline__ void store_backward_chunk(BackwardShared& shared,
+                                                     const BackwardArgs& args, const Work& work,
+                                                     int64_t t0) {
   store_chunk(args.dr, shared.r, args.problem, work, t0);
   store_chunk(args.dk, shared.k, args.problem, work, t0);
   store_chunk(args.dw, shared.w, args.problem, work, t0);
   store_chunk(args.dv, shared.v, args.problem, work, t0);
 }
 
-__global__ void __launch_bounds__(THREADS, 3) backward_kernel(BackwardArgs args) {
+__global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(BackwardArgs args) {
   const Wkv6Problem& problem = args.problem;
   const Work work(problem, args.segments, blockIdx.x);
   BackwardShared& shared = shared_memory<BackwardShared>();
@@ -317,19 +324,20 @@ __global__ void __launch_bounds__(THREADS, 3) backward_kernel(BackwardArgs args)
   float du[2] = {};
   if (args.dstate_out != nullptr && (work.length > 0 || work.last)) {
     const float* const final_gradient = args.dstate_out + work.slot * HEAD_SIZE * HEAD_SIZE;
-    g.each(lane, [=](float& x, int key, int value) { x = final_gradient[key * HEAD_SIZE + value]; });
+    g.each(lane,
+           [=](float& x, int key, int value) { x = final_gradient[key * HEAD_SIZE + value]; });
   }
   for (int chunk = work.chunks() - 1; chunk >= 0; chunk--) {
     const int64_t t0 = static_cast<int64_t>(chunk) * CHUNK;
     const int valid = valid_tokens(work, t0), blocks = used_blocks(valid);
-    __syncthreads();  // the tiles of the last chunk have been stored
+    // No barrier before the loads: a thread overwrites what it has just stored itself, and tiles
+    // that were last read before the barrier above.
     load_backward_chunk(shared, args, work, t0);
     __syncthreads();
     if (lane.warp < blocks) {
       const int row = lane.warp * BLOCK;
-      const Operand scores =
-          prepare_block(shared.r, shared.k, shared.w, nullptr, shared.kt, shared.total[lane.warp], u,
-                        row, valid - row, lane);
+      const Operand scores = prepare_block(shared.r, shared.k, shared.w, nullptr, shared.kt,
+                                           shared.total[lane.warp], u, row, valid - row, lane);
       shared.scores[lane.warp].store(transposed(scores), lane);
       prepare_score_gradients(shared, row, lane);
     }
@@ -355,7 +363,8 @@ __global__ void __launch_bounds__(THREADS, 3) backward_kernel(BackwardArgs args)
   if (args.dstate_in != nullptr && work.first) {
     float* const initial_gradient =
         args.dstate_in + work.state_index(problem) * HEAD_SIZE * HEAD_SIZE;
-    g.each(lane, [=](float& x, int key, int value) { initial_gradient[key * HEAD_SIZE + value] = x; });
+    g.each(lane,
+           [=](float& x, int key, int value) { initial_gradient[key * HEAD_SIZE + value] = x; });
   }
 }
 

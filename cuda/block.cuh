@@ -1,13 +1,14 @@
 // One block of 16 tokens: its decay factors and its scores
 //
-//   A[t][s] = sum_n r_t[n] k_s[n] prod_{s<l<t} d_l[n]  (s < t),      A[t][t] = sum_n r_t[n] u[n] k_t[n]
+//   A[t][s] = sum_n r_t[n] k_s[n] prod_{s<l<t} d_l[n]  (s < t),
+//   A[t][t] = sum_n r_t[n] u[n] k_t[n]
 //
 // The tokens form a binary tree. Where a pair (t, s) is first split, into a row half with t and a
 // column half with s, its decay is (product from the boundary to t) * (product from s to the
-// boundary): two factors in (0, 1], one for each operand, so nothing overflows and nothing is divided.
-// Level 8 splits the block (rows: leaves 2 and 3), level 4 splits each half (rows: leaves 1 and 3), and
-// pairs inside a leaf of four are summed in fp32. At a level every token is either a row or a column,
-// so one fragment holds both operands of that level.
+// boundary): two factors in (0, 1], one for each operand, so nothing overflows and nothing is
+// divided. Level 8 splits the block (rows: leaves 2 and 3), level 4 splits each half (rows: leaves
+// 1 and 3), and pairs inside a leaf of four are summed in fp32. At a level every token is either a
+// row or a column, so one fragment holds both operands of that level.
 #pragma once
 
 #include "fragments.cuh"
@@ -15,10 +16,10 @@
 namespace wkv6 {
 
 constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr float LOG2_E = 1.44269504f;
 
 // -exp(w): the logarithm of the decay.
 __device__ __forceinline__ Leaf log_decay(const Leaf& w) {
-  constexpr float LOG2_E = 1.44269504f;
   Leaf result;
 #pragma unroll
   for (int i = 0; i < 8; i++) result.x[i / 4][i % 4] = -exp2_approx(LOG2_E * w.x[i / 4][i % 4]);
@@ -27,7 +28,6 @@ __device__ __forceinline__ Leaf log_decay(const Leaf& w) {
 
 // exp(log_decay); 1 for tokens beyond the `valid` ones of the block, which thus change no state.
 __device__ __forceinline__ Leaf decay(const Leaf& log_decay, int valid, const Lane& lane) {
-  constexpr float LOG2_E = 1.44269504f;
   Leaf result;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ Leaf decay(const Leaf& log_decay, int valid, const La
 
 // Products of a lane's decays, for its two channels.
 struct DecayProducts {
-  Leaf before, after;  // over the tokens of the leaf before, after each token
+  Leaf before, after;          // over the tokens of the leaf before, after each token
   float earlier[2], later[2];  // over the leaves of the block before, after this one
   float total[2];              // over the block
   float far[2];  // level 8: over the leaf between this one and the boundary, 1 where none is
@@ -81,10 +81,12 @@ struct TreeRows {
 };
 
 // Decay between a token and the level's boundary.
-__device__ __forceinline__ float level4_factor(const DecayProducts& d, TreeRows rows, int c, int i) {
+__device__ __forceinline__ float level4_factor(const DecayProducts& d, TreeRows rows, int c,
+                                               int i) {
   return rows.level4 ? d.before.x[c][i] : d.after.x[c][i];
 }
-__device__ __forceinline__ float level8_factor(const DecayProducts& d, TreeRows rows, int c, int i) {
+__device__ __forceinline__ float level8_factor(const DecayProducts& d, TreeRows rows, int c,
+                                               int i) {
   return (rows.level8 ? d.before.x[c][i] : d.after.x[c][i]) * d.far[c];
 }
 
@@ -128,12 +130,13 @@ __device__ __forceinline__ Leaf keep_if(bool condition, const Leaf& leaf) {
   return result;
 }
 
-// Scores inside the leaves: s[a][b] for token a and an earlier or the same token b of leaf q, summed
-// over the channels given so far.
+// Scores inside the leaves: s[a][b] for token a and an earlier or the same token b of leaf q,
+// summed over the channels given so far.
 struct LeafScores {
   float s[4][4] = {};
 
-  __device__ __forceinline__ void add(const Leaf& r, const Leaf& k, const Leaf& d, const float (&u)[2]) {
+  __device__ __forceinline__ void add(const Leaf& r, const Leaf& k, const Leaf& d,
+                                      const float (&u)[2]) {
 #pragma unroll
     for (int c = 0; c < 2; c++) {
 #pragma unroll
@@ -164,9 +167,10 @@ struct LeafScores {
   }
 };
 
-// Computes the scores of the block whose first tile row is `row`, and on the way writes the operands of
-// the recurrence: kt = k decayed to the end of the block, the decay over the whole block, and, unless rt
-// is NULL, rt = r decayed from its start. rt may be r and kt may be k itself. A warp does one block.
+// Computes the scores of the block whose first tile row is `row`, and on the way writes the
+// operands of the recurrence: kt = k decayed to the end of the block, the decay over the whole
+// block, and, unless rt is NULL, rt = r decayed from its start. rt may be r and kt may be k itself.
+// A warp does one block.
 __device__ __forceinline__ Operand prepare_block(Tile& r_tile, Tile& k_tile, Tile& w_tile, Tile* rt,
                                                  Tile& kt, float* total, const float* u, int row,
                                                  int valid, const Lane& lane) {

@@ -1,16 +1,19 @@
-// The forward for 64 channels in bf16, on tensor cores. A thread block does one head of one segment;
-// warp j owns the value channels 16j .. 16j+15 and keeps its part of the state, transposed (16 values
-// x 64 keys), in registers from the first token to the last. Per chunk of 64 tokens:
+// The forward for 64 channels in bf16, on tensor cores. A thread block does one head of one
+// segment; warp j owns the value channels 16j .. 16j+15 and keeps its part of the state, transposed
+// (16 values x 64 keys), in registers from the first token to the last. Per chunk of 64 tokens:
 //
 //   1. warp x prepares block x (block.cuh);
 //   2. for each block:  y = rt S + A V,   S = diag(total) S + kt^T V.
 //
-// The chunk is not prefetched: four thread blocks fit a multiprocessor and cover each other's loads.
+// The chunk is not prefetched: four thread blocks fit a multiprocessor and cover each other's
+// loads.
 #pragma once
 
 #include "block.cuh"
 
 namespace wkv6 {
+
+constexpr int FORWARD_BLOCKS = 4;  // thread blocks for each multiprocessor
 
 struct ForwardArgs {
   Wkv6Problem problem;
@@ -23,8 +26,8 @@ struct ForwardArgs {
   uint4* checkpoints;
 };
 
-// A checkpoint is a bf16 state as the operands of the backward: fragment (key slice, value slice) of
-// 16x16, one uint4 for each lane.
+// A checkpoint is a bf16 state as the operands of the backward: fragment (key slice, value slice)
+// of 16x16, one uint4 for each lane.
 constexpr int CHECKPOINT_PIECES = SLICES * SLICES * 32;
 
 __device__ __forceinline__ uint4* checkpoint_fragment(uint4* checkpoint, int key_slice,
@@ -56,7 +59,8 @@ struct ValueSlice {
   }
 };
 
-// y and the new state for the block whose first tile row is `row`; y replaces the warp's columns of v.
+// y and the new state for the block whose first tile row is `row`; y replaces the warp's columns of
+// v.
 __device__ __forceinline__ void forward_block(ForwardShared& shared, ValueSlice& state, int row,
                                               const Lane& lane) {
   const int column = 16 * lane.warp;
@@ -77,7 +81,7 @@ __device__ __forceinline__ void forward_block(ForwardShared& shared, ValueSlice&
   shared.v.store(row, column, as_operand(y), lane);
 }
 
-__global__ void __launch_bounds__(THREADS, 4) forward_kernel(ForwardArgs args) {
+__global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward_kernel(ForwardArgs args) {
   const Wkv6Problem& problem = args.problem;
   const Work work(problem, args.segments, blockIdx.x);
   if (work.length == 0 && !work.last) return;
@@ -92,7 +96,8 @@ __global__ void __launch_bounds__(THREADS, 4) forward_kernel(ForwardArgs args) {
   for (int chunk = 0; chunk < work.chunks(); chunk++) {
     const int64_t t0 = static_cast<int64_t>(chunk) * CHUNK;
     const int valid = valid_tokens(work, t0), blocks = used_blocks(valid);
-    __syncthreads();  // the tiles of the last chunk have been stored
+    // No barrier before the loads: a thread overwrites what it has just stored itself (y), and
+    // tiles that were last read before the barrier above.
     load_chunk(shared.r, args.r, problem, work, t0);
     load_chunk(shared.k, args.k, problem, work, t0);
     load_chunk(shared.w, args.w, problem, work, t0);
@@ -102,9 +107,9 @@ __global__ void __launch_bounds__(THREADS, 4) forward_kernel(ForwardArgs args) {
     __syncthreads();
     if (lane.warp < blocks) {
       const int row = lane.warp * BLOCK;
-      const Operand scores = prepare_block(
-          shared.r, shared.k, shared.w, &shared.r, shared.k, shared.total[lane.warp],
-          args.u + work.head * HEAD_SIZE, row, valid - row, lane);
+      const Operand scores =
+          prepare_block(shared.r, shared.k, shared.w, &shared.r, shared.k, shared.total[lane.warp],
+                        args.u + work.head * HEAD_SIZE, row, valid - row, lane);
       shared.scores[lane.warp].store(scores, lane);
     }
     if (args.checkpoints != nullptr) {
@@ -113,8 +118,8 @@ __global__ void __launch_bounds__(THREADS, 4) forward_kernel(ForwardArgs args) {
 #pragma unroll
       for (int j = 0; j < SLICES; j++) {
         const Operand s = transposed(as_operand(state.x[j]));
-        checkpoint_fragment(checkpoint, j, lane.warp)[lane.lane] = {s.pair[0], s.pair[1],
-                                                                     s.pair[2], s.pair[3]};
+        checkpoint_fragment(checkpoint, j, lane.warp)[lane.lane] = {s.pair[0], s.pair[1], s.pair[2],
+                                                                    s.pair[3]};
       }
     }
     __syncthreads();
@@ -125,9 +130,9 @@ __global__ void __launch_bounds__(THREADS, 4) forward_kernel(ForwardArgs args) {
     store_chunk(args.y, shared.v, problem, work, t0);
   }
   if (args.state_out != nullptr && work.last) {
-    float* const final_state =
-        args.state_out + work.state_index(problem) * HEAD_SIZE * HEAD_SIZE;
-    state.each(lane, [=](float& s, int value, int key) { final_state[key * HEAD_SIZE + value] = s; });
+    float* const final_state = args.state_out + work.state_index(problem) * HEAD_SIZE * HEAD_SIZE;
+    state.each(lane,
+               [=](float& s, int value, int key) { final_state[key * HEAD_SIZE + value] = s; });
   }
 }
 

@@ -1,17 +1,18 @@
-// 16x16 matrices spread over the lanes of a warp, the products of two of them, and the shared-memory
-// tiles that they are loaded from. Everything in the tensor-core kernels is built from these.
+// 16x16 matrices spread over the lanes of a warp, the products of two of them, and the
+// shared-memory tiles that they are loaded from. Everything in the tensor-core kernels is built
+// from these.
 //
-// A product has the form C[m][n] += sum_k A[m][k] B[n][k]: both factors run along k in memory, so one
-// kind of operand serves both sides. Lane 4g + q holds of a fragment M (a pair is two neighbours in
-// a row):
+// A product has the form C[m][n] += sum_k A[m][k] B[n][k]: both factors run along k in memory, so
+// one kind of operand serves both sides. Lane 4g + q holds of a fragment M (a pair is two
+// neighbours in a row):
 //
 //   pair 0: M[g][2q, 2q+1]       pair 2: M[g][8+2q, 8+2q+1]
 //   pair 1: M[g+8][2q, 2q+1]     pair 3: M[g+8][8+2q, 8+2q+1]
 //
 // Token order. Recurrences advance by blocks of 16 tokens, and inside a block by leaves of four. A
 // tile keeps the tokens of a block in an interleaved order, so that the four columns a lane holds
-// (2q, 2q+1, 8+2q, 8+2q+1) of a channels x tokens fragment are the four tokens 4q .. 4q+3 of leaf q,
-// in order. Only the loads from and stores to global memory and the masks know of it.
+// (2q, 2q+1, 8+2q, 8+2q+1) of a channels x tokens fragment are the four tokens 4q .. 4q+3 of leaf
+// q, in order. Only the loads from and stores to global memory and the masks know of it.
 #pragma once
 
 #include "problem.cuh"
@@ -24,7 +25,8 @@ using bf16 = __nv_bfloat16;
 constexpr int HEAD_SIZE = 64;  // the only one that the tensor-core kernels are written for
 constexpr int BLOCK = 16;      // tokens of a recurrence step
 constexpr int BLOCKS = CHUNK / BLOCK;
-constexpr int WARPS = 4;  // of a thread block; each owns 16 of the 64 channels, or one block of tokens
+constexpr int WARPS =
+    4;  // of a thread block; each owns 16 of the 64 channels, or one block of tokens
 constexpr int THREADS = 32 * WARPS;
 constexpr int SLICES = HEAD_SIZE / 16;
 
@@ -129,8 +131,8 @@ struct Tile {
   // m[i][k] = tile[row + k][column + i]
   __device__ __forceinline__ Operand load_transposed(int row, int column, const Lane& lane) {
     Operand m;
-    load_matrices_transposed(m.pair, at(row + lane.lane % 8 + lane.lane / 16 * 8,
-                                        column + lane.lane / 8 % 2 * 8));
+    load_matrices_transposed(
+        m.pair, at(row + lane.lane % 8 + lane.lane / 16 * 8, column + lane.lane / 8 % 2 * 8));
     return m;
   }
 
@@ -162,10 +164,11 @@ __device__ __forceinline__ int tile_row(int t) {
   return (t & ~15) | (t & 12) >> 1 | (t & 2) << 2 | (t & 1);
 }
 
-// Starts loading the chunk that begins at token t0 of the segment, this head's channels, into a tile;
-// tokens beyond the segment become zeros.
+// Starts loading the chunk that begins at token t0 of the segment, this head's channels, into a
+// tile; tokens beyond the segment become zeros.
 __device__ __forceinline__ void load_chunk(Tile& tile, const bf16* tensor,
-                                           const Wkv6Problem& problem, const Work& work, int64_t t0) {
+                                           const Wkv6Problem& problem, const Work& work,
+                                           int64_t t0) {
 #pragma unroll
   for (int piece = threadIdx.x; piece < CHUNK * HEAD_SIZE / 8; piece += THREADS) {
     const int t = piece / 8, channel = piece % 8 * 8;

@@ -30,8 +30,7 @@ struct Work {
   int64_t length;          // tokens in the segment; 0 where the sequence ends before it
   bool first, last;        // of the segments that the sequence really has
 
-  __device__ Work(const Wkv6Problem& problem, Segments segments, int64_t block)
-      : slot(block) {
+  __device__ Work(const Wkv6Problem& problem, Segments segments, int64_t block) : slot(block) {
     head = static_cast<int>(block % problem.H);
     segment = static_cast<int>(block / problem.H % segments.per_sequence);
     sequence = static_cast<int>(block / problem.H / segments.per_sequence);
@@ -88,12 +87,16 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <typename T>
 __device__ __forceinline__ T from_float(float x);
 template <>
-__device__ __forceinline__ float from_float<float>(float x) { return x; }
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
 template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 template <>
-__device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
 
 }  // namespace wkv6

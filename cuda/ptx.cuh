@@ -1,7 +1,7 @@
 // The instructions that CUDA C++ has no name for, one small function each; no PTX stands elsewhere.
 //
-// A warp holds an 8x8 matrix of 16-bit values as one 32-bit register per lane: lane 4g + q has row g,
-// columns 2q (low half) and 2q + 1 (high half). The host build of the tests replaces this file's
+// A warp holds an 8x8 matrix of 16-bit values as one 32-bit register per lane: lane 4g + q has row
+// g, columns 2q (low half) and 2q + 1 (high half). The host build of the tests replaces this file's
 // functions by ones that emulate the same layouts, one CUDA thread per fiber.
 #pragma once
 
@@ -33,7 +33,9 @@ __device__ __forceinline__ void async_copy_16(void* shared, const void* global, 
 }
 
 // Closes the group of copies that this thread has started since the last call.
-__device__ __forceinline__ void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void async_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 
 // Waits until at most PENDING of this thread's groups are under way.
 template <int PENDING>
@@ -65,11 +67,13 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
 }
 
 // c (16x8, fp32) += a (16x16, bf16) b (16x8, bf16). a is four 8x8 matrices (upper left, lower left,
-// upper right, lower right), b two, transposed (b0 rows 0-7, b1 rows 8-15), c two (rows 0-7: c[0..1],
-// rows 8-15: c[2..3]).
-__device__ __forceinline__ void mma_bf16(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-               "{%8, %9}, {%0, %1, %2, %3};"
+// upper right, lower right), b two, transposed (b0 rows 0-7, b1 rows 8-15), c two (rows 0-7:
+// c[0..1], rows 8-15: c[2..3]).
+__device__ __forceinline__ void mma_bf16(float* c, const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }

@@ -1,6 +1,7 @@
-// The scan: the recurrence itself in fp32, for every head size, dtype and length. A thread block does one
-// head of one sequence, eight tokens at a time; thread i owns value channel i of the state in some loops,
-// key channel i in others. It is also the kernel for decoding, where the tensor cores have no work.
+// The scan: the recurrence itself in fp32, for every head size, dtype and length. A thread block
+// does one head of one sequence, eight tokens at a time; thread i owns value channel i of the state
+// in some loops, key channel i in others. It is also the kernel for decoding, where the tensor
+// cores have no work.
 #pragma once
 
 #include "problem.cuh"
@@ -24,16 +25,15 @@ __device__ __forceinline__ Tokens load_tokens(const T* tensor, const Wkv6Problem
 #pragma unroll
   for (int i = 0; i < STEP; i++) {
     const bool valid = t0 + i < work.length;
-    tokens.x[i] =
-        valid ? to_float(tensor[work.token_offset(problem, t0 + i) + channel]) : missing;
+    tokens.x[i] = valid ? to_float(tensor[work.token_offset(problem, t0 + i) + channel]) : missing;
   }
   return tokens;
 }
 
 template <typename T>
 __device__ __forceinline__ void store_tokens(T* tensor, const Tokens& tokens,
-                                             const Wkv6Problem& problem, const Work& work, int64_t t0,
-                                             int channel) {
+                                             const Wkv6Problem& problem, const Work& work,
+                                             int64_t t0, int channel) {
 #pragma unroll
   for (int i = 0; i < STEP; i++) {
     if (t0 + i < work.length) {
@@ -52,14 +52,13 @@ __device__ __forceinline__ Tokens decay_of(const Tokens& w) {
   return d;
 }
 
-// The whole dynamic shared memory of a scan: a state and some rows of tokens, for `n` channels. A state's
-// rows are one longer than they need be, so that a column lies in different banks.
+// The whole dynamic shared memory of a scan: a state and some rows of tokens, for `n` channels. A
+// state's rows are one longer than they need be, so that a column lies in different banks.
 struct ScanShared {
   int n;
   float* state;
 
-  __device__ __forceinline__ explicit ScanShared(int n)
-      : n(n), state(&shared_memory<float>()) {}
+  __device__ __forceinline__ explicit ScanShared(int n) : n(n), state(&shared_memory<float>()) {}
   __device__ __forceinline__ float& at(int key, int value) { return state[key * (n + 1) + value]; }
   // n is a multiple of 8, so the rows of tokens begin at a multiple of 16 bytes.
   __device__ __forceinline__ Tokens* tokens(int row) {
@@ -67,7 +66,7 @@ struct ScanShared {
   }
 };
 
-inline size_t scan_shared_bytes(int64_t n, int rows) {
+constexpr size_t scan_shared_bytes(int64_t n, int rows) {
   return (n * (n + 1) + rows * n * STEP) * sizeof(float);
 }
 
@@ -83,7 +82,7 @@ struct ScanForwardArgs {
 constexpr int SCAN_FORWARD_ROWS = 3;  // r, k, decay
 
 template <typename T>
-__global__ void __launch_bounds__(128, 1) scan_forward_kernel(ScanForwardArgs<T> args) {
+__global__ void __launch_bounds__(128) scan_forward_kernel(ScanForwardArgs<T> args) {
   const Wkv6Problem& problem = args.problem;
   const Work work(problem, UNCUT, blockIdx.x);
   const int n = static_cast<int>(problem.N), channel = threadIdx.x;
@@ -147,8 +146,8 @@ struct ScanBackwardArgs {
 // Rows of tokens in shared memory; the last holds dA, 8 x 8.
 enum ScanBackwardRow { ROW_R, ROW_K, ROW_DECAY, ROW_V, ROW_DY, ROW_DA, SCAN_BACKWARD_ROWS };
 
-// Writes the states before the steps of a chunk after its first, (N value, N key) each. A thread writes
-// its key channel, and is the one that reads it again.
+// Writes the states before the steps of a chunk after its first, (N value, N key) each. A thread
+// writes its key channel, and is the one that reads it again.
 template <typename T>
 __device__ void store_step_states(const ScanBackwardArgs<T>& args, const Work& work, int64_t t0,
                                   int steps, const float* checkpoint, float* step_states,
@@ -175,8 +174,8 @@ __device__ void store_step_states(const ScanBackwardArgs<T>& args, const Work& w
 }
 
 // dr, dk, dw of a step for one key channel. Inputs: the products with the state before the step,
-// state_r = dY S^T, and with the gradient after it, state_k = V G^T, sum_v S G, and dA. The gradient of
-// the log decay is summed directly, as in backward.cuh.
+// state_r = dY S^T, and with the gradient after it, state_k = V G^T, sum_v S G, and dA. The
+// gradient of the log decay is summed directly, as in backward.cuh.
 struct StepGradients {
   Tokens dr, dk, dw;
   float du = 0.0f;
@@ -233,7 +232,7 @@ struct StepGradients {
 __device__ __forceinline__ Tokens step_dv(ScanShared& shared, const Tokens& dy, const float* u,
                                           int channel) {
   const Tokens *const r = shared.tokens(ROW_R), *const k = shared.tokens(ROW_K),
-               *const d = shared.tokens(ROW_DECAY);
+                      *const d = shared.tokens(ROW_DECAY);
   Tokens dv = {};
   for (int key = 0; key < shared.n; key++) {
     float g = shared.at(key, channel);

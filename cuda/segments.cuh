@@ -1,7 +1,7 @@
-// Few heads leave most of the GPU idle, so their sequences are cut into segments that run side by side.
-// The state that enters a segment is needed first, and it is linear in the one before:
+// Few heads leave most of the GPU idle, so their sequences are cut into segments that run side by
+// side. The state that enters a segment is needed first, and it is linear in the one before:
 //
-//   1. segment_kernel: what each segment adds to the state, from zero, and its decay per key channel;
+//   1. segment_kernel: what each segment adds to the state, and its decay for each key channel;
 //   2. join_kernel:    segment after segment, the states that enter them;
 //   3. the forward (backward) kernel on every segment at once.
 //
@@ -17,9 +17,9 @@ struct SegmentArgs {
   Wkv6Problem problem;
   Segments segments;
   const bf16 *keys, *values, *w;  // k, v or, for the backward, r, dy
-  const float* boundary;          // (n_seq, H, 64, 64) the state at the first (last) segment; or NULL
-  float* states;                  // (slots, 64, 64)
-  float* decays;                  // (slots, 64)
+  const float* boundary;  // (n_seq, H, 64, 64) the state at the first (last) segment; or NULL
+  float* states;          // (slots, 64, 64)
+  float* decays;          // (slots, 64)
 };
 
 struct SegmentShared {
@@ -72,29 +72,30 @@ __global__ void __launch_bounds__(THREADS) segment_kernel(SegmentArgs args) {
   }
 }
 
-// Replaces what each segment adds by the state that enters it. A thread does one element of one head of
-// one sequence; a block does THREADS of them.
+// Replaces what each segment adds by the state that enters it. A thread does one element of one
+// head of one sequence; a block does THREADS of them.
 template <bool BACKWARD>
 __global__ void __launch_bounds__(THREADS) join_kernel(SegmentArgs args) {
   constexpr int64_t BLOCKS_PER_STATE = HEAD_SIZE * HEAD_SIZE / THREADS;
   const Wkv6Problem& problem = args.problem;
   const int64_t head = blockIdx.x / BLOCKS_PER_STATE;  // of all sequences
   const int64_t element = blockIdx.x % BLOCKS_PER_STATE * THREADS + threadIdx.x;
-  const int64_t first_slot = head / problem.H * args.segments.per_sequence * problem.H + head % problem.H;
+  const int64_t first_slot =
+      head / problem.H * args.segments.per_sequence * problem.H + head % problem.H;
 
   const Work sequence(problem, UNCUT, head);
   const int64_t used = (sequence.length + args.segments.length - 1) / args.segments.length;
   const int64_t count = used > 1 ? used : 1;
-  float state = args.boundary == nullptr
-                    ? 0.0f
-                    : args.boundary[head * HEAD_SIZE * HEAD_SIZE + element];
+  float state =
+      args.boundary == nullptr ? 0.0f : args.boundary[head * HEAD_SIZE * HEAD_SIZE + element];
   for (int64_t step = 0; step < count; step++) {
     const int64_t segment = BACKWARD ? count - 1 - step : step;
     const int64_t slot = first_slot + segment * problem.H;
     float& entering = args.states[slot * HEAD_SIZE * HEAD_SIZE + element];
     const float added = entering;
     entering = state;
-    if (step + 1 < count) state = args.decays[slot * HEAD_SIZE + element / HEAD_SIZE] * state + added;
+    if (step + 1 < count)
+      state = args.decays[slot * HEAD_SIZE + element / HEAD_SIZE] * state + added;
   }
 }
 

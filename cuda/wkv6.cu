@@ -12,6 +12,14 @@ constexpr int64_t SHORTEST_FOR_TENSOR_CORES = BLOCK + 1;
 constexpr int64_t SHORTEST_SEGMENT = 4 * CHUNK;  // the pre-pass and the join have to pay
 constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 4;
 
+// Bytes of shared memory that a thread block may have on every GPU of compute capability 8.0 or
+// more, and that the blocks of a multiprocessor share on 9.0; each takes 1 KB beyond its own.
+constexpr size_t BLOCK_LIMIT = 99 * 1024, MULTIPROCESSOR_LIMIT = 228 * 1024, RESERVED = 1024;
+static_assert(sizeof(BackwardShared) <= BLOCK_LIMIT);
+static_assert(BACKWARD_BLOCKS * (sizeof(BackwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
+static_assert(FORWARD_BLOCKS * (sizeof(ForwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
+static_assert(scan_shared_bytes(128, SCAN_BACKWARD_ROWS) <= BLOCK_LIMIT);
+
 bool valid(const Wkv6Problem& p) {
   return p.B >= 1 && p.T >= 1 && p.H >= 1 && p.N >= 8 && p.N <= 128 && p.N % 8 == 0 &&
          p.dtype >= WKV6_FP32 && p.dtype <= WKV6_FP16 &&
@@ -43,11 +51,12 @@ Segments choose_segments(const Wkv6Problem& p) {
   const int64_t processors = multiprocessors();
   if (p.n_seq * p.H >= 2 * processors) return UNCUT;
   const int64_t wanted = ceil_div(p.B * p.T * p.H, BLOCKS_PER_MULTIPROCESSOR * processors);
-  const int64_t length = ceil_div(wanted > SHORTEST_SEGMENT ? wanted : SHORTEST_SEGMENT, CHUNK) * CHUNK;
+  const int64_t length =
+      ceil_div(wanted > SHORTEST_SEGMENT ? wanted : SHORTEST_SEGMENT, CHUNK) * CHUNK;
   return {length, ceil_div(p.T, length)};
 }
 
-int64_t slots(const Wkv6Problem& p, const Segments& segments) {
+int64_t slots(const Wkv6Problem& p, Segments segments) {
   return p.n_seq * segments.per_sequence * p.H;
 }
 
@@ -86,15 +95,16 @@ cudaError_t launch_sum(const float* parts, float* sum, int64_t count, int64_t si
                 SumArgs{parts, sum, count, size});
 }
 
-// The temporary buffer of a launch on tensor cores: states and decays of the segments, where sequences
-// are cut, then the parts of du, for a backward.
+// The temporary buffer of a launch on tensor cores: states and decays of the segments, where
+// sequences are cut, then the parts of du, for a backward.
 struct Scratch {
   float *states = nullptr, *decays = nullptr, *du = nullptr;
   size_t bytes = 0;
 
-  Scratch(const Wkv6Problem& p, const Segments& segments, bool backward, void* memory) {
+  Scratch(const Wkv6Problem& p, Segments segments, bool backward, void* memory) {
     const auto take = [&](int64_t count) {
-      float* const start = memory == nullptr ? nullptr : static_cast<float*>(memory) + bytes / sizeof(float);
+      float* const start =
+          memory == nullptr ? nullptr : static_cast<float*>(memory) + bytes / sizeof(float);
       bytes += count * sizeof(float);
       return start;
     };
@@ -112,18 +122,18 @@ cudaError_t launch_segments(const SegmentArgs& args, void* stream) {
   cudaError_t error = launch(segment_kernel<BACKWARD>, slots(p, args.segments), THREADS,
                              sizeof(SegmentShared), stream, args);
   if (error != cudaSuccess) return error;
-  return launch(join_kernel<BACKWARD>, p.n_seq * p.H * (HEAD_SIZE * HEAD_SIZE / THREADS), THREADS, 0,
-                stream, args);
+  return launch(join_kernel<BACKWARD>, p.n_seq * p.H * (HEAD_SIZE * HEAD_SIZE / THREADS), THREADS,
+                0, stream, args);
 }
 
 cudaError_t tensor_core_forward(ForwardArgs args, void* scratch_memory, void* stream) {
   args.segments = choose_segments(args.problem);
   const Scratch scratch(args.problem, args.segments, false, scratch_memory);
   if (args.segments.per_sequence > 1) {
-    const cudaError_t error = launch_segments<false>(
-        {args.problem, args.segments, args.k, args.v, args.w, args.state_in, scratch.states,
-         scratch.decays},
-        stream);
+    const cudaError_t error =
+        launch_segments<false>({args.problem, args.segments, args.k, args.v, args.w, args.state_in,
+                                scratch.states, scratch.decays},
+                               stream);
     if (error != cudaSuccess) return error;
     args.state_in = scratch.states;
   }
@@ -136,9 +146,10 @@ cudaError_t tensor_core_backward(BackwardArgs args, void* scratch_memory, void* 
   args.segments = choose_segments(p);
   const Scratch scratch(p, args.segments, true, scratch_memory);
   if (args.segments.per_sequence > 1) {
-    const cudaError_t error = launch_segments<true>(
-        {p, args.segments, args.r, args.dy, args.w, args.dstate_out, scratch.states, scratch.decays},
-        stream);
+    const cudaError_t error =
+        launch_segments<true>({p, args.segments, args.r, args.dy, args.w, args.dstate_out,
+                               scratch.states, scratch.decays},
+                              stream);
     if (error != cudaSuccess) return error;
     args.dstate_out = scratch.states;
   }
@@ -176,17 +187,24 @@ cudaError_t scan_backward(ScanBackwardArgs<T> args, void* scratch, void* stream)
 }
 
 template <typename T>
-const T* in(const void* pointer) { return static_cast<const T*>(pointer); }
+const T* in(const void* pointer) {
+  return static_cast<const T*>(pointer);
+}
 template <typename T>
-T* out(void* pointer) { return static_cast<T*>(pointer); }
+T* out(void* pointer) {
+  return static_cast<T*>(pointer);
+}
 
 // Calls f with a value of the C++ type of the problem's dtype.
 template <typename F>
 cudaError_t with_dtype(const Wkv6Problem& p, F f) {
   switch (p.dtype) {
-    case WKV6_BF16: return f(__nv_bfloat16());
-    case WKV6_FP16: return f(__half());
-    default: return f(float());
+    case WKV6_BF16:
+      return f(__nv_bfloat16());
+    case WKV6_FP16:
+      return f(__half());
+    default:
+      return f(float());
   }
 }
 
@@ -217,8 +235,17 @@ int wkv6_forward(const Wkv6Problem* p, const void* r, const void* k, const void*
   if (!valid(*p)) return cudaErrorInvalidValue;
   if (!aligned(r, k, v, w, y, checkpoints)) return cudaErrorMisalignedAddress;
   if (uses_tensor_cores(*p)) {
-    return tensor_core_forward({*p, {}, in<bf16>(r), in<bf16>(k), in<bf16>(v), in<bf16>(w), u,
-                                state_in, out<bf16>(y), state_out, out<uint4>(checkpoints)},
+    return tensor_core_forward({*p,
+                                {},
+                                in<bf16>(r),
+                                in<bf16>(k),
+                                in<bf16>(v),
+                                in<bf16>(w),
+                                u,
+                                state_in,
+                                out<bf16>(y),
+                                state_out,
+                                out<uint4>(checkpoints)},
                                scratch, stream);
   }
   return with_dtype(*p, [&](auto element) {
@@ -236,11 +263,23 @@ int wkv6_backward(const Wkv6Problem* p, const void* r, const void* k, const void
   if (!valid(*p)) return cudaErrorInvalidValue;
   if (!aligned(r, k, v, w, dy, checkpoints, dr, dk, dv, dw)) return cudaErrorMisalignedAddress;
   if (uses_tensor_cores(*p)) {
-    return tensor_core_backward(
-        {*p, {}, in<bf16>(r), in<bf16>(k), in<bf16>(v), in<bf16>(w), in<bf16>(dy), u, dstate_out,
-         in<uint4>(checkpoints), out<bf16>(dr), out<bf16>(dk), out<bf16>(dv), out<bf16>(dw), du,
-         dstate_in},
-        scratch, stream);
+    return tensor_core_backward({*p,
+                                 {},
+                                 in<bf16>(r),
+                                 in<bf16>(k),
+                                 in<bf16>(v),
+                                 in<bf16>(w),
+                                 in<bf16>(dy),
+                                 u,
+                                 dstate_out,
+                                 in<uint4>(checkpoints),
+                                 out<bf16>(dr),
+                                 out<bf16>(dk),
+                                 out<bf16>(dv),
+                                 out<bf16>(dw),
+                                 du,
+                                 dstate_in},
+                                scratch, stream);
   }
   return with_dtype(*p, [&](auto element) {
     using T = decltype(element);

@@ -27,8 +27,8 @@ enum Wkv6Dtype { WKV6_FP32 = 0, WKV6_BF16 = 1, WKV6_FP16 = 2 };
 typedef struct {
   int64_t B, T, H, N;        /* T >= 1; N a multiple of 8, from 8 to 128 */
   int32_t dtype;             /* Wkv6Dtype */
-  int64_t n_seq;             /* number of sequences: B, or the packed ones when cu_seqlens is given */
-  const int32_t* cu_seqlens; /* NULL, or device pointer to n_seq + 1 ascending offsets 0 .. T; B = 1 */
+  int64_t n_seq;             /* sequences: B, or the packed ones when cu_seqlens is given */
+  const int32_t* cu_seqlens; /* NULL; or, with B = 1, n_seq + 1 rising offsets from 0 to T */
 } Wkv6Problem;
 
 /* Bytes of the state checkpoints that the forward writes for the backward. */
@@ -46,8 +46,8 @@ int wkv6_forward(const Wkv6Problem* problem, const void* r, const void* k, const
                  void* checkpoints, void* scratch, void* stream);
 
 /* Gradients, given dy and the gradient of the final state. checkpoints: as the forward of the same
- * problem left them (they hold the initial state too). dstate_out: NULL for zero. dstate_in: NULL if
- * not wanted. dr, dk, dv, dw have the dtype of the inputs. The same inputs give the same bits. */
+ * problem left them (they hold the initial state too). dstate_out: NULL for zero. dstate_in: NULL
+ * if not wanted. dr, dk, dv, dw have the dtype of the inputs. The same inputs give the same bits. */
 int wkv6_backward(const Wkv6Problem* problem, const void* r, const void* k, const void* v,
                   const void* w, const float* u, const void* dy, const float* dstate_out,
                   const void* checkpoints, void* dr, void* dk, void* dv, void* dw, float* du,

@@ -52,8 +52,8 @@ struct Wkv6Gradients {
   float* state;
 };
 
-// One compiled form of the kernel. Heads are numbered over all sequences, sequence * n_heads + head;
-// a call works on heads first <= head < last, and no two calls may share one.
+// One compiled form of the kernel. Heads are numbered over all sequences, as sequence * n_heads +
+// head; a call works on those from first up to last, and no two calls may share one.
 struct Wkv6CpuPath {
   const char* name;
   bool (*supported)();

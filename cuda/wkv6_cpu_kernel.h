@@ -1,9 +1,9 @@
 // The CPU kernel, written once on GCC's vector types and included once for each instruction set,
 // in a namespace that defines LANES, the number of floats in a register. See docs/kernels.md.
 //
-// Tokens are taken in chunks of kRows. Inside a chunk each pair of tokens is weighed directly; what
-// crosses a chunk goes through the state. With d the decays of a chunk's tokens:
-//   before_i = product of d_l, l < i      after_j = product of d_l, l > j      kept = product of all
+// Tokens are taken in chunks of kTokens. Inside a chunk each pair of tokens is weighed directly;
+// what crosses a chunk goes through the state. With d the decays of a chunk's tokens:
+//   before_i = product of d_l, l < i     after_j = product of d_l, l > j     kept = product of all
 //   A_ij = sum_n r_i k_j prod(d_l, j < l < i) for j < i,      A_ii = sum_n r_i u k_i
 //   y = A V + (r*before) S        S' = kept*S + (k*after)^T V
 // Backward runs the chunks in reverse with G, the gradient of the state at the chunk's end. All
@@ -13,7 +13,7 @@
 typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 
-constexpr int kRows = 8;                         // tokens of a chunk
+constexpr int kTokens = 8;                       // tokens of a chunk
 constexpr int kRegisters = LANES == 16 ? 2 : 1;  // vectors per row whose sums stay in registers
 
 struct alignas(64) Row {
@@ -43,7 +43,7 @@ static inline float sum(Vec x) {
   return sum_lanes<LANES>(lane);
 }
 
-// e^x = scale + scale * rest, with scale a power of two: keeps e^x - 1 exact near x = 0.
+// e^x = scale + scale * rest, with scale a power of two: keeps e^x - 1 precise near x = 0.
 struct Exponential {
   Vec scale, rest;
   Vec value() const { return scale + scale * rest; }
@@ -67,12 +67,11 @@ static inline Exponential exponential(Vec x) {
   return {(Vec)exponent, series * f * f + f};
 }
 
-// ---- token rows in memory, fp32 or bf16
-
 static inline void copy(float* to, const float* from, int64_t n) {
   for (int64_t i = 0; i < n; i += 8) std::memcpy(to + i, from + i, 8 * sizeof(float));
 }
 
+// Token rows in memory are fp32 or bf16, the upper half of an fp32.
 static inline void load_row(float* row, const void* data, Element element, int64_t at, int64_t n) {
   if (element == Element::kFloat32) {
     copy(row, static_cast<const float*>(data) + at, n);
@@ -100,7 +99,7 @@ static inline void store_row(const float* row, void* data, Element element, int6
   }
 }
 
-// A head's row in whole vectors; the lanes past head_size are zero, so that no loop needs a tail.
+// A head's row in whole vectors. Lanes past head_size hold zeros, so that no loop needs a tail.
 static inline int64_t padded_width(int64_t head_size) {
   return (head_size + LANES - 1) / LANES * LANES;
 }
@@ -121,10 +120,10 @@ struct Head {
         element(shape.element) {}
 
   int64_t position(int64_t token) const { return (first_token + token) * token_stride + offset; }
-  int64_t rows(int64_t token) const { return std::min<int64_t>(kRows, n_tokens - token); }
+  int64_t rows(int64_t token) const { return std::min<int64_t>(kTokens, n_tokens - token); }
 
   void load(Row* rows_out, const void* data, int64_t token) const {
-    for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t i = 0; i < kTokens; ++i) {
       const int64_t loaded = i < rows(token) ? head_size : 0;
       load_row(rows_out[i].at, data, element, position(token + i), loaded);
       for (int64_t n = loaded; n < width; n += 8) std::memset(rows_out[i].at + n, 0, 32);
@@ -150,9 +149,9 @@ struct Head {
 
 // The rows of one chunk. Tokens past the end of a sequence have zero rows and decay nothing.
 struct Chunk {
-  Row r[kRows], k[kRows], v[kRows];
-  Row log_decay[kRows], decay[kRows], before[kRows], after[kRows];
-  Row reader[kRows], writer[kRows];  // r * before, k * after
+  Row r[kTokens], k[kTokens], v[kTokens];
+  Row log_decay[kTokens], decay[kTokens], before[kTokens], after[kTokens];
+  Row reader[kTokens], writer[kTokens];  // r * before, k * after
   Row kept, lost;                    // lost = 1 - kept, precise where the decay is slow
 
   void load(const Head& head, const Wkv6Inputs& in, int64_t token) {
@@ -169,7 +168,7 @@ struct Chunk {
 
   void set_decays(int64_t n, int64_t rows) {
     Vec total = {}, product = Vec{} + 1.0f;
-    for (int64_t i = 0; i < kRows; ++i) {
+    for (int64_t i = 0; i < kTokens; ++i) {
       Vec rate = i < rows ? exponential(log_decay[i].vec(n)).value() : Vec{};
       log_decay[i].vec(n) = -rate;
       decay[i].vec(n) = exponential(-rate).value();
@@ -181,7 +180,7 @@ struct Chunk {
     kept.vec(n) = exponential(total).value();
     lost.vec(n) = -exponential(total).minus_one();
     product = Vec{} + 1.0f;
-    for (int64_t j = kRows - 1; j >= 0; --j) {
+    for (int64_t j = kTokens - 1; j >= 0; --j) {
       after[j].vec(n) = product;
       writer[j].vec(n) = k[j].vec(n) * product;
       product *= decay[j].vec(n);
@@ -189,19 +188,17 @@ struct Chunk {
   }
 };
 
-// ---- the inner loops
-
 // out_i = sum_p a_i[p] X[p] for the chunk's rows i; X is (n, width).
 template <int kVecs>
 static inline void multiply_columns(Row* out, const Row* a, const float* X, int64_t n,
                                     int64_t width, int64_t column) {
-  Vec sums[kRows][kVecs] = {};
+  Vec sums[kTokens][kVecs] = {};
   for (int64_t p = 0; p < n; ++p) {
     const float* x = X + p * width + column;
-    for (int i = 0; i < kRows; ++i)
+    for (int i = 0; i < kTokens; ++i)
       for (int q = 0; q < kVecs; ++q) sums[i][q] += a[i].at[p] * vec(x + q * LANES);
   }
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kTokens; ++i)
     for (int q = 0; q < kVecs; ++q) out[i].vec(column + q * LANES) = sums[i][q];
 }
 
@@ -223,7 +220,7 @@ static inline void advance_columns(float* to, const float* from, const Row& lost
     for (int q = 0; q < kVecs; ++q) {
       Vec x = vec(from + at + q * LANES);
       Vec change = keys == Keys::kRows ? -lost.at[p] * x : -lost.vec(column + q * LANES) * x;
-      for (int i = 0; i < kRows; ++i) change += a[i].at[p] * z[i].vec(column + q * LANES);
+      for (int i = 0; i < kTokens; ++i) change += a[i].at[p] * z[i].vec(column + q * LANES);
       vec(to + at + q * LANES) = x + change;  // a large x is rounded once in a chunk
     }
   }
@@ -239,35 +236,33 @@ static inline void advance(float* to, const float* from, const Row& lost, const 
     advance_columns<keys, 1>(to, from, lost, a, z, n, width, column);
 }
 
-typedef float Pairs[kRows][kRows];  // [later token i][earlier token j], j <= i
+typedef float Pairs[kTokens][kTokens];  // [later token i][earlier token j], j <= i
 
 // A_ij of the chunk: how much of token j's value token i reads.
 static inline void weigh_pairs(Pairs A, const Chunk& c, const Row& u, int64_t width) {
-  for (int j = 0; j < kRows; ++j) {
-    Vec sums[kRows] = {};
+  for (int j = 0; j < kTokens; ++j) {
+    Vec sums[kTokens] = {};
     for (int64_t n = 0; n < width; n += LANES) {
       Vec kept_k = c.k[j].vec(n);
       sums[j] += c.r[j].vec(n) * u.vec(n) * kept_k;
-      for (int i = j + 1; i < kRows; ++i) {
+      for (int i = j + 1; i < kTokens; ++i) {
         sums[i] += c.r[i].vec(n) * kept_k;
         kept_k *= c.decay[i].vec(n);
       }
     }
-    for (int i = j; i < kRows; ++i) A[i][j] = sum(sums[i]);
+    for (int i = j; i < kTokens; ++i) A[i][j] = sum(sums[i]);
   }
 }
 
 // Gradient of A: dA_ij = dy_i . v_j.
 static inline void weigh_pair_gradients(Pairs dA, const Row* dy, const Row* v, int64_t width) {
-  for (int j = 0; j < kRows; ++j) {
-    Vec sums[kRows] = {};
+  for (int j = 0; j < kTokens; ++j) {
+    Vec sums[kTokens] = {};
     for (int64_t n = 0; n < width; n += LANES)
-      for (int i = j; i < kRows; ++i) sums[i] += dy[i].vec(n) * v[j].vec(n);
-    for (int i = j; i < kRows; ++i) dA[i][j] = sum(sums[i]);
+      for (int i = j; i < kTokens; ++i) sums[i] += dy[i].vec(n) * v[j].vec(n);
+    for (int i = j; i < kTokens; ++i) dA[i][j] = sum(sums[i]);
   }
 }
-
-// ---- one head, forward and backward
 
 // A square matrix between its dense form in memory and rows of `width`, plain or transposed.
 static inline void unpack(float* padded, const float* dense, int64_t n, int64_t width) {
@@ -309,20 +304,20 @@ static void forward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv
   Head head(shape, index);
   const int64_t n = head.head_size, width = head.width;
   Chunk c;
-  Row u = {}, y[kRows];
+  Row u = {}, y[kTokens];
   Pairs A;
   std::memcpy(u.at, in.u + head.offset, n * sizeof(float));
   unpack(S, in.state + index * n * n, n, width);
-  for (int64_t token = 0; token < head.n_tokens; token += kRows) {
+  for (int64_t token = 0; token < head.n_tokens; token += kTokens) {
     if (out.checkpoints && token % kCheckpointSpan == 0)
       pack(out.checkpoints + checkpoint_offset(shape, head, token), S, n, width);
     c.load(head, in, token);
-    Chunk::prefetch(head, in, token + kRows);
+    Chunk::prefetch(head, in, token + kTokens);
     weigh_pairs(A, c, u, width);
     multiply(y, c.reader, S, n, width);
     advance<Keys::kRows>(S, S, c.lost, c.writer, c.v, n, width);
     for (int64_t m = 0; m < width; m += LANES)
-      for (int i = 0; i < kRows; ++i)
+      for (int i = 0; i < kTokens; ++i)
         for (int j = 0; j <= i; ++j) y[i].vec(m) += A[i][j] * c.v[j].vec(m);
     head.store(y, out.y, token);
   }
@@ -330,7 +325,7 @@ static void forward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv
 }
 
 struct ChunkGradients {
-  Row dy[kRows], dr[kRows], dk[kRows], dv[kRows], dw[kRows];
+  Row dy[kTokens], dr[kTokens], dk[kTokens], dv[kTokens], dw[kTokens];
   Row through;  // gradient of log kept, the path from the state before to the state after
 };
 
@@ -338,24 +333,24 @@ struct ChunkGradients {
 // that pass through the state, without the factors `before` and `after`.
 static inline Vec finish_key_gradients(ChunkGradients& g, const Chunk& c, const Pairs dA, Vec u,
                                        int64_t n) {
-  Vec dr[kRows], dk[kRows], dlog[kRows], du = {};
-  for (int i = 0; i < kRows; ++i) {
+  Vec dr[kTokens], dk[kTokens], dlog[kTokens], du = {};
+  for (int i = 0; i < kTokens; ++i) {
     dr[i] = g.dr[i].vec(n) * c.before[i].vec(n);
     dk[i] = g.dk[i].vec(n) * c.after[i].vec(n);
     dlog[i] = g.through.vec(n);
   }
   Vec later = {}, earlier = {};  // a decay lies between the state and all later readers,
-  for (int t = kRows - 1; t >= 0; --t) {
+  for (int t = kTokens - 1; t >= 0; --t) {
     dlog[t] += later;
     later += c.r[t].vec(n) * dr[t];
   }
-  for (int t = 0; t < kRows; ++t) {  // between all earlier writers and the state,
+  for (int t = 0; t < kTokens; ++t) {  // between all earlier writers and the state,
     dlog[t] += earlier;
     earlier += c.k[t].vec(n) * dk[t];
   }
-  for (int j = 0; j < kRows; ++j) {  // and between the earlier and the later token of a pair
-    Vec product = Vec{} + 1.0f, pair[kRows];
-    for (int i = j + 1; i < kRows; ++i) {
+  for (int j = 0; j < kTokens; ++j) {  // and between the earlier and the later token of a pair
+    Vec product = Vec{} + 1.0f, pair[kTokens];
+    for (int i = j + 1; i < kTokens; ++i) {
       Vec weight = dA[i][j] * product;
       dr[i] += weight * c.k[j].vec(n);
       dk[j] += weight * c.r[i].vec(n);
@@ -363,12 +358,12 @@ static inline Vec finish_key_gradients(ChunkGradients& g, const Chunk& c, const 
       product *= c.decay[i].vec(n);
     }
     Vec later_pairs = {};
-    for (int t = kRows - 2; t > j; --t) {
+    for (int t = kTokens - 2; t > j; --t) {
       later_pairs += pair[t + 1];
       dlog[t] += later_pairs;
     }
   }
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kTokens; ++i) {
     Vec r = c.r[i].vec(n), k = c.k[i].vec(n);
     g.dr[i].vec(n) = dr[i] + dA[i][i] * u * k;
     g.dk[i].vec(n) = dk[i] + dA[i][i] * u * r;
@@ -395,8 +390,8 @@ static inline void backward_chunk(ChunkGradients& g, const Chunk& c, const Row& 
   advance<Keys::kColumns>(Gt, Gt, c.lost, g.dy, c.reader, n, width);
   advance<Keys::kRows>(G, G, c.lost, c.reader, g.dy, n, width);
   for (int64_t m = 0; m < width; m += LANES) {
-    for (int j = 0; j < kRows; ++j)
-      for (int i = j; i < kRows; ++i) g.dv[j].vec(m) += A[i][j] * g.dy[i].vec(m);
+    for (int j = 0; j < kTokens; ++j)
+      for (int i = j; i < kTokens; ++i) g.dv[j].vec(m) += A[i][j] * g.dy[i].vec(m);
     du.vec(m) += finish_key_gradients(g, c, dA, u.vec(m), m);
   }
 }
@@ -405,7 +400,7 @@ static inline void backward_chunk(ChunkGradients& g, const Chunk& c, const Row& 
 struct BackwardScratch {
   Scratch G, Gt, St;
   explicit BackwardScratch(int64_t matrix)
-      : G(matrix), Gt(matrix), St(kCheckpointSpan / kRows * matrix) {}
+      : G(matrix), Gt(matrix), St(kCheckpointSpan / kTokens * matrix) {}
 };
 
 static void backward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const float* checkpoints,
@@ -425,20 +420,20 @@ static void backward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const fl
   for (int64_t span = n_spans - 1; span >= 0; --span) {
     const int64_t first = span * kCheckpointSpan;
     const int64_t n_tokens = std::min(kCheckpointSpan, head.n_tokens - first);
-    const int64_t n_chunks = (n_tokens + kRows - 1) / kRows;
+    const int64_t n_chunks = (n_tokens + kTokens - 1) / kTokens;
     unpack_transposed(St, checkpoints + checkpoint_offset(shape, head, first), n, width);
     for (int64_t chunk = 0; chunk + 1 < n_chunks; ++chunk) {
-      c.load(head, in, first + chunk * kRows);
-      Chunk::prefetch(head, in, first + (chunk + 1) * kRows);
+      c.load(head, in, first + chunk * kTokens);
+      Chunk::prefetch(head, in, first + (chunk + 1) * kTokens);
       float* S = St + chunk * matrix;
       advance<Keys::kColumns>(S + matrix, S, c.lost, c.v, c.writer, n, width);
     }
     for (int64_t chunk = n_chunks - 1; chunk >= 0; --chunk) {
-      const int64_t token = first + chunk * kRows;
+      const int64_t token = first + chunk * kTokens;
       c.load(head, in, token);
       head.load(g.dy, from.y, token);
-      Chunk::prefetch(head, in, token - kRows);
-      head.prefetch(from.y, token - kRows);
+      Chunk::prefetch(head, in, token - kTokens);
+      head.prefetch(from.y, token - kTokens);
       backward_chunk(g, c, u, du, St + chunk * matrix, G, Gt, n, width);
       head.store(g.dr, out.r, token);
       head.store(g.dk, out.k, token);
@@ -450,8 +445,19 @@ static void backward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const fl
   std::memcpy(out.u + index * n, du.at, n * sizeof(float));
 }
 
+// Products of strong decays sink into denormal numbers, on which some processors are a hundred
+// times slower; while one of these lives, they are zero instead.
+struct DenormalsAreZero {
+#ifdef __SSE__
+  unsigned before = __builtin_ia32_stmxcsr();
+  DenormalsAreZero() { __builtin_ia32_ldmxcsr(before | 0x8040); }
+  ~DenormalsAreZero() { __builtin_ia32_ldmxcsr(before); }
+#endif
+};
+
 static void forward(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv6Outputs& out,
                     int64_t first, int64_t last) {
+  DenormalsAreZero while_alive;
   Scratch S(shape.head_size * padded_width(shape.head_size));
   for (int64_t index = first; index < last; ++index) forward_head(shape, in, out, index, S.data);
 }
@@ -459,6 +465,7 @@ static void forward(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv6Outp
 static void backward(const Wkv6Shape& shape, const Wkv6Inputs& in, const float* checkpoints,
                      const Wkv6OutputGradients& from, const Wkv6Gradients& out, int64_t first,
                      int64_t last) {
+  DenormalsAreZero while_alive;
   BackwardScratch scratch(shape.head_size * padded_width(shape.head_size));
   for (int64_t index = first; index < last; ++index)
     backward_head(shape, in, checkpoints, from, out, index, scratch);

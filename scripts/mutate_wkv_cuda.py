@@ -1,8 +1,8 @@
 """Break the CUDA kernels in many small ways and show that their emulated tests notice each.
 
-Every barrier is dropped once, every wait for copies is loosened, and the faults listed in `FAULTS` are
-put in: wrong addresses, masks and sums. A fault that no test notices is printed, and the exit status is
-then 1. It works on a copy of the sources; a run takes a few minutes.
+Every barrier is dropped once, every wait for copies is loosened, and the faults listed in `FAULTS`
+are put in: wrong addresses, masks and sums. A fault that no test notices is printed, and the exit
+status is then 1. It works on a copy of the sources; a run takes some eight minutes.
 """
 
 import argparse
@@ -45,7 +45,9 @@ FAULTS = [
     Fault("transposed ldmatrix", "fragments.cuh", "lane.lane / 8 % 2 * 8", "lane.lane / 16 * 8"),
     Fault("tile swizzle", "fragments.cuh", "column / 8 ^ row % 8", "column / 8 | row % 8"),
     Fault("order of tokens", "fragments.cuh", "(t & 12) >> 1", "(t & 12)"),
-    Fault("tail of the tiles", "fragments.cuh", "tensor + offset, valid)", "tensor + offset, true)"),
+    Fault(
+        "tail of the tiles", "fragments.cuh", "tensor + offset, valid)", "tensor + offset, true)"
+    ),
     Fault("tail of the output", "fragments.cuh", "if (t0 + t < work.length)", "if (true)"),
     Fault("decay of the tail", "block.cuh", "4 * lane.quad + i % 4 < valid", "valid > 0"),
     Fault("decay of the scan's tail", "scan.cuh", "NO_DECAY = -INFINITY", "NO_DECAY = 0.0f"),
@@ -54,14 +56,35 @@ FAULTS = [
     Fault("pairs of level 4", "block.cuh", "row_leaf % 2 == 1 &&", "row_leaf > 0 &&"),
     Fault("decay inside a leaf", "block.cuh", "decayed *= d.x[c][a]", "decayed *= d.x[c][b]"),
     Fault("inclusive suffix sum", "backward.cuh", "through + suffix", "through + suffix + rdr[i]"),
-    Fault("inclusive prefix sum", "backward.cuh", "dw.x[c][i] += prefix", "dw.x[c][i] += prefix + kdk[i]"),
+    Fault(
+        "inclusive prefix sum",
+        "backward.cuh",
+        "dw.x[c][i] += prefix",
+        "dw.x[c][i] += prefix + kdk[i]",
+    ),
     Fault("sum of a far leaf", "backward.cuh", "lane.quad == 2 ?", "lane.quad == 3 ?"),
-    Fault("first of the scan's sums", "scan.cuh", "dw.x[i] += prefix", "dw.x[i] += prefix * d.x[i]"),
-    Fault("checkpoints of packed sequences", "problem.cuh", "CHUNK + sequence + chunk", "CHUNK + chunk"),
-    Fault("last segment", "problem.cuh", "last = rest <= segments.length && (rest > 0 || first)",
-          "last = rest <= segments.length"),
-    Fault("first slot of a sequence", "segments.cuh", "* problem.H + head % problem.H;", "* problem.H;"),
-]  # fmt: skip
+    Fault(
+        "first of the scan's sums", "scan.cuh", "dw.x[i] += prefix", "dw.x[i] += prefix * d.x[i]"
+    ),
+    Fault(
+        "checkpoints of packed sequences",
+        "problem.cuh",
+        "CHUNK + sequence + chunk",
+        "CHUNK + chunk",
+    ),
+    Fault(
+        "last segment",
+        "problem.cuh",
+        "last = rest <= segments.length && (rest > 0 || first)",
+        "last = rest <= segments.length",
+    ),
+    Fault(
+        "first slot of a sequence",
+        "segments.cuh",
+        "* problem.H + head % problem.H;",
+        "* problem.H;",
+    ),
+]
 
 
 def all_faults() -> list[Fault]:
@@ -95,8 +118,8 @@ def tests_pass(fault: Fault | None) -> bool:
             fault.apply(folder)
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", str(TEST)]
         result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    # 0: all passed, 1: a test failed or the kernels did not compile, negative: ended by a signal, after a
-    # write outside a tensor; anything else is a fault of this script.
+    # 0: all passed. 1: a test failed, or the kernels did not compile. Negative: ended by a signal,
+    # after a write outside a tensor. Anything else is a fault of this script.
     assert result.returncode <= 1, result.stdout + result.stderr
     assert "CalledProcessError" not in result.stdout, f"does not compile: {result.stdout}"
     return result.returncode == 0

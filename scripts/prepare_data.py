@@ -45,7 +45,7 @@ def parse_flags() -> argparse.Namespace:
     add("--val_fraction", type=float, default=0.0, help="share of the documents, chosen by their "
         "hash, to write to OUTPUT_val instead")  # fmt: skip
     add("--on_bad", choices=("fail", "skip"), default="fail", help="what to do with bad records")
-    add("--workers", type=int, default=len(os.sched_getaffinity(0)), help="worker processes")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
     like = parser.add_argument_group("spelled like json2binidx")
     like.add_argument("--output-prefix", help="write to PREFIX_text_document instead of --output")
     like.add_argument("--vocab", "--vocab-file", help="the vocabulary's file")

@@ -269,6 +269,16 @@ def test_a_mask_beside_a_binidx_is_used_under_qa(corpus):
     assert load(corpus, "pad").describe()["trained_tokens"] > 24
 
 
+@pytest.mark.parametrize("dataload", ["pad", "pack", "only", "get"])
+def test_the_first_token_and_those_cut_off_are_no_targets(corpus, dataload):
+    with BinIdxWriter(f"{corpus}.mask", "u1") as writer:
+        for i, size in enumerate(SIZES):
+            writer.add([1 if i in (0, 4) else j % 40 == 0 for j in range(size)])
+    data = load_data(corpus, "binidx", dataload, 20, "qa")
+    counted = sum(int((batch.labels >= 0).sum()) for batch in epoch_of(data))
+    assert data.describe()["trained_tokens"] == counted
+
+
 def mask_of_other_sizes(corpus):
     with BinIdxWriter(f"{corpus}.mask", "u1") as writer:
         writer.add([1] * sum(SIZES))
@@ -313,6 +323,11 @@ def test_what_does_not_fit_is_refused(corpus, change, arguments, message):
 def test_a_tokenizer_larger_than_the_model_is_refused(questions):
     with pytest.raises(UserError, match="tokenizer bytes has 256 tokens, but the model only 100"):
         load_data(questions, "jsonl", "pad", 8, tokenizer=BytesTokenizer(), vocab_size=100)
+
+
+def test_text_read_as_a_pair_is_told(questions):
+    with pytest.raises(UserError, match=r"is no \.bin/\.idx pair; read it with --data_type jsonl"):
+        load(questions, "pad")
 
 
 @pytest.mark.parametrize(

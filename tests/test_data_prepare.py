@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import struct
 from dataclasses import replace
@@ -54,14 +55,26 @@ def test_documents_need_not_end(tmp_path):
 
 
 def test_several_processes_and_blocks_keep_the_order(tmp_path):
-    texts = [f"{i} " + "x" * (1 + i * 37 % 4000) for i in range(2500)]
+    texts = [f"{i} " + "x" * (1 + i * 37 % 4000) for i in range(4000)]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
-    assert os.path.getsize(source) > 3 * BLOCK_BYTES
+    assert os.path.getsize(source) > 7 * BLOCK_BYTES
     seen = []
     prepare([source], str(tmp_path / "out"), BYTES, 2, lambda totals: seen.append(totals.documents))
     assert texts_of(tmp_path / "out") == ended(texts)
     assert len(seen) >= 4
     assert seen == sorted(seen)
+
+
+def test_a_killed_worker_is_told_and_nothing_is_left(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", ["x" * 1000] * 9000)
+
+    def kill(totals):
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    with pytest.raises(UserError, match="a worker process was killed"):
+        prepare([source], str(tmp_path / "out"), BYTES, 2, kill)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_a_bad_record_in_a_late_block_is_named_by_its_line(tmp_path):
@@ -101,6 +114,15 @@ def test_masks_are_written_where_parts_are_masked_and_loaded(tmp_path):
     ours, theirs = (data.rows(0, 0, 1, 3, 1)[0] for data in (direct, prepared))
     assert ours.tokens.equal(theirs.tokens)
     assert ours.labels.equal(theirs.labels)
+
+
+def test_the_end_after_an_unanswered_turn_is_not_trained_on(tmp_path):
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    record = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(record))
+    prepare([str(tmp_path / "chat.jsonl")], str(tmp_path / "out"), BYTES)
+    trained = BinIdx(tmp_path / "out.mask").tokens
+    assert bytes(BinIdx(tmp_path / "out").tokens[trained == 1].tolist()) == b" b\n\n"
 
 
 def test_an_old_mask_does_not_outlive_its_data(tmp_path):

@@ -189,7 +189,6 @@ class BinIdxWriter:
         self.prefix = strip_extension(prefix)
         self.dtype = np.dtype(dtype)
         self.n_documents = self.n_tokens = 0
-        self._discarded = False
         self._sizes: list[np.ndarray] = []
         self._targets = [Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")]
         self._temporary = [
@@ -229,10 +228,6 @@ class BinIdxWriter:
         self.n_documents += len(lengths)
         self.n_tokens += len(tokens)
 
-    def discard(self) -> None:
-        """Leave nothing at the end of the block, as if it had failed."""
-        self._discarded = True
-
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -240,7 +235,7 @@ class BinIdxWriter:
         tb: TracebackType | None,
     ) -> None:
         try:
-            if kind is None and not self._discarded:
+            if kind is None:
                 self._finish()
         except OSError as failure:
             raise UserError(f"cannot write {self._targets[0]}: {failure.strerror}") from None

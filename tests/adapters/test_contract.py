@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from finchtune.adapters import METHODS, AdaptedLinear
+from finchtune.adapters import METHODS, AdaptedLinear, bat
 from finchtune.adapters.registry import hyperparameters_of
 
 SMALL = {"r": 4, "r1": 3, "r2": 5, "alpha": 6}
@@ -174,6 +174,20 @@ def test_starts_as_the_base_and_leaves_W_alone(name, settings, dtype):
     assert torch.equal(adapter(x, W), F.linear(x, W))
     assert torch.equal(W, before)
     assert torch.equal(adapter.merged(W).to(dtype), W)
+
+
+@pytest.mark.parametrize("mode", ["row", "col"])
+@pytest.mark.parametrize("group", [1, 8, 12])
+def test_bat_goes_through_large_weights_in_groups(mode, group, monkeypatch):
+    adapter, W = make("bat", {"r": 4, "mode": mode}, 24, 40)
+    x = torch.randn(3, 40, dtype=W.dtype, requires_grad=True)
+    inputs = [x, adapter.bone]
+    expected = adapter(x, W)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    monkeypatch.setattr(bat, "GROUP", group)
+    y = adapter(x, W)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y.square().sum(), inputs), wanted)
 
 
 @every_case

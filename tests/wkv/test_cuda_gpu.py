@@ -13,7 +13,7 @@ pytestmark = [
 ]
 
 NAMES = ("r", "k", "v", "w", "u", "state")
-# Of each output's root mean square: bf16 operands and results, rounded results, rounded results, exact.
+# Root mean square errors. Tensor cores round operands and results, the scan its results only.
 TENSOR_CORES, BF16, FP16, FP32 = 4e-3, 2e-3, 3e-4, 3e-6
 
 

@@ -9,7 +9,8 @@ from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype
 from finchtune.errors import UserError
 
-TILE_ROWS = 1024
+GROUP = 1024
+"""Rows or columns of W dealt with at once: keeps what is rebuilt small."""
 
 
 class Bat(Adapter):
@@ -56,8 +57,8 @@ class Bat(Adapter):
         W, D = W.detach().to(dtype), self.bone.detach().to(W.device, dtype)
         if self.mode == "col":
             return changed_rows(W, D)
-        tiles = W.view(-1, self.r, self.in_features // self.r, self.r)
-        return (tiles + torch.einsum("aibl,blj->aibj", tiles, D) + D.transpose(0, 1)).view_as(W)
+        blocks = W.view(-1, self.r, self.in_features // self.r, self.r)
+        return (blocks + torch.einsum("aibl,blj->aibj", blocks, D) + D.transpose(0, 1)).view_as(W)
 
 
 class BatRow(torch.autograd.Function):
@@ -76,9 +77,14 @@ class BatRow(torch.autograd.Function):
         assert not ctx.needs_input_grad[1], "bat has no gradient for W"
         ctx.save_for_backward(x, W, D)
         r = D.shape[-1]
-        u = unblocked(torch.bmm(blocked(x, r), D.mT))
-        y = (x + u) @ W.T
-        y.unflatten(-1, (-1, r)).add_(u.unflatten(-1, (-1, r)).sum(1, keepdim=True))
+        moved = torch.empty_like(x)
+        sums = x.new_zeros(x.shape[0], r, dtype=torch.promote_types(x.dtype, torch.float32))
+        for channels, blocks in groups(D):
+            u = torch.bmm(blocked(x[:, channels], r), D[blocks].mT)
+            moved[:, channels] = x[:, channels] + unblocked(u)
+            sums += u.sum(0)
+        y = moved @ W.T
+        y.unflatten(-1, (-1, r)).add_(sums.to(y.dtype).unsqueeze(1))
         return y
 
     @staticmethod
@@ -87,11 +93,14 @@ class BatRow(torch.autograd.Function):
         x, W, D = ctx.saved_tensors
         r = D.shape[-1]
         dx = dy @ W
-        sums = dy.unflatten(-1, (-1, r)).sum(1, keepdim=True)
-        # A bmm of the transposed view would be slow in bfloat16 on a CPU.
-        q = (dx.unflatten(-1, (-1, r)) + sums).transpose(0, 1).contiguous()
-        dD = torch.bmm(q.mT, blocked(x, r))
-        return dx.add_(unblocked(torch.bmm(q, D))), None, dD
+        dD = torch.empty_like(D)
+        sums = dy.unflatten(-1, (-1, r)).sum(1)
+        for channels, blocks in groups(D):
+            # Contiguous: a bmm of the transposed view would be slow in bfloat16 on a CPU.
+            q = (blocked(dx[:, channels], r) + sums).contiguous()
+            dD[blocks] = torch.bmm(q.mT, blocked(x[:, channels], r))
+            dx[:, channels] += unblocked(torch.bmm(q, D[blocks]))
+        return dx, None, dD
 
 
 def blocked(x: Tensor, r: int) -> Tensor:
@@ -121,7 +130,7 @@ class BatCol(torch.autograd.Function):
         assert not ctx.needs_input_grad[1], "bat has no gradient for W"
         ctx.save_for_backward(x, W, D)
         y = x.new_empty(x.shape[0], W.shape[0])
-        for rows, blocks in tiles(W, D):
+        for rows, blocks in groups(D):
             torch.mm(x, changed_rows(W[rows], D[blocks]).T, out=y[:, rows])
         return y
 
@@ -131,7 +140,7 @@ class BatCol(torch.autograd.Function):
         x, W, D = ctx.saved_tensors
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dD = torch.empty_like(D) if ctx.needs_input_grad[2] else None
-        for rows, blocks in tiles(W, D):
+        for rows, blocks in groups(D):
             if dx is not None:
                 dx.addmm_(dy[:, rows], changed_rows(W[rows], D[blocks]))
             if dD is not None:
@@ -142,9 +151,9 @@ class BatCol(torch.autograd.Function):
         return dx, None, dD
 
 
-def tiles(W: Tensor, D: Tensor) -> list[tuple[slice, slice]]:
-    """Tiles of at most about TILE_ROWS rows of W, as (rows of W, blocks of D)."""
+def groups(D: Tensor) -> list[tuple[slice, slice]]:
+    """D's blocks in groups of about GROUP rows or columns of W: (those of W, blocks of D)."""
     count, r, _ = D.shape
-    step = max(1, TILE_ROWS // r)
+    step = max(1, GROUP // r)
     starts = range(0, count, step)
     return [(slice(i * r, min(i + step, count) * r), slice(i, i + step)) for i in starts]

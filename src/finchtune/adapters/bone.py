@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
-from finchtune.adapters.frozen import frozen_linear
+from finchtune.adapters.frozen import frozen_linear_plus
 
 
 class Bone(Adapter):
@@ -27,9 +27,7 @@ class Bone(Adapter):
         nn.init.zeros_(self.bone)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        y = frozen_linear(x, W)
-        sums = block_sum(x, self.r).to(y.dtype)
-        return y + sums @ self.bone.to(y.dtype)
+        return frozen_linear_plus(x, W, block_sum(x, self.r), self.bone)
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)

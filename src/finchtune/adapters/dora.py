@@ -7,8 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive, check_positive_int, merge_precision
-from finchtune.adapters.frozen import frozen_linear
-from finchtune.adapters.lora import low_rank
+from finchtune.adapters.frozen import frozen_linear_plus
 from finchtune.errors import UserError
 
 
@@ -43,8 +42,8 @@ class DoRA(Adapter):
         self.magnitude.copy_(norms)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        y = frozen_linear(x, W)
-        y = y + low_rank(x, self.lora_A, self.lora_B, self.scale)
+        inner = F.linear(x, self.lora_A.to(x.dtype))
+        y = frozen_linear_plus(x, W, inner, self.lora_B.T, self.scale)
         return y * (self.magnitude / self.row_norms(W)).to(y.dtype)
 
     def merged(self, W: Tensor) -> Tensor:

@@ -27,6 +27,16 @@ def frozen_linear(x: Tensor, W: Tensor) -> Tensor:
     return FrozenLinear.apply(x.to(dtype), W.to(dtype))
 
 
+def frozen_linear_plus(x: Tensor, W: Tensor, s: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
+    """W x + scale s D for x (..., k), W (d, k), s (..., r), D (r, d) -> (..., d).
+
+    The thin product is added in place, which spares two tensors of the output's size.
+    """
+    y = frozen_linear(x.reshape(-1, x.shape[-1]), W)
+    y = y.addmm_(s.reshape(-1, s.shape[-1]).to(y.dtype), D.to(y.dtype), alpha=scale)
+    return y.view(*x.shape[:-1], W.shape[0])
+
+
 class FrozenLinear(torch.autograd.Function):
     """W x with no gradient for W."""
 

@@ -12,7 +12,7 @@ from finchtune.adapters.base import (
     check_positive_int,
     merge_precision,
 )
-from finchtune.adapters.frozen import frozen_linear
+from finchtune.adapters.frozen import frozen_linear_plus
 from finchtune.errors import UserError
 
 
@@ -50,14 +50,10 @@ class LoRA(Adapter):
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         dropped = F.dropout(x, self.dropout, self.training)
-        return frozen_linear(x, W) + low_rank(dropped, self.lora_A, self.lora_B, self.scale)
+        inner = F.linear(dropped, self.lora_A.to(x.dtype))
+        return frozen_linear_plus(x, W, inner, self.lora_B.T, self.scale)
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
         A, B = self.lora_A.detach().to(W.device, dtype), self.lora_B.detach().to(W.device, dtype)
         return torch.addmm(W.detach().to(dtype), B, A, alpha=self.scale)
-
-
-def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """scale B A x in the dtype of x: x (..., k), A (r, k), B (d, r) -> (..., d)."""
-    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))

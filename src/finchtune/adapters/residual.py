@@ -1,11 +1,11 @@
 """LoRA that starts away from zero: what the first B A adds is taken off again."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import frozen_linear
-from finchtune.adapters.lora import low_rank
 from finchtune.errors import UserError
 
 
@@ -60,3 +60,8 @@ class ResidualLoRA(Adapter):
             for tensor in (self.lora_A, self.lora_B, self.init_lora_A, self.init_lora_B)
         )
         return W.detach().to(dtype) + self.scale * (B @ A - B0 @ A0)
+
+
+def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale B A x in the dtype of x: x (..., k), A (r, k), B (d, r) -> (..., d)."""
+    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))

@@ -163,6 +163,11 @@ def read_documents(
 ) -> Documents:
     """The documents of one data file, whatever its kind."""
     if data_type == "binidx":
+        if Path(data_file).is_file() and not exists(data_file):
+            raise UserError(
+                f"--data_file {data_file} is no .bin/.idx pair; read it with --data_type jsonl or "
+                "sft, or make a pair of it with scripts/prepare_data.py"
+            )
         return read_binidx(strip_extension(data_file), vocab_size, loss_mask)
     assert tokenizer is not None
     paths = find_inputs([data_file])

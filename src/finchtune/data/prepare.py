@@ -114,7 +114,7 @@ def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterat
 
 
 class _Output:
-    """One .bin/.idx pair and its mask, which is dropped if it masks nothing."""
+    """One .bin/.idx pair and its mask."""
 
     def __init__(self, prefix: str, dtype: str, stack: ExitStack):
         self.prefix = prefix
@@ -157,9 +157,6 @@ def prepare(
             _count(totals, block)
             progress(totals)
         _check(outputs, totals, inputs)
-        for target in outputs:
-            if not target.masked_tokens:
-                target.mask.discard()
     for target in outputs:
         if not target.masked_tokens:
             remove(target.prefix + MASK_SUFFIX)

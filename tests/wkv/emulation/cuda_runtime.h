@@ -1,4 +1,5 @@
-// The part of the CUDA runtime and of CUDA C++ that the kernels and their launchers use, on the CPU.
+// The part of the CUDA runtime and of CUDA C++ that the kernels and their launchers use, on the
+// CPU.
 #pragma once
 
 #include <algorithm>
@@ -21,10 +22,10 @@ struct alignas(16) uint4 {
 
 #define EMULATION_TEXT(x) #x
 #define EMULATION_PLACE(file, line) file ":" EMULATION_TEXT(line)
-#define __syncthreads()                                             \
-  do {                                                              \
+#define __syncthreads()                                                   \
+  do {                                                                    \
     static const char* const place = EMULATION_PLACE(__FILE__, __LINE__); \
-    emulation::barrier(place);                                      \
+    emulation::barrier(place);                                            \
   } while (false)
 #define __syncwarp() ((void)emulation::collect({__LINE__}))
 
@@ -63,7 +64,8 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 
-// What a block may take on the smallest of the GPUs that the kernels are for (compute capability 8.6).
+// What a block may take on the smallest of the GPUs that the kernels are for (compute capability
+// 8.6).
 constexpr size_t SHARED_MEMORY_LIMIT = 99 * 1024;
 
 namespace wkv6 {
@@ -77,7 +79,8 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
 }
 
 template <typename Args>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args), const Args& args) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args),
+                               const Args& args) {
   using namespace emulation;
   last_error.clear();
   blockDim = config->blockDim;
@@ -87,7 +90,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       blockIdx.x = x;
       std::fill(std::begin(wkv6::dynamic_shared), std::end(wkv6::dynamic_shared), 0xff);
       run_block();
-      if (std::any_of(wkv6::dynamic_shared + config->dynamicSmemBytes, std::end(wkv6::dynamic_shared),
+      if (std::any_of(wkv6::dynamic_shared + config->dynamicSmemBytes,
+                      std::end(wkv6::dynamic_shared),
                       [](unsigned char byte) { return byte != 0xff; })) {
         last_error = "a write behind the end of shared memory";
         return cudaErrorLaunchFailure;
@@ -111,9 +115,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
 
 inline const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
-    case cudaSuccess: return "no error";
-    case cudaErrorInvalidValue: return "invalid argument";
-    case cudaErrorMisalignedAddress: return "misaligned address";
-    default: return emulation::last_error.c_str();
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorInvalidValue:
+      return "invalid argument";
+    case cudaErrorMisalignedAddress:
+      return "misaligned address";
+    default:
+      return emulation::last_error.c_str();
   }
 }

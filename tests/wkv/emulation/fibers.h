@@ -1,7 +1,7 @@
-// Runs CUDA kernels on one CPU thread. Each CUDA thread of a block is a fiber that runs until it waits:
-// at __syncthreads, or in a warp collective (shuffle, ldmatrix, mma, ...) for the other lanes. Blocks run
-// one after another. The order in which ready fibers are resumed is a setting: a kernel whose barriers are
-// right gives the same bits in every order.
+// Runs CUDA kernels on one CPU thread. Each CUDA thread of a block is a fiber that runs until it
+// waits: at __syncthreads, or in a warp collective (shuffle, ldmatrix, mma, ...) for the other
+// lanes. Blocks run one after another. The order in which ready fibers are resumed is a setting: a
+// kernel whose barriers are right gives the same bits in every order.
 #pragma once
 
 #include <setjmp.h>
@@ -33,8 +33,10 @@ struct Copy {
   void* target;
   const void* source;  // NULL: zeros
   void perform() const {
-    if (source != nullptr) std::memcpy(target, source, 16);
-    else std::memset(target, 0, 16);
+    if (source != nullptr)
+      std::memcpy(target, source, 16);
+    else
+      std::memset(target, 0, 16);
   }
 };
 
@@ -78,8 +80,8 @@ inline Fiber* current = nullptr;
 inline std::function<void()> kernel_body;
 inline jmp_buf scheduler;
 
-// Leaves the running fiber until the scheduler resumes it. Like resume, not to be inlined: a caller of
-// setjmp is compiled without its optimisations.
+// Leaves the running fiber until the scheduler resumes it. Like resume, not to be inlined: a caller
+// of setjmp is compiled without its optimisations.
 [[gnu::noinline]] inline void pause() {
   if (_setjmp(current->resume_point) == 0) _longjmp(scheduler, 1);
 }
@@ -158,7 +160,8 @@ inline bool run_round(unsigned threads) {
   bool any = false;
   if (order == Order::random) {
     seed = seed * 1664525u + 1013904223u;
-    for (unsigned i = 0; i < threads; i++) any |= resume_range((i * 40503u + seed) % threads, 1, false);
+    for (unsigned i = 0; i < threads; i++)
+      any |= resume_range((i * 40503u + seed) % threads, 1, false);
     return any || resume_range(0, threads, false);
   }
   // Each warp goes on as far as it can before the next one runs.

@@ -3,8 +3,8 @@
 
 #include "wkv6.cu"
 
-// schedule: an emulation::Order; eager_copies: when cp.async copies; multiprocessors: of the GPU that the
-// launchers see.
+// schedule: an emulation::Order; eager_copies: when cp.async copies; multiprocessors: of the GPU
+// that the launchers see.
 extern "C" void emulation_configure(int schedule, int eager_copies, int multiprocessors) {
   emulation::order = static_cast<emulation::Order>(schedule);
   emulation::eager_copies = eager_copies != 0;

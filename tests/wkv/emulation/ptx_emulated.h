@@ -15,8 +15,10 @@ inline float exp2_approx(float x) {
 
 inline void async_copy_16(void* shared, const void* global, bool valid) {
   const emulation::Copy copy{shared, valid ? global : nullptr};
-  if (emulation::eager_copies) copy.perform();
-  else emulation::current->open_copies.push_back(copy);
+  if (emulation::eager_copies)
+    copy.perform();
+  else
+    emulation::current->open_copies.push_back(copy);
 }
 
 inline void async_commit() {
@@ -79,8 +81,7 @@ inline float half_of(uint32_t pair, int half) {
 }
 
 inline void mma_bf16(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const auto* const lanes =
-      emulation::collect({emulation::MMA, {a[0], a[1], a[2], a[3], b0, b1}});
+  const auto* const lanes = emulation::collect({emulation::MMA, {a[0], a[1], a[2], a[3], b0, b1}});
   const int g = emulation::lane() / 4, q = emulation::lane() % 4;
   for (int k = 0; k < 16; k++) {
     const int pair = k % 8 / 2, right = k / 8;
