@@ -72,7 +72,7 @@ def test_a_killed_worker_is_told_and_nothing_is_left(tmp_path):
         for child in multiprocessing.active_children():
             child.kill()
 
-    with pytest.raises(UserError, match="a worker process was killed"):
+    with pytest.raises(UserError, match="a worker process died with exit code -9"):
         prepare([source], str(tmp_path / "out"), BYTES, 2, kill)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 

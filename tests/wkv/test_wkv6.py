@@ -74,6 +74,15 @@ def assert_close(got, exact, tolerance=FP32_TOLERANCE):
     assert all(error <= tolerance for error in found.values()), found
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only lose time when threads wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def form(request):
     """wkv6 by the named form; the CPU kernel's forms where this processor has them."""
@@ -116,10 +125,9 @@ def test_head_sizes(form, regime, N):
 
 @every_form
 @pytest.mark.slow
-@pytest.mark.parametrize("N", [64, 128])
 @pytest.mark.parametrize("regime", REGIMES)
-def test_long_sequences(form, regime, N):
-    inputs, exact = oracle(regime, 1, 1000, 2, N)
+def test_long_sequences(form, regime):
+    inputs, exact = oracle(regime, 1, 1000, 2, 64)
     assert_close(evaluate(form, in_dtype(inputs, torch.float32)), exact)
 
 
@@ -234,14 +242,10 @@ def test_one_input_and_one_output_alone(kernels, wanted, output):
 
 def test_thread_count_changes_no_bit(kernels):
     inputs = in_dtype(make_inputs("typical", 2, 65, 3, 32), torch.float32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for n in (1, 2):
-            torch.set_num_threads(n)
-            results.append(evaluate(wkv6, inputs))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        results.append(evaluate(wkv6, inputs))
     assert all(map(torch.equal, *results))
 
 
@@ -259,11 +263,14 @@ def test_autocast_leaves_the_operator_alone(kernels):
     inputs = in_dtype(make_inputs("typical", 2, 17, 2, 16), torch.bfloat16)
     inputs[3] = inputs[3].float() + 0.001
     for form in (wkv6, wkv6_chunked):
-        outside = evaluate(form, inputs)
-        with torch.autocast("cpu", torch.bfloat16):
-            inside = evaluate(form, inputs)
+
+        def under_autocast(*arguments, form=form):
+            with torch.autocast("cpu", torch.bfloat16):
+                return form(*arguments)
+
+        outside, inside = evaluate(form, inputs), evaluate(under_autocast, inputs)
         assert all(map(torch.equal, outside, inside))
-    assert outside[5].dtype == torch.float32
+        assert outside[5].dtype == torch.float32
 
 
 def test_operators_keep_torchs_contract(kernels):

@@ -57,8 +57,10 @@ class Bat(Adapter):
         W, D = W.detach().to(dtype), self.bone.detach().to(W.device, dtype)
         if self.mode == "col":
             return changed_rows(W, D)
-        blocks = W.view(-1, self.r, self.in_features // self.r, self.r)
-        return (blocks + torch.einsum("aibl,blj->aibj", blocks, D) + D.transpose(0, 1)).view_as(W)
+        blocks = W.reshape(-1, self.r, self.in_features // self.r, self.r)
+        return (blocks + torch.einsum("aibl,blj->aibj", blocks, D) + D.transpose(0, 1)).reshape(
+            W.shape
+        )
 
 
 class BatRow(torch.autograd.Function):
@@ -116,9 +118,9 @@ def unblocked(x: Tensor) -> Tensor:
 def changed_rows(W: Tensor, D: Tensor) -> Tensor:
     """The blocks W_ab + W_ab D_a + D_a for rows of W: (n r, k) and D (n, r, r) -> (n r, k)."""
     n, r, _ = D.shape
-    blocks = W.view(n, -1, r)
+    blocks = W.reshape(n, -1, r)
     changed = torch.baddbmm(blocks, blocks, D).view(n, r, -1, r)
-    return changed.add_(D.unsqueeze(2)).view_as(W)
+    return changed.add_(D.unsqueeze(2)).view(W.shape)
 
 
 class BatCol(torch.autograd.Function):

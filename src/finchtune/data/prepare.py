@@ -4,11 +4,10 @@ import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from typing import NamedTuple
 
 import numpy as np
@@ -74,43 +73,90 @@ def encode_block(block: Block, recipe: Recipe, tokenizer: Tokenizer) -> EncodedB
     return EncodedBlock(encoded, held_out, block.read_bytes, bad.count, bad.first)
 
 
-_WORKER: list[tuple[Recipe, Tokenizer]] = []
+class _Worker:
+    """A process that encodes one block at a time. `older` are the workers started before it."""
+
+    def __init__(self, recipe: Recipe, older: list["_Worker"]):
+        # Forking spares every worker the imports; elsewhere than on Linux it is not safe.
+        context = get_context("fork") if sys.platform == "linux" else get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        ours = [self.connection, *(worker.connection for worker in older)]
+        self.process = context.Process(target=_serve, args=(theirs, ours, recipe), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def send(self, block: Block) -> None:
+        """Hand over a block; the worker must have nothing else to do."""
+        try:
+            self.connection.send(block)
+        except OSError:
+            raise self._death() from None
+
+    def receive(self) -> EncodedBlock:
+        """Wait for the block handed over. UserError for a bad record, or if the worker died."""
+        try:
+            result = self.connection.recv()
+        except (EOFError, OSError):
+            raise self._death() from None
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def _death(self) -> UserError:
+        self.process.join()
+        return UserError(
+            f"a worker process died with exit code {self.process.exitcode}; if that was for want "
+            "of memory, lower --workers"
+        )
 
 
-def _start_worker(recipe: Recipe) -> None:
+def _serve(connection: Connection, ours: list[Connection], recipe: Recipe) -> None:
+    """What a worker does, until the main process closes its end or is gone."""
+    # A copy of the main process's ends kept here would hide that it is gone.
+    for end in ours:
+        end.close()
     # Stopping is the main process's business, which ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    _WORKER[:] = [(recipe, load_tokenizer(recipe.tokenizer))]
-
-
-def _work(block: Block) -> EncodedBlock:
-    return encode_block(block, *_WORKER[0])
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    while True:
+        try:
+            block = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send(encode_block(block, recipe, tokenizer))
+        except UserError as error:
+            connection.send(error)
 
 
 def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterator[EncodedBlock]:
-    """The blocks' documents in order; at most three blocks per worker are in memory."""
+    """The blocks' documents in order. Every worker holds one block, block i is worker i % n's."""
     if workers == 1:
         tokenizer = load_tokenizer(recipe.tokenizer)
         yield from (encode_block(block, recipe, tokenizer) for block in blocks)
         return
-    # Forking spares every worker the imports; elsewhere than on Linux it is not safe.
-    context = get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (recipe,))
-    waiting: deque[Future[EncodedBlock]] = deque()
+    pool: list[_Worker] = []
+    busy: deque[_Worker] = deque()
     try:
         for block in blocks:
-            waiting.append(pool.submit(_work, block))
-            if len(waiting) >= 3 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, probably for want of memory; lower --workers"
-        ) from None
+            if len(pool) < workers:
+                pool.append(_Worker(recipe, pool))
+                pool[-1].send(block)
+                busy.append(pool[-1])
+            else:
+                worker = busy.popleft()
+                encoded = worker.receive()
+                worker.send(block)
+                busy.append(worker)
+                yield encoded
+        while busy:
+            yield busy.popleft().receive()
     finally:
-        pool.shutdown(cancel_futures=True)
+        for worker in pool:
+            worker.connection.close()
+            worker.process.terminate()
+            worker.process.join()
 
 
 class _Output:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from finchtune.wkv.build import BuildError, load_library
 
-HEAD_SIZES = range(8, 129, 8)
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
@@ -93,8 +92,9 @@ def has_kernels(device_type: str) -> bool:
 
 def fits(r: Tensor) -> bool:
     """Whether a compiled kernel exists for inputs like r (B, T, H, N) on this machine."""
-    device = r.device.type
-    return r.dtype in DTYPES.get(device, ()) and r.shape[-1] in HEAD_SIZES and has_kernels(device)
+    device, N = r.device.type, r.shape[-1]
+    fits_kernel = r.dtype in DTYPES.get(device, ()) and N % 8 == 0 and 8 <= N <= 128
+    return fits_kernel and has_kernels(device)
 
 
 def wkv6_native(
