@@ -9,4 +9,6 @@ if [ "${1:-}" = "--slow" ]; then
     mark="slow"
     shift
 fi
+# The models under test are tiny: more threads would only wait for each other.
+export OMP_NUM_THREADS=1
 exec python -m pytest -m "$mark" "$@"
