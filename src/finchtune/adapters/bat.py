@@ -9,8 +9,8 @@ from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype
 from finchtune.errors import UserError
 
-GROUP = 1024
-"""Rows or columns of W dealt with at once: keeps what is rebuilt small."""
+GROUP_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
+"""Largest temporary tensor: one that a CPU's cache holds; on a GPU few but full launches."""
 
 
 class Bat(Adapter):
@@ -81,7 +81,7 @@ class BatRow(torch.autograd.Function):
         r = D.shape[-1]
         moved = torch.empty_like(x)
         sums = x.new_zeros(x.shape[0], r, dtype=torch.promote_types(x.dtype, torch.float32))
-        for channels, blocks in groups(D):
+        for channels, blocks in groups(D, len(x)):
             u = torch.bmm(blocked(x[:, channels], r), D[blocks].mT)
             moved[:, channels] = x[:, channels] + unblocked(u)
             sums += u.sum(0)
@@ -97,7 +97,7 @@ class BatRow(torch.autograd.Function):
         dx = dy @ W
         dD = torch.empty_like(D)
         sums = dy.unflatten(-1, (-1, r)).sum(1)
-        for channels, blocks in groups(D):
+        for channels, blocks in groups(D, len(x)):
             # Contiguous: a bmm of the transposed view would be slow in bfloat16 on a CPU.
             q = (blocked(dx[:, channels], r) + sums).contiguous()
             dD[blocks] = torch.bmm(q.mT, blocked(x[:, channels], r))
@@ -132,7 +132,7 @@ class BatCol(torch.autograd.Function):
         assert not ctx.needs_input_grad[1], "bat has no gradient for W"
         ctx.save_for_backward(x, W, D)
         y = x.new_empty(x.shape[0], W.shape[0])
-        for rows, blocks in groups(D):
+        for rows, blocks in groups(D, x.shape[1]):
             torch.mm(x, changed_rows(W[rows], D[blocks]).T, out=y[:, rows])
         return y
 
@@ -142,7 +142,7 @@ class BatCol(torch.autograd.Function):
         x, W, D = ctx.saved_tensors
         dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         dD = torch.empty_like(D) if ctx.needs_input_grad[2] else None
-        for rows, blocks in groups(D):
+        for rows, blocks in groups(D, x.shape[1]):
             if dx is not None:
                 dx.addmm_(dy[:, rows], changed_rows(W[rows], D[blocks]))
             if dD is not None:
@@ -153,9 +153,13 @@ class BatCol(torch.autograd.Function):
         return dx, None, dD
 
 
-def groups(D: Tensor) -> list[tuple[slice, slice]]:
-    """D's blocks in groups of about GROUP rows or columns of W: (those of W, blocks of D)."""
+def groups(D: Tensor, length: int) -> list[tuple[slice, slice]]:
+    """D's blocks in groups, as (rows or columns of W, blocks of D).
+
+    A temporary tensor of one group's rows or columns by `length` stays within GROUP_ELEMENTS.
+    """
     count, r, _ = D.shape
-    step = max(1, GROUP // r)
+    elements = GROUP_ELEMENTS.get(D.device.type, GROUP_ELEMENTS["cuda"])
+    step = max(1, elements // max(1, length) // r)
     starts = range(0, count, step)
     return [(slice(i * r, min(i + step, count) * r), slice(i, i + step)) for i in starts]
