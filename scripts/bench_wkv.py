@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -43,7 +43,9 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def medians(works: dict[str, Callable[[], object]], device: torch.device, budget: float) -> dict:
+def medians(
+    works: Mapping[str, Callable[[], object]], device: torch.device, budget: float
+) -> dict[str, float]:
     """Median seconds of each work; rounds of all works in turn until `budget` seconds are spent."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():

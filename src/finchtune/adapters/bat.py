@@ -9,8 +9,8 @@ from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype
 from finchtune.errors import UserError
 
-GROUP_ELEMENTS = {"cpu": 2**21, "cuda": 2**24}
-"""Largest temporary tensor: one that a CPU's cache holds; on a GPU few but full launches."""
+GROUP_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+"""Largest temporary tensor: on a CPU one that its cache holds, on a GPU few but full launches."""
 
 
 class Bat(Adapter):
@@ -56,7 +56,7 @@ class Bat(Adapter):
         dtype = merge_precision(W)
         W, D = W.detach().to(dtype), self.bone.detach().to(W.device, dtype)
         if self.mode == "col":
-            return changed_rows(W, D)
+            return changed(W, D)
         blocks = W.reshape(-1, self.r, self.in_features // self.r, self.r)
         return (blocks + torch.einsum("aibl,blj->aibj", blocks, D) + D.transpose(0, 1)).reshape(
             W.shape
@@ -78,88 +78,79 @@ class BatRow(torch.autograd.Function):
         """x (T, k), W (d, k), D (k/r, r, r) of one dtype -> (T, d)."""
         assert not ctx.needs_input_grad[1], "bat has no gradient for W"
         ctx.save_for_backward(x, W, D)
-        r = D.shape[-1]
+        x = x.unflatten(1, D.shape[:2])
         moved = torch.empty_like(x)
-        sums = x.new_zeros(x.shape[0], r, dtype=torch.promote_types(x.dtype, torch.float32))
-        for channels, blocks in groups(D, len(x)):
-            u = torch.bmm(blocked(x[:, channels], r), D[blocks].mT)
-            moved[:, channels] = x[:, channels] + unblocked(u)
+        sums = torch.zeros_like(x[:, 0], dtype=merge_precision(x))
+        for part in groups(D, len(x)):
+            u = torch.bmm(x[:, part].transpose(0, 1), D[part].mT)
+            moved[:, part] = u.transpose(0, 1)
+            moved[:, part] += x[:, part]
             sums += u.sum(0)
-        y = moved @ W.T
-        y.unflatten(-1, (-1, r)).add_(sums.to(y.dtype).unsqueeze(1))
+        y = moved.flatten(1) @ W.T
+        y.unflatten(1, (-1, D.shape[1])).add_(sums.to(y.dtype).unsqueeze(1))
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:
         """q_b = (W^T dy)_b + sum_a dy_a; dD_b = q_b x_b^T; dx = W^T dy + D^T q."""
         x, W, D = ctx.saved_tensors
-        r = D.shape[-1]
-        dx = dy @ W
+        x = x.unflatten(1, D.shape[:2])
+        dx = (dy @ W).unflatten(1, D.shape[:2])
         dD = torch.empty_like(D)
-        sums = dy.unflatten(-1, (-1, r)).sum(1)
-        for channels, blocks in groups(D, len(x)):
+        sums = dy.unflatten(1, (-1, D.shape[1])).sum(1)
+        for part in groups(D, len(x)):
             # Contiguous: a bmm of the transposed view would be slow in bfloat16 on a CPU.
-            q = (blocked(dx[:, channels], r) + sums).contiguous()
-            dD[blocks] = torch.bmm(q.mT, blocked(x[:, channels], r))
-            dx[:, channels] += unblocked(torch.bmm(q, D[blocks]))
-        return dx, None, dD
-
-
-def blocked(x: Tensor, r: int) -> Tensor:
-    """A view of x (T, k) as blocks of r channels, (k/r, T, r)."""
-    return x.unflatten(-1, (-1, r)).transpose(0, 1)
-
-
-def unblocked(x: Tensor) -> Tensor:
-    """The reverse of `blocked`, as a copy: (k/r, T, r) -> (T, k)."""
-    return x.transpose(0, 1).flatten(1)
-
-
-def changed_rows(W: Tensor, D: Tensor) -> Tensor:
-    """The blocks W_ab + W_ab D_a + D_a for rows of W: (n r, k) and D (n, r, r) -> (n r, k)."""
-    n, r, _ = D.shape
-    blocks = W.reshape(n, -1, r)
-    changed = torch.baddbmm(blocks, blocks, D).view(n, r, -1, r)
-    return changed.add_(D.unsqueeze(2)).view(W.shape)
+            q = dx[:, part].transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            q += sums
+            dD[part] = torch.bmm(q.mT, x[:, part].transpose(0, 1))
+            dx[:, part] += torch.bmm(q, D[part]).transpose(0, 1)
+        return dx.flatten(1), None, dD
 
 
 class BatCol(torch.autograd.Function):
-    """W' x for Bat-col, with W frozen, W' rebuilt tile by tile. Keeps x, W and D, never W'."""
+    """W' x for Bat-col, with W frozen, W' rebuilt part by part. Keeps x, W and D, never W'."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, D: Tensor) -> Tensor:
         """x (T, k), W (d, k), D (d/r, r, r) of one dtype -> (T, d)."""
         assert not ctx.needs_input_grad[1], "bat has no gradient for W"
         ctx.save_for_backward(x, W, D)
-        y = x.new_empty(x.shape[0], W.shape[0])
-        for rows, blocks in groups(D, x.shape[1]):
-            torch.mm(x, changed_rows(W[rows], D[blocks]).T, out=y[:, rows])
-        return y
+        W = W.unflatten(0, D.shape[:2])
+        y = x.new_empty(len(x), *D.shape[:2])
+        for part in groups(D, x.shape[1]):
+            y[:, part] = (x @ changed(W[part], D[part]).T).unflatten(1, D[part].shape[:2])
+        return y.flatten(1)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:
         """dx = dy W'; dD_a = sum_b (W_ab + I)^T dW'_ab with dW' = dy^T x."""
         x, W, D = ctx.saved_tensors
-        dx = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        dD = torch.empty_like(D) if ctx.needs_input_grad[2] else None
-        for rows, blocks in groups(D, x.shape[1]):
-            if dx is not None:
-                dx.addmm_(dy[:, rows], changed_rows(W[rows], D[blocks]))
-            if dD is not None:
-                n, r, _ = D[blocks].shape
-                dW = (dy[:, rows].T @ x).view(n, r, -1, r)
-                through_W = W[rows].view(n, -1, r).transpose(1, 2) @ dW.view(n, -1, r)
-                dD[blocks] = through_W + dW.sum(2)
+        W, dy = W.unflatten(0, D.shape[:2]), dy.unflatten(1, D.shape[:2])
+        dx, dD = torch.zeros_like(x), torch.empty_like(D)
+        for part in groups(D, x.shape[1]):
+            dy_part = dy[:, part].flatten(1)
+            dx.addmm_(dy_part, changed(W[part], D[part]))
+            dW = blocks_of(dy_part.T @ x, D[part])
+            through_W = torch.bmm(blocks_of(W[part], D[part]).mT, dW)
+            dD[part] = through_W + dW.unflatten(1, (D.shape[1], -1)).sum(2)
         return dx, None, dD
 
 
-def groups(D: Tensor, length: int) -> list[tuple[slice, slice]]:
-    """D's blocks in groups, as (rows or columns of W, blocks of D).
+def changed(W: Tensor, D: Tensor) -> Tensor:
+    """The blocks W_ab + W_ab D_a + D_a for n block rows of W, D (n, r, r) -> (n r, k)."""
+    blocks = blocks_of(W, D)
+    moved = torch.baddbmm(blocks, blocks, D).unflatten(1, (D.shape[1], -1))
+    return moved.add_(D.unsqueeze(2)).view(D.shape[0] * D.shape[1], -1)
 
-    A temporary tensor of one group's rows or columns by `length` stays within GROUP_ELEMENTS.
-    """
+
+def blocks_of(W: Tensor, D: Tensor) -> Tensor:
+    """n block rows of W, with n r k elements, as (n, k, r): one row for each row of a block."""
+    return W.reshape(D.shape[0], -1, D.shape[2])
+
+
+def groups(D: Tensor, length: int) -> list[slice]:
+    """D's blocks in groups whose rows or columns of W, by `length`, fit into GROUP_ELEMENTS."""
     count, r, _ = D.shape
     elements = GROUP_ELEMENTS.get(D.device.type, GROUP_ELEMENTS["cuda"])
     step = max(1, elements // max(1, length) // r)
-    starts = range(0, count, step)
-    return [(slice(i * r, min(i + step, count) * r), slice(i, i + step)) for i in starts]
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -50,17 +50,31 @@ def compiler_version(command: str) -> str:
     return answer.stdout
 
 
-def source_files() -> list[Path]:
+def cuda_target() -> str | None:
+    """The GPU architectures to compile for; None, for a build without CUDA: no GPU or no nvcc."""
+    if not torch.cuda.is_available():
+        return None
+    from torch.utils import cpp_extension
+
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+    seen = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
+    return os.environ.get("TORCH_CUDA_ARCH_LIST") or seen
+
+
+def source_files(target: str | None) -> list[Path]:
     """The files to compile."""
-    return [SOURCE_FOLDER / name for name in ("wkv6_op.cpp", "wkv6_cpu.cpp")]
+    names = ["wkv6_op.cpp", "wkv6_cpu.cpp"] + ([] if target is None else ["wkv6.cu"])
+    return [SOURCE_FOLDER / name for name in names]
 
 
-def build_key(compiler: str) -> str:
+def build_key(compiler: str, target: str | None) -> str:
     """A digest of everything that the compiled library depends on."""
     digest = hashlib.sha256()
     for path in sorted(SOURCE_FOLDER.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    facts = [torch.__version__, platform.machine(), compiler, *C_FLAGS]
+    facts = [torch.__version__, platform.machine(), compiler, *C_FLAGS, f"CUDA: {target}"]
     digest.update("\0".join(facts).encode())
     return digest.hexdigest()[:16]
 
@@ -73,7 +87,7 @@ def machine_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_and_load(library: Path) -> None:
+def compile_and_load(library: Path, target: str | None) -> None:
     """Compile in a fresh folder, load, and move the finished library to its place in one step."""
     from torch.utils import cpp_extension  # slow to import, so only where it is needed
 
@@ -84,9 +98,10 @@ def compile_and_load(library: Path) -> None:
     try:
         cpp_extension.load(
             name=library.stem,
-            sources=[str(path) for path in source_files()],
-            extra_cflags=C_FLAGS,
+            sources=[str(path) for path in source_files(target)],
+            extra_cflags=C_FLAGS + ([] if target is None else ["-DFINCHTUNE_CUDA"]),
             build_directory=str(folder),
+            with_cuda=target is not None,
             is_python_module=False,
         )
         os.replace(folder / library.name, library)
@@ -94,7 +109,7 @@ def compile_and_load(library: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_or_wait(library: Path) -> None:
+def build_or_wait(library: Path, target: str | None) -> None:
     """Have the library loaded: by compiling it, or from another process that did meanwhile."""
     failure = library.with_suffix(".log")
     began = time.time()
@@ -105,30 +120,32 @@ def build_or_wait(library: Path) -> None:
         if failure.exists() and failure.stat().st_mtime >= began:  # failed while this one waited
             raise BuildError(failure.read_text())
         try:
-            compile_and_load(library)
+            compile_and_load(library, target)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             message = f"compiling the kernels in {SOURCE_FOLDER} failed ({NEEDS}):\n{error}"
             failure.write_text(message)
             raise BuildError(message) from error
 
 
-def load_library(cache: Path | None = None) -> None:
+def load_library(cache: Path | None = None) -> bool:
     """Load the operators `torch.ops.finchtune.wkv6_*`, compiling them first where needed.
 
     Safe to call from several processes at once: one compiles, the others wait. `cache` is the
-    folder of compiled libraries.
+    folder of compiled libraries. Returns whether the GPU kernels are in it.
 
     Raises:
         BuildError: no sources, no compiler, or a compiler that fails (its output is shown).
     """
-    if not all(path.exists() for path in source_files()):
+    target = cuda_target()
+    if not all(path.exists() for path in source_files(target)):
         raise BuildError(f"no kernel sources in {SOURCE_FOLDER}: install from a clone, pip -e")
     cache = cache or cache_folder()
     with scripts_on_path():
         compiler = compiler_version(os.environ.get("CXX", "c++"))
-        library = cache / f"finchtune_wkv6_{build_key(compiler)}.so"
+        library = cache / f"finchtune_wkv6_{build_key(compiler, target)}.so"
         if library.exists():
             torch.ops.load_library(str(library))
         else:
             cache.mkdir(parents=True, exist_ok=True)
-            build_or_wait(library)
+            build_or_wait(library, target)
+    return target is not None

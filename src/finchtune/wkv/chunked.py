@@ -49,7 +49,7 @@ def chunks(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor)
         length *= 2
 
     def split(x: Tensor) -> Tensor:
-        """(B, T, H, N) -> (B, H, n_chunks, L, N), the tail filled with zeros, which decay nothing."""
+        """(B, T, H, N) -> (B, H, n_chunks, L, N), the tail zeros, which decay nothing."""
         padded = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, -T % length))
         return padded.unflatten(1, (-1, length)).permute(0, 3, 1, 2, 4)
 
@@ -79,7 +79,6 @@ def wkv6_chunked(
     """`finchtune.wkv.wkv6` in plain torch, on any device, in fp32 (float64 for float64 inputs)."""
     wide = compute_dtype(r)
     with torch.autocast(r.device.type, enabled=False):
-        y, state = for_each_sequence(
-            chunks, *(x.to(wide) for x in (r, k, v, w, u)), state, cu_seqlens
-        )
+        inputs = [x.to(wide) for x in (r, k, v, w)]
+        y, state = for_each_sequence(chunks, inputs, u.to(wide), state, cu_seqlens)
     return y.to(r.dtype), state

@@ -1,4 +1,4 @@
-"""The compiled operators as torch sees them: shapes, gradients, and whether they are there at all."""
+"""The compiled operators as torch sees them: shapes, gradients, and whether there are any."""
 
 import functools
 import warnings

@@ -33,7 +33,6 @@ def wkv6_reference(
     """
     wide = compute_dtype(r)
     with torch.autocast(r.device.type, enabled=False):
-        y, state = for_each_sequence(
-            recurrence, *(x.to(wide) for x in (r, k, v, w, u)), state, cu_seqlens
-        )
+        inputs = [x.to(wide) for x in (r, k, v, w)]
+        y, state = for_each_sequence(recurrence, inputs, u.to(wide), state, cu_seqlens)
     return y.to(r.dtype), state

@@ -1,5 +1,6 @@
 """What the plain torch forms share: their precision, and packed sequences one at a time."""
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -20,24 +21,25 @@ def zero_state(r: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 
 def for_each_sequence(
     form: Callable[..., tuple[Tensor, Tensor]],
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
+    inputs: list[Tensor],
     u: Tensor,
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Apply `form(r, k, v, w, u, state)` to a batch, or to each packed sequence with its state."""
-    state = zero_state(r, cu_seqlens) if state is None else state.to(compute_dtype(r))
+    """Apply `form(r, k, v, w, u, state)` to a batch, or to each packed sequence with its state.
+
+    `inputs` are r, k, v, w (B, T, H, N), already in the dtype to compute in.
+    """
+    r = inputs[0]
+    state = zero_state(r, cu_seqlens) if state is None else state.to(r.dtype)
     if cu_seqlens is None:
-        return form(r, k, v, w, u, state)
+        return form(*inputs, u, state)
     outputs, states = [], []
     bounds = cu_seqlens.tolist()
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, end) in enumerate(itertools.pairwise(bounds)):
         own = state[i : i + 1]
         if end > start:
-            y, own = form(*(x[:, start:end] for x in (r, k, v, w)), u, own)
+            y, own = form(*(x[:, start:end] for x in inputs), u, own)
             outputs.append(y)
         states.append(own)
     return torch.cat(outputs, dim=1), torch.cat(states)
