@@ -50,8 +50,10 @@ class ResidualLoRA(Adapter):
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         change = low_rank(x, self.lora_A, self.lora_B, self.scale)
-        change = change - low_rank(x, self.init_lora_A, self.init_lora_B, self.scale)
-        return frozen_linear(x, W) + change
+        # Nothing here is trained, so nothing of x need be kept (DeepSpeed's F.linear would).
+        start = frozen_linear(x, self.init_lora_A.to(x.dtype)) * self.scale
+        start = frozen_linear(start, self.init_lora_B.to(x.dtype))
+        return frozen_linear(x, W) + (change - start)
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
