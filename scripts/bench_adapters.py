@@ -8,7 +8,6 @@ every forward. Nothing here is a claim about a whole model.
 import argparse
 import ctypes
 import dataclasses
-import json
 import platform
 import statistics
 import time
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from finchtune.adapters import get_method
 from finchtune.errors import UserError, run_cli
-from finchtune.files import atomic_path
+from finchtune.files import write_json
 
 MIB = 2**20
 
@@ -105,8 +104,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "repeats": given.repeats,
         }
-        with atomic_path(given.json) as path:
-            path.write_text(json.dumps(machine | {"rows": rows}, indent=1) + "\n")
+        write_json(given.json, machine | {"rows": rows})
 
 
 def parse() -> argparse.Namespace:

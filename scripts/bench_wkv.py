@@ -12,7 +12,6 @@ of these operations, whichever is longer, would take, over the time measured.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from finchtune.errors import UserError, run_cli
+from finchtune.files import write_json
 from finchtune.wkv import native, wkv6, wkv6_chunked, wkv6_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -222,8 +222,7 @@ def main() -> None:
             records += rows(shape, dtype, found, floor)
             print_rows(records[-sum(map(len, found.values())) :])
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"machine": about, "results": records}, file, indent=1)
+        write_json(args.json, {"machine": about, "results": records})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from finchtune.checkpoint import load_model
 from finchtune.data import PROMPT
+from finchtune.data.records import parse_line
 from finchtune.errors import UserError, run_cli
 from finchtune.evaluate import exact_match
 from finchtune.files import atomic_path
@@ -51,10 +52,10 @@ def read_questions(path: str, fields: list[str], prompt: str) -> list[tuple[str,
     question, answer = fields
     pairs = []
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 where = f"{path}:{number}"
-                row = json.loads(line)
+                row = parse_line(line)
                 pairs.append((prompt.replace("{question}", row[question]), row[answer]))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error

@@ -131,6 +131,14 @@ class Engine:
             if parameter.requires_grad:
                 yield name, safe_get_full_fp32_param(parameter).cpu()
 
+    def whole_tensors(self) -> dict[str, Tensor]:
+        """`trained_tensors` as a dict on rank 0; empty on the others, which hold no copy."""
+        keep = distributed.rank() == 0
+        whole = {}
+        for name, tensor in self.trained_tensors():
+            whole.update({name: tensor} if keep else {})
+        return whole
+
     def state(self) -> dict[str, Any]:
         """Everything that resuming needs, whole, whatever the ZeRO stage and number of ranks.
 
@@ -140,9 +148,8 @@ class Engine:
         from deepspeed.utils import safe_get_full_optimizer_state
 
         keep = distributed.rank() == 0
-        state: dict[str, Any] = {"trained": {}, **{moment: {} for moment in MOMENTS}}
-        for name, tensor in self.trained_tensors():
-            state["trained"].update({name: tensor} if keep else {})
+        state: dict[str, Any] = {moment: {} for moment in MOMENTS}
+        state["trained"] = self.whole_tensors()
         for name, parameter in self.model.named_parameters():
             for moment in MOMENTS if parameter.requires_grad else ():
                 tensor = safe_get_full_optimizer_state(parameter, moment).cpu()

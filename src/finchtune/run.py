@@ -111,13 +111,20 @@ class Run:
         self.folder = Path(config.proj_dir)
         self.base_dtype = next(engine.model.parameters()).dtype
         # Hashing a large base takes a while, and nobody needs it before the first save.
-        self._base_sha256: Future[str] = ThreadPoolExecutor(1).submit(sha256, config.load_model)
+        self._base_sha256: Future[str] | None = None
+        if distributed.rank() == 0:
+            self._base_sha256 = ThreadPoolExecutor(1).submit(sha256, config.load_model)
         distributed.rank_zero_first(self._prepare_folder)
 
     def _prepare_folder(self) -> None:
         for path in run_files(self.folder) if self.config.overwrite else ():
             remove(path)
         write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+
+    def base_sha256(self) -> str:
+        """sha256 of the base weights, on rank 0 alone; waits for it if need be."""
+        assert self._base_sha256 is not None, "only rank 0 knows the base's hash"
+        return self._base_sha256.result()
 
     def open_metrics(self, total: int, start: int) -> Metrics | None:
         """Where rank 0 reports the steps from `start` to `total`; None on the other ranks."""
@@ -126,13 +133,13 @@ class Run:
         return Metrics(self.folder, total, start, dataclasses.asdict(self.config))
 
     def record(self) -> dict[str, Any]:
-        """What a saved file says of itself."""
+        """What a saved file says of itself; on rank 0, which writes it."""
         return {
             "format": "finchtune 1",
             "adapter": getattr(self.engine.model, "adapter_spec", {}),
             "base": {
                 "file": Path(self.config.load_model).name,
-                "sha256": self._base_sha256.result(),
+                "sha256": self.base_sha256(),
             },
             "config": dataclasses.asdict(self.config),
             "global_batch": self.global_batch,
@@ -148,17 +155,17 @@ class Run:
     def save_epoch(self, epoch: int, step: int) -> Path:
         """Write rwkv-{epoch_begin + epoch}.pth and its JSON. A collective call."""
         path = self.folder / f"rwkv-{self.config.epoch_begin + epoch}.pth"
-        tensors = self._whole_tensors()
+        whole = self.engine.whole_tensors()
 
         def write() -> None:
-            save_adapter(tensors, self.record() | {"step": step}, path)
+            save_adapter(self._file_tensors(whole), self.record() | {"step": step}, path)
 
         distributed.rank_zero_first(write)
         return path
 
-    def _whole_tensors(self) -> dict[str, Tensor]:
+    def _file_tensors(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         """What save_epoch writes, by file key; a fully tuned model in its own dtype."""
-        model, whole = self.engine.model, dict(self.engine.trained_tensors())
+        model = self.engine.model
         keys = adapter_keys(model)
         if self.config.peft == "none":
             return {keys[name]: tensor.to(self.base_dtype) for name, tensor in whole.items()}
@@ -175,7 +182,13 @@ class Run:
         distributed.rank_zero_first(write)
 
     def check_resumable(self, manifest: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless the checkpoint continues this very run."""
+        """Raise UserError, naming what differs, unless the checkpoint continues this very run.
+
+        A collective call: rank 0 compares, its verdict is everyone's.
+        """
+        distributed.rank_zero_first(lambda: self._check_resumable(manifest))
+
+    def _check_resumable(self, manifest: dict[str, Any]) -> None:
         old, new = manifest["config"], dataclasses.asdict(self.config)
         free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
         changed = [k for k in new if k not in free and old.get(k) != new[k]]
@@ -183,7 +196,7 @@ class Run:
         for what, mine in (("global_batch", self.global_batch), ("data", self.data)):
             if manifest[what] != mine:
                 differing.append(f"{what} {manifest[what]} -> {mine}")
-        if manifest["base"]["sha256"] != self._base_sha256.result():
+        if manifest["base"]["sha256"] != self.base_sha256():
             differing.append(f"--load_model is not the same file as {manifest['base']['file']}")
         if differing:
             raise UserError(f"cannot resume with another configuration: {'; '.join(differing)}")

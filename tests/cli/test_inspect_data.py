@@ -1,7 +1,5 @@
 """scripts/inspect_data.py: its report, and its status for data that is wrong."""
 
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,19 +7,6 @@ import pytest
 from finchtune.binidx import BinIdxWriter
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_data.py"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the script in this process: its exit status, standard output and standard error."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return stop.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture

@@ -2,8 +2,6 @@
 
 import json
 import os
-import runpy
-import signal
 import subprocess
 import sys
 import time
@@ -15,21 +13,6 @@ from finchtune.binidx import BinIdx
 from finchtune.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the script in this process: its exit status, standard output and standard error."""
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
-        return stop.value.code, *capsys.readouterr()
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture

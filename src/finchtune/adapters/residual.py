@@ -1,5 +1,7 @@
 """LoRA that starts away from zero: what the first B A adds is taken off again."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,6 +9,8 @@ from torch import Tensor, nn
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import frozen_linear
 from finchtune.errors import UserError
+
+Linear = Callable[[Tensor, Tensor], Tensor]
 
 
 class ResidualLoRA(Adapter):
@@ -49,10 +53,8 @@ class ResidualLoRA(Adapter):
             tensor.copy_(value)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        change = low_rank(x, self.lora_A, self.lora_B, self.scale)
-        # Nothing here is trained, so nothing of x need be kept (DeepSpeed's F.linear would).
-        start = frozen_linear(x, self.init_lora_A.to(x.dtype)) * self.scale
-        start = frozen_linear(start, self.init_lora_B.to(x.dtype))
+        change = low_rank(F.linear, x, self.lora_A, self.lora_B, self.scale)
+        start = low_rank(frozen_linear, x, self.init_lora_A, self.init_lora_B, self.scale)
         return frozen_linear(x, W) + (change - start)
 
     def merged(self, W: Tensor) -> Tensor:
@@ -64,6 +66,9 @@ class ResidualLoRA(Adapter):
         return W.detach().to(dtype) + self.scale * (B @ A - B0 @ A0)
 
 
-def low_rank(x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """scale B A x in the dtype of x: x (..., k), A (r, k), B (d, r) -> (..., d)."""
-    return F.linear(F.linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))
+def low_rank(linear: Linear, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """scale B A x in the dtype of x: x (..., k), A (r, k), B (d, r) -> (..., d).
+
+    `linear` is F.linear, or frozen_linear where A and B are not trained.
+    """
+    return linear(linear(x, A.to(x.dtype)) * scale, B.to(x.dtype))

@@ -72,7 +72,7 @@ def source_files(target: str | None) -> list[Path]:
 def build_key(compiler: str, target: str | None) -> str:
     """A digest of everything that the compiled library depends on."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCE_FOLDER.iterdir()):
+    for path in sorted(p for p in SOURCE_FOLDER.iterdir() if p.suffix != ".md"):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     facts = [torch.__version__, platform.machine(), compiler, *C_FLAGS, f"CUDA: {target}"]
     digest.update("\0".join(facts).encode())

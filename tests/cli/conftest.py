@@ -1,0 +1,23 @@
+"""Running a script in the tests' own process, which spares starting Python and torch anew."""
+
+import runpy
+import signal
+import sys
+
+import pytest
+
+
+@pytest.fixture
+def run(request, monkeypatch, capsys):
+    """Run the test module's SCRIPT: its exit status, standard output and standard error."""
+    script = str(request.module.SCRIPT)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script, run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
