@@ -28,6 +28,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
     parser.add_argument("--output", help="write every answer to this .jsonl")
     given = parser.parse_args()
+    if not given.prompt:
+        raise UserError("--prompt must hold some text to continue")
+    if given.limit is not None and given.limit < 1:
+        raise UserError(f"--limit must be at least 1, not {given.limit}")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(given.model, torch.float32 if device == "cpu" else None, device)

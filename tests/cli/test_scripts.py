@@ -55,3 +55,6 @@ def test_evaluate_counts_right_answers(tmp_path):
     assert f"{right} of 2 right" in done.stdout
     questions.write_text('{"question": "a"}\n')
     assert_one_error_line(run_script("scripts/evaluate.py", *flags), "q.jsonl:1: not an object")
+    for flag, value in (("--limit", 0), ("--prompt", "")):
+        done = run_script("scripts/evaluate.py", *flags, flag, value)
+        assert_one_error_line(done, f"{flag} must")
