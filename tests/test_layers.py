@@ -13,6 +13,7 @@ LAYERS = [
     {"flags", "data", "wkv", "loss", "adapters"},
     {"model", "optim"},
     {"checkpoint", "engine", "generate"},
+    {"adapter_files"},
     {"merging", "run", "evaluate", "report", "plan"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import json
 import types
+from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from finchtune.config import METHODS, TrainConfig
@@ -65,6 +66,7 @@ def parse_train_flags(arguments: list[str] | None = None) -> TrainConfig:
     config = TrainConfig(**values)
     config.validate()
     _refuse_unused(config, values)
+    _refuse_guessed_alpha(config, values)
     return config
 
 
@@ -188,3 +190,14 @@ def _refuse_unused(config: TrainConfig, values: dict) -> None:
     if config.data_type == "binidx" and config.sft_field:
         raise UserError("--sft_field goes with --data_type jsonl; binidx files carry their masks")
     assert config.peft in METHODS
+
+
+def _refuse_guessed_alpha(config: TrainConfig, values: dict) -> None:
+    """LoRA's alpha stands in no tensor: to go on from a file without a JSON it must be given."""
+    if config.peft != "lora" or not config.peft_load or "lora_alpha" in values:
+        return
+    if not Path(config.peft_load).with_suffix(".json").exists():
+        raise UserError(
+            f"--peft_load {config.peft_load} has no JSON beside it that tells LoRA's alpha; "
+            "give --lora_alpha as it was in its training"
+        )

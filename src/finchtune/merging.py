@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finchtune.adapter_files import check_base, detect_spec
 from finchtune.adapters import Adapter, get_method, hyperparameters_of
 from finchtune.checkpoint import adapter_record, read_adapter, read_base, write_tensors
 from finchtune.errors import UserError
-from finchtune.files import sha256
 
 ADAPTER_TENSORS = ("bone", "lora_A", "lora_B", "init_lora_A", "init_lora_B")
 
@@ -42,7 +42,7 @@ def merge_files(
         check_base(record, base, adapter)
     tensors, weights = read_adapter(adapter, initial), read_base(base)
     changes = group_by_weight(tensors, weights, adapter)
-    spec = record["adapter"] if record else detect_spec(tensors, alpha, adapter)
+    spec = record["adapter"] if record else spec_without_record(tensors, alpha, adapter)
     if methods and spec.get("method", "none") not in methods:
         found = spec.get("method", "a fully fine-tuned model")
         raise UserError(f"{adapter} is {found}, not {' or '.join(methods)}; use merge/merge.py")
@@ -59,18 +59,6 @@ def merge_files(
     return counts
 
 
-def check_base(record: dict[str, Any], base: str | Path, adapter: str | Path) -> None:
-    """Raise UserError unless `base` is the file that the adapter was trained on."""
-    if not Path(base).is_file():
-        raise UserError(f"{base}: no such file")
-    expected = record["base"]["sha256"]
-    if sha256(base) != expected:
-        raise UserError(
-            f"{base} is not the base of {adapter}, which was trained on "
-            f"{record['base']['file']} (sha256 {expected[:12]}...)"
-        )
-
-
 def group_by_weight(
     tensors: dict[str, Tensor], weights: dict[str, Tensor], adapter: str | Path
 ) -> dict[str, dict[str, Tensor]]:
@@ -85,27 +73,19 @@ def group_by_weight(
     return changes
 
 
-def detect_spec(
+def spec_without_record(
     tensors: dict[str, Tensor], alpha: float | None, adapter: str | Path
 ) -> dict[str, Any]:
     """Method and hyperparameters of an adapter file that carries no JSON."""
-    by_kind = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
-    if "bone" in by_kind:
-        # What others call bat is Bat-row; the files do not say.
-        r = by_kind["bone"].shape[0 if by_kind["bone"].dim() == 2 else 1]
-        bat = {"method": "bat", "r": r, "mode": "row"}
-        return bat if by_kind["bone"].dim() == 3 else {"method": "bone", "r": r}
-    if "lora_A" not in by_kind:
-        return {}
-    r = by_kind["lora_A"].shape[0]
-    if "init_lora_A" in by_kind:
-        return {"method": "pissa", "r": r}
+    spec = detect_spec(tensors)
+    if spec.get("method") != "lora":
+        return spec
     if alpha is None:
         raise UserError(
             f"{adapter} has no JSON beside it that tells LoRA's alpha; give --lora_alpha (the one "
             "used in training), or for PiSSA the file of initial tensors as --lora_init"
         )
-    return {"method": "lora", "r": r, "alpha": alpha}
+    return spec | {"alpha": alpha}
 
 
 def changed_weight(

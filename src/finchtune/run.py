@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from finchtune import distributed
+from finchtune.adapter_files import start_from_file
 from finchtune.adapters import attach
 from finchtune.checkpoint import (
     adapter_keys,
-    load_adapter,
     load_checkpoint,
     load_model,
     newest_checkpoint,
@@ -79,7 +79,7 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
         for parameter in chosen:
             parameter.requires_grad_(True)
     if config.peft_load:
-        load_adapter(model, config.peft_load, config.pissa_init or None)
+        start_from_file(model, config)
     return model
 
 
