@@ -19,7 +19,7 @@ from finchtune.flags import parse_train_flags
 from finchtune.metrics import peak_memory_mb
 from finchtune.optim import learning_rate
 from finchtune.report import plot_loss
-from finchtune.run import Run, build_model, choose_checkpoint, restore_tensors
+from finchtune.run import Run, build_model, choose_checkpoint, restore_tensors, start_from_data
 from finchtune.tokenizer import load_tokenizer
 
 
@@ -54,6 +54,8 @@ def main() -> None:
         vocab_size=model.config.vocab_size,
         seed=config.random_seed,
     )
+    if not checkpoint:
+        start_from_data(model, config, data, device)
     engine = Engine(model, config, device)
     run = Run(config, engine, data.describe())
     epoch_steps = config.epoch_steps or math.ceil(data.n_rows / run.global_batch)

@@ -2,6 +2,9 @@
 
 import pytest
 
+from finchtune.adapters import METHODS, get_method, hyperparameters_of
+from finchtune.config import HYPERPARAMETERS
+from finchtune.config import METHODS as CHOICES
 from finchtune.errors import UserError
 from finchtune.flags import parse_train_flags
 
@@ -75,7 +78,12 @@ def test_json_spellings(words, expected):
         (["--grad_cp", "yes"], "--grad_cp takes 0 or 1"),
         (["--bone_r", "8"], "--bone_r goes with --peft bone, not --peft none"),
         (["--peft", "bone", "--lora_r", "8"], "--lora_r goes with --peft lora"),
-        (["--peft", "disha"], "--peft disha needs --disha_config"),
+        (["--peft", "bone", "--disha_r1", "8"], "--disha_r1 goes with --peft disha, not"),
+        (["--disha_config", '{"r": 8}', "--disha_r2", "8"], "--disha_r2 goes with --peft disha, "),
+        (["--peft", "dora", "--rslora", "1"], "--rslora goes with --peft lora, not --peft dora"),
+        (["--peft", "bone", "--lora_plus_ratio", "4"], "--lora_plus_ratio goes with --peft lora "),
+        (["--peft", "lora", "--lora_ga_batches", "4"], "--lora_ga_batches goes with --peft lora_g"),
+        (["--peft", "lora", "--lora_plus_ratio", "0"], "--lora_plus_ratio must be above zero"),
         (["--bone_config", "{"], "--bone_config is not JSON"),
         (["--bone_config", "[1]"], "--bone_config takes an object"),
         (["--bone_config", '{"bone_rank": 8}'], "unknown key 'bone_rank'; did you mean 'bone_r'"),
@@ -94,6 +102,28 @@ def test_json_spellings(words, expected):
 def test_mistakes_are_named(words, message):
     with pytest.raises(UserError, match=message):
         parse(*words)
+
+
+def test_every_method_and_hyperparameter_has_a_flag():
+    assert set(CHOICES) == {"none", *METHODS}
+    for name in METHODS:
+        config = parse("--peft", name)
+        reachable = {key for key, methods in HYPERPARAMETERS.values() if name in methods}
+        defaults = hyperparameters_of(get_method(name))
+        missing = set(defaults) - reachable
+        # Another rank than 1024 is --peft lora.
+        assert missing == ({"r", "alpha"} if name == "biglora" else set()), name
+        given = config.adapter_hyperparameters
+        assert given == {key: defaults[key] for key in given}, "one default, wherever it stands"
+
+
+def test_hyperparameters_reach_their_method():
+    config = parse(*"--peft disha --disha_r1 4 --disha_r2 6".split())
+    assert config.adapter_hyperparameters == {"r1": 4, "r2": 6}
+    config = parse(*"--peft lora --lora_r 8 --lora_alpha 4 --rslora 1".split())
+    assert config.adapter_hyperparameters == {"r": 8, "alpha": 4, "dropout": 0, "rslora": True}
+    config = parse(*"--peft lora_ga --lora_r 8 --lora_ga_gamma 4 --svd_niter 0".split())
+    assert config.adapter_hyperparameters == {"r": 8, "alpha": 32, "gamma": 4, "svd_niter": 0}
 
 
 @pytest.mark.parametrize(

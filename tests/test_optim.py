@@ -74,3 +74,11 @@ def test_adapters_are_decayed_only_when_asked():
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     groups = parameter_groups(model.named_parameters())
     assert sum(p.numel() for g in groups for p in g["params"]) == count
+
+
+def test_lora_plus_trains_b_faster():
+    model = attach(small_model(), "lora", r=4)
+    groups = group_names(model, lora_plus_ratio=16)
+    assert set(groups) == {(1.0, 0.0), (16, 0.0)}
+    assert all(name.endswith(".lora_B") for name in groups[(16, 0.0)])
+    assert len(groups[(16, 0.0)]) == len(groups[(1.0, 0.0)]) == 16

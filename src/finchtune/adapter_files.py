@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finchtune.adapters import get_method, hyperparameters_of
 from finchtune.checkpoint import adapter_keys, adapter_record, load_adapter, read_adapter
-from finchtune.config import TrainConfig
+from finchtune.config import HYPERPARAMETERS, TrainConfig
 from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.model import RWKV6
@@ -73,11 +73,13 @@ def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
             "that holds them (init_pissa.pth) as --pissa_init"
         )
     if any(wanted.get(key) != found[key] for key in found if key not in FREE_HYPERPARAMETERS):
-        flags = {"method": "peft", "svd_niter": "svd_niter"}
+        kind = found["method"]
+        flags = {name: flag for flag, (name, kinds) in HYPERPARAMETERS.items() if kind in kinds}
+        flags["method"] = "peft"
         needed = " ".join(
-            f"--{flags.get(key, '{}_{}'.format(found['method'], key))} {value}"
+            f"--{flags[key]} {value}"
             for key, value in found.items()
-            if key not in FREE_HYPERPARAMETERS
+            if key in flags and key not in FREE_HYPERPARAMETERS
         )
         raise UserError(f"--peft_load {path} was trained otherwise; give {needed}")
 

@@ -7,7 +7,31 @@ from typing import Any
 
 from finchtune.errors import UserError
 
-METHODS = ("none", "bone", "bat", "lora", "pissa")
+METHODS = (
+    *("none", "bone", "bat", "lora", "pissa", "olora", "dora", "lora_ga", "disha"),
+    *("frozen_ft", "biglora"),
+)
+LORA_FAMILY = ("lora", "olora", "dora", "lora_ga")
+HYPERPARAMETERS = {
+    "bone_r": ("r", ("bone",)),
+    "bat_r": ("r", ("bat",)),
+    "bat_mode": ("mode", ("bat",)),
+    "disha_r1": ("r1", ("disha",)),
+    "disha_r2": ("r2", ("disha",)),
+    "lora_r": ("r", LORA_FAMILY),
+    "lora_alpha": ("alpha", LORA_FAMILY),
+    "lora_dropout": ("dropout", ("lora",)),
+    "rslora": ("rslora", ("lora",)),
+    "lora_ga_gamma": ("gamma", ("lora_ga",)),
+    "pissa_r": ("r", ("pissa",)),
+    "svd_niter": ("svd_niter", ("pissa", "lora_ga")),
+}
+"""Flag -> the hyperparameter it sets, and the methods that have it."""
+METHOD_FLAGS = {flag: methods for flag, (_, methods) in HYPERPARAMETERS.items()} | {
+    "lora_ga_batches": ("lora_ga",),
+    "lora_plus_ratio": (*LORA_FAMILY, "pissa", "biglora"),
+}
+"""Flag -> the methods that it goes with."""
 STAGES = {
     "auto": 1,
     "ddp": 1,
@@ -16,7 +40,8 @@ STAGES = {
     "deepspeed_stage_3": 3,
 }
 AT_LEAST_ONE = {
-    *("bone_r", "bat_r", "lora_r", "pissa_r", "ctx_len", "micro_bsz", "accumulate_grad_batches"),
+    *("bone_r", "bat_r", "disha_r1", "disha_r2", "lora_r", "pissa_r", "lora_ga_batches"),
+    *("ctx_len", "micro_bsz", "accumulate_grad_batches"),
     *("epoch_count", "epoch_save", "devices", "num_nodes"),
     *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
 }
@@ -40,11 +65,17 @@ class TrainConfig:
     bone_r: int = flag(64, "Bone: rows of D, the length of an input block")
     bat_r: int = flag(64, "Bat: side of a block; must divide both sides of every layer")
     bat_mode: str = flag("row", "Bat: a D per input (row) or output (col) block", ("row", "col"))
-    lora_r: int = flag(32, "LoRA: rank")
-    lora_alpha: float = flag(32.0, "LoRA: the update is scaled by alpha / r")
+    disha_r1: int = flag(64, "DiSHA: rows of D, which is tiled over W")
+    disha_r2: int = flag(64, "DiSHA: columns of D")
+    lora_r: int = flag(32, "LoRA, OLoRA, DoRA, LoRA-GA: rank")
+    lora_alpha: float = flag(32.0, "the same: the update is scaled by alpha / r")
     lora_dropout: float = flag(0.0, "LoRA: dropout on the adapter's input")
+    rslora: bool = flag(False, "LoRA: scale by alpha / sqrt(r) instead (rsLoRA)")
+    lora_plus_ratio: float = flag(1.0, "LoRA and kin: learning rate of B over that of A (LoRA+)")
+    lora_ga_gamma: float = flag(16.0, "LoRA-GA: the larger, the smaller A and B start")
+    lora_ga_batches: int = flag(8, "LoRA-GA: micro batches whose gradient it starts from")
     pissa_r: int = flag(32, "PiSSA: rank")
-    svd_niter: int = flag(4, "PiSSA: power iterations of the fast SVD; 0 = exact SVD")
+    svd_niter: int = flag(4, "PiSSA, LoRA-GA: iterations of the fast SVD; 0 = exact SVD")
     peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")
     pissa_init: str = flag("", "PiSSA with --peft_load: a separate file of initial A and B")
     train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
@@ -111,14 +142,11 @@ class TrainConfig:
     @property
     def adapter_hyperparameters(self) -> dict[str, Any]:
         """Keyword arguments for `attach(model, self.peft, ...)`."""
-        by_method: dict[str, dict[str, Any]] = {
-            "none": {},
-            "bone": {"r": self.bone_r},
-            "bat": {"r": self.bat_r, "mode": self.bat_mode},
-            "lora": {"r": self.lora_r, "alpha": self.lora_alpha, "dropout": self.lora_dropout},
-            "pissa": {"r": self.pissa_r, "svd_niter": self.svd_niter},
+        return {
+            name: getattr(self, flag_name)
+            for flag_name, (name, methods) in HYPERPARAMETERS.items()
+            if self.peft in methods
         }
-        return by_method[self.peft]
 
     def validate(self) -> None:
         """Raise UserError for the first value, or pair of values, that makes no sense."""
@@ -155,3 +183,5 @@ class TrainConfig:
             raise UserError(f"--{name} must be below 1, not {value}")
         if name == "lr_init" and value == 0:
             raise UserError("--lr_init 0 would train nothing")
+        if name in ("lora_alpha", "lora_plus_ratio", "lora_ga_gamma") and value == 0:
+            raise UserError(f"--{name} must be above zero")

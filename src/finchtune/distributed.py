@@ -3,11 +3,12 @@
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from finchtune.errors import UserError
 
@@ -119,6 +120,13 @@ def rank_zero_first(work: Callable[[], None]) -> None:
         dist.broadcast_object_list(failure)
     if failure[0] is not None:
         raise failure[0]
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every process rank 0's values of `tensors`, in place. A collective call."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def say(message: str) -> None:

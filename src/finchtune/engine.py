@@ -68,6 +68,7 @@ class Engine:
             config.weight_decay,
             config.decay_adapters,
             config.layerwise_lr,
+            config.lora_plus_ratio,
         )
         betas = (config.beta1, config.beta2)
         optimizer = adamw(groups, config.lr_init, betas, config.adam_eps)

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
-from finchtune.config import METHODS, TrainConfig
+from finchtune.config import METHOD_FLAGS, TrainConfig
 from finchtune.errors import UserError
 
 # RWKV-PEFT's flags that cannot be honoured (yet), and what to do instead.
@@ -61,8 +61,6 @@ def parse_train_flags(arguments: list[str] | None = None) -> TrainConfig:
     values = {name: _convert(fields[name], value) for name, value in given.items()}
     for name, text in json_values.items():
         _apply_json(name, text, values, fields)
-    if values.get("peft") == "disha":
-        raise UserError('--peft disha needs --disha_config, e.g. {"mode": "bone", "r": 64}')
     config = TrainConfig(**values)
     config.validate()
     _refuse_unused(config, values)
@@ -125,7 +123,7 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
     except ValueError as error:
         what = {int: "a whole number", float: "a number"}[kind]
         raise UserError(f"--{name} takes {what}, not {value!r}") from error
-    if choices and converted not in choices and not (name == "peft" and value == "disha"):
+    if choices and converted not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}{hint}")
@@ -181,15 +179,12 @@ def _apply_json(flag: str, text: str, values: dict, fields: dict) -> None:
 
 def _refuse_unused(config: TrainConfig, values: dict) -> None:
     """A flag of a method that is not the chosen one would be ignored: say so instead."""
-    owners = {"bone_r": "bone", "bat_r": "bat", "bat_mode": "bat", "pissa_r": "pissa",
-              "svd_niter": "pissa", "lora_r": "lora", "lora_alpha": "lora",
-              "lora_dropout": "lora"}  # fmt: skip
-    for name, method in owners.items():
-        if name in values and config.peft != method:
-            raise UserError(f"--{name} goes with --peft {method}, not --peft {config.peft}")
+    for name, methods in METHOD_FLAGS.items():
+        if name in values and config.peft not in methods:
+            choice = " or ".join(methods)
+            raise UserError(f"--{name} goes with --peft {choice}, not --peft {config.peft}")
     if config.data_type == "binidx" and config.sft_field:
         raise UserError("--sft_field goes with --data_type jsonl; binidx files carry their masks")
-    assert config.peft in METHODS
 
 
 def _refuse_guessed_alpha(config: TrainConfig, values: dict) -> None:

@@ -16,8 +16,6 @@ from finchtune.adapters import Adapter, get_method, hyperparameters_of
 from finchtune.checkpoint import adapter_record, read_adapter, read_base, write_tensors
 from finchtune.errors import UserError
 
-ADAPTER_TENSORS = ("bone", "lora_A", "lora_B", "init_lora_A", "init_lora_B")
-
 
 def merge_files(
     base: str | Path,
@@ -66,7 +64,7 @@ def group_by_weight(
     changes: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         layer, _, own = key.rpartition(".")
-        name, part = (f"{layer}.weight", own) if own in ADAPTER_TENSORS else (key, "")
+        name, part = (key, "") if key in weights else (f"{layer}.weight", own)
         if name not in weights:
             raise UserError(f"{adapter}: {key} belongs to no tensor of the base; wrong base model?")
         changes.setdefault(name, {})[part] = tensor

@@ -52,15 +52,18 @@ def parameter_groups(
     weight_decay: float = 0.0,
     decay_adapters: bool = False,
     layerwise_lr: bool = False,
+    lora_plus_ratio: float = 1.0,
 ) -> list[dict]:
     """Optimizer groups of the trainable parameters; each stands in exactly one.
 
-    A group's `lr_scale` multiplies the learning rate: 2 for time_decay under `layerwise_lr`.
+    A group's `lr_scale` multiplies the learning rate: 2 for time_decay under `layerwise_lr`,
+    `lora_plus_ratio` for LoRA's B (LoRA+, arXiv 2402.12354).
     """
     trainable = [(name, p) for name, p in named if p.requires_grad]
     groups: dict[tuple[float, float], dict] = {}
     for name, p in trainable:
         scale = 2.0 if layerwise_lr and name.endswith(".time_decay") else 1.0
+        scale = lora_plus_ratio if name.endswith(".adapter.lora_B") else scale
         decay = weight_decay if is_decayed(name, p, decay_adapters) else 0.0
         empty: dict = {"params": [], "lr_scale": scale, "weight_decay": decay}
         groups.setdefault((scale, decay), empty)["params"].append(p)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finchtune import distributed
 from finchtune.adapter_files import start_from_file
-from finchtune.adapters import attach
+from finchtune.adapters import adapter_state, attach, start_from_gradients
 from finchtune.checkpoint import (
     adapter_keys,
     load_checkpoint,
@@ -20,9 +20,11 @@ from finchtune.checkpoint import (
     save_checkpoint,
 )
 from finchtune.config import TrainConfig
+from finchtune.data import Data
 from finchtune.engine import Engine
 from finchtune.errors import UserError
 from finchtune.files import remove, sha256, write_json
+from finchtune.loss import IGNORE
 from finchtune.metrics import Metrics
 from finchtune.model import RWKV6
 
@@ -71,7 +73,8 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     check_sizes(config, model)
     if config.peft == "none":
         return model.requires_grad_(True)
-    attach(model, config.peft, init=not config.peft_load, **config.adapter_hyperparameters)
+    init = not config.peft_load and config.peft != "lora_ga"
+    attach(model, config.peft, init=init, **config.adapter_hyperparameters)
     for part in config.train_parts:
         chosen = [p for name, p in model.named_parameters() if part in name]
         if not chosen:
@@ -81,6 +84,31 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     if config.peft_load:
         start_from_file(model, config)
     return model
+
+
+def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch.device) -> None:
+    """Start a method that begins at the gradient of the run's first rows (lora_ga).
+
+    Rank 0 computes it, whatever the number of processes, and the others take its tensors. Needs
+    the gradients of all adapted weights in rank 0's memory, in float32. A collective call, before
+    DeepSpeed divides the model; does nothing for other methods.
+    """
+    if config.peft != "lora_ga" or config.peft_load:
+        return
+
+    def compute() -> None:
+        batches = data.rows(0, 0, 1, config.micro_bsz, config.lora_ga_batches)
+        valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        rest = iter(batches)
+
+        def loss() -> Tensor:
+            batch = next(rest)
+            return model.loss(batch.tokens.to(device), batch.labels.to(device)) / max(1, valid)
+
+        start_from_gradients(model, loss, config.lora_ga_batches)
+
+    distributed.rank_zero_first(compute)
+    distributed.broadcast(adapter_state(model).values())
 
 
 def check_sizes(config: TrainConfig, model: RWKV6) -> None:

@@ -15,6 +15,7 @@ from finchtune.adapters import (
     file_key,
     load_adapter_state,
     merge,
+    start_from_gradients,
     weight_gradients,
 )
 from finchtune.errors import UserError
@@ -311,3 +312,23 @@ def test_weight_gradients_leave_the_model_as_it_was():
         torch.testing.assert_close(gradient, expected[name])
         assert getattr(model, name).weight.grad is expected[name]
     assert [n for n, p in model.named_parameters() if not p.requires_grad] == ["classifier.weight"]
+
+
+def test_adapters_start_from_the_gradients_of_several_batches():
+    model = finchlike()
+    batches = [TOKENS, TOKENS.flip(0), TOKENS + 1]
+    rest = iter(batches)
+    together = weight_gradients(model, lambda: sum(model(t).square().sum() for t in batches))
+    attach(model, "lora_ga", r=2, init=False)
+    start_from_gradients(model, lambda: model(next(rest)).square().sum(), repeats=3)
+    other = finchlike()
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "adapter" not in k})
+    attach(other, "lora_ga", r=2, gradients=together)
+    for key, tensor in adapter_state(model).items():
+        found, expected = (s[key] for s in (adapter_state(model), adapter_state(other)))
+        # A singular vector's sign is free.
+        torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-3, atol=1e-4)
+        assert tensor.any()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert all(".adapter." in name for name in trainable)
+    assert len(trainable) == 32

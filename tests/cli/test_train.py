@@ -17,9 +17,10 @@ from support import (
     train,
 )
 
-from finchtune.adapters import attach
+from finchtune.adapters import METHODS, attach
 from finchtune.checkpoint import load_adapter, load_model
 from finchtune.files import sha256
+from finchtune.merging import merge_files
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +196,32 @@ def test_mistakes_end_in_one_line_and_leave_nothing(folder, bone_run, name):
     words = [word.format(folder=folder) for word in words]
     assert_one_error_line(run_script("train.py", *flags(folder, proj, *words)), *parts)
     assert not proj.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "bone"])
+def test_every_method_trains_and_merges(folder, tmp_path, method):
+    rank = {"bat": "--bat_r 8", "pissa": "--pissa_r 4", "disha": "--disha_r1 8 --disha_r2 8"}
+    rank |= dict.fromkeys(("lora", "olora", "dora", "lora_ga"), "--lora_r 4")
+    words = f"--peft {method} {rank.get(method, '')} --micro_bsz 8 --epoch_steps 4".split()
+    words += ["--lr_init", "2e-3"]
+    train(*flags(folder, tmp_path / "run", *words))
+    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
+    adapter, merged = tmp_path / "run" / "rwkv-0.pth", tmp_path / "merged.pth"
+    merge_files(folder / "base.pth", adapter, merged)
+    spec = json.loads(adapter.with_suffix(".json").read_text())["adapter"]
+    model = attach(load_model(folder / "base.pth"), init=False, **spec)
+    load_adapter(model, adapter)
+    tokens = torch.randint(1, 256, (1, 30))
+    assert relative_error(load_model(merged)(tokens)[0], model(tokens)[0]) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
+def test_lora_ga_starts_alike_in_one_process_and_in_two(folder, tmp_path, stage):
+    for devices, micro_bsz in ((1, 4), (2, 4)):
+        words = f"--peft lora_ga --lora_r 4 --micro_bsz {micro_bsz} --epoch_steps 3".split()
+        words += f"--accumulate_grad_batches {2 // devices} --devices {devices}".split()
+        words += ["--strategy", f"deepspeed_stage_{stage}", "--lora_plus_ratio", "4"]
+        train(*flags(folder, tmp_path / str(devices), *words))
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)

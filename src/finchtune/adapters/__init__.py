@@ -2,7 +2,7 @@
 
 from finchtune.adapters.attaching import adapted_layers, attach, find_targets, merge
 from finchtune.adapters.base import Adapter
-from finchtune.adapters.gradients import weight_gradients
+from finchtune.adapters.gradients import start_from_gradients, weight_gradients
 from finchtune.adapters.linear import AdaptedLinear
 from finchtune.adapters.registry import METHODS, get_method, hyperparameters_of
 from finchtune.adapters.state import adapter_state, file_key, load_adapter_state
@@ -20,5 +20,6 @@ __all__ = [
     "hyperparameters_of",
     "load_adapter_state",
     "merge",
+    "start_from_gradients",
     "weight_gradients",
 ]

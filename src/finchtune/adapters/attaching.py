@@ -95,7 +95,10 @@ def build(kind: type[Adapter], name: str, layer: nn.Linear, settings: dict[str, 
 
 
 def initialise(
-    adapter: Adapter, name: str, layer: nn.Linear, gradients: Mapping[str, Tensor] | None
+    adapter: Adapter,
+    name: str,
+    layer: nn.Linear | AdaptedLinear,
+    gradients: Mapping[str, Tensor] | None,
 ) -> None:
     """Let an adapter set its tensors; a misfit raises UserError naming the layer."""
     weight = layer.weight.detach()

@@ -5,27 +5,32 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from finchtune.adapters.attaching import find_targets
+from finchtune.adapters.attaching import adapted_layers, find_targets, initialise
+from finchtune.adapters.linear import AdaptedLinear
 
 
 def weight_gradients(
-    model: nn.Module, loss: Callable[[], Tensor], targets: str | None = None
+    model: nn.Module, loss: Callable[[], Tensor], targets: str | None = None, repeats: int = 1
 ) -> dict[str, Tensor]:
     """d loss / d weight (out, in) of every target layer, by layer name: float32, on the CPU.
 
-    `loss` runs the model, not yet adapted, on a batch and returns a scalar. Each gradient is
-    moved away as soon as backward has it, so that only one layer's is held on the device.
-    Gradients of other parameters are not computed; every `requires_grad` and `.grad` is left as
-    it was. Raises UserError if `targets` match nothing.
+    `loss` runs the model on a batch and returns a scalar; it is called `repeats` times and the
+    gradients are summed. Each gradient is moved away as soon as backward has it, so that only
+    one layer's is held on the device. A model that has adapters gives its adapted layers'
+    gradients. Gradients of other parameters are not computed; every `requires_grad` and `.grad`
+    is left as it was. Raises UserError if `targets` match nothing.
     """
-    layers, _ = find_targets(model, targets)
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
+    layers = adapted or find_targets(model, targets)[0]
     names = {layer.weight: name for name, layer in layers.items()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     gradients: dict[str, Tensor] = {}
 
     def take(weight: Tensor) -> None:
         assert weight.grad is not None
-        gradients[names[weight]] = weight.grad.to("cpu", torch.float32, copy=True)
+        gradient = weight.grad.to("cpu", torch.float32, copy=True)
+        earlier = gradients.get(names[weight])
+        gradients[names[weight]] = gradient if earlier is None else earlier.add_(gradient)
         weight.grad = None
 
     model.requires_grad_(False)
@@ -35,7 +40,8 @@ def weight_gradients(
         weight.grad = None
         handles.append(weight.register_post_accumulate_grad_hook(take))
     try:
-        loss().backward()
+        for _ in range(repeats):
+            loss().backward()
     finally:
         for handle in handles:
             handle.remove()
@@ -43,3 +49,10 @@ def weight_gradients(
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
     return gradients
+
+
+def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor], repeats: int = 1) -> None:
+    """Let adapters that were attached with `init=False` start from `weight_gradients`."""
+    gradients = weight_gradients(model, loss, repeats=repeats)
+    for name, layer in adapted_layers(model).items():
+        initialise(layer.adapter, name, layer, {name: gradients.pop(name)})

@@ -21,15 +21,20 @@ class PiSSA(ResidualLoRA):
         self, in_features: int, out_features: int, *, r: int = 32, svd_niter: int | None = 4
     ) -> None:
         super().__init__(in_features, out_features, r=r)
-        if svd_niter is not None and (not isinstance(svd_niter, int) or svd_niter < 0):
-            raise UserError(f"svd_niter must be a whole number or None, not {svd_niter!r}")
-        self.svd_niter = svd_niter
+        self.svd_niter = check_iterations(svd_niter)
 
     @torch.no_grad()
     def init(self, W: Tensor) -> None:
         U, S, Vh = principal_svd(W.to(merge_precision(W)), self.r, self.svd_niter)
         root = S.sqrt()
         self.start_at(root[:, None] * Vh, U * root)
+
+
+def check_iterations(svd_niter: int | None) -> int | None:
+    """`svd_niter` itself; UserError unless `principal_svd` takes it."""
+    if svd_niter is not None and (not isinstance(svd_niter, int) or svd_niter < 0):
+        raise UserError(f"svd_niter must be a whole number or None, not {svd_niter!r}")
+    return svd_niter
 
 
 def principal_svd(W: Tensor, r: int, niter: int | None) -> tuple[Tensor, Tensor, Tensor]:
