@@ -89,7 +89,7 @@ def main() -> None:
         lr = learning_rate(
             step, total, config.lr_init, lr_final, config.lr_schedule, config.warmup_steps
         )
-        result = engine.step([(batch.tokens, batch.labels) for batch in rows], lr)
+        result = engine.step(rows, lr)
         if not math.isfinite(result.loss):
             raise UserError(
                 f"the loss is {result.loss} at step {step + 1}; nothing was saved after the last "

@@ -10,6 +10,7 @@ from support import small_model
 from finchtune import distributed
 from finchtune.adapters import attach
 from finchtune.config import TrainConfig
+from finchtune.data import Batch
 from finchtune.engine import Engine
 
 CPU = torch.device("cpu")
@@ -40,7 +41,7 @@ def batches(n_steps, accumulate=1):
         for length in range(10, 10 + accumulate):
             tokens, labels = torch.randint(0, 256, (2, 2, length), generator=generator)
             labels[0, : length // 2] = -100
-            micro.append((tokens, labels))
+            micro.append(Batch(tokens, labels))
         steps.append(micro)
     return steps
 
@@ -55,7 +56,7 @@ def plain_torch_losses(model, steps, clip, lr=1e-2):
     optimizer = torch.optim.AdamW(trainable, lr=lr, betas=(0.9, 0.99), eps=1e-8, weight_decay=0)
     losses, norms = [], []
     for micro in steps:
-        valid = sum((labels != -100).sum() for _, labels in micro)
+        valid = sum((batch.labels != -100).sum() for batch in micro)
         loss = sum(model.loss(*batch) for batch in micro) / valid
         optimizer.zero_grad()
         loss.backward()
@@ -126,7 +127,7 @@ def test_state_goes_out_and_in_exactly(stage, dtype):
 def test_a_fully_masked_step_is_zero_and_harmless():
     engine = Engine(attach(small_model(), "bone", r=8), settings(), CPU)
     tokens = torch.zeros(2, 8, dtype=torch.long)
-    result = engine.step([(tokens, torch.full_like(tokens, -100))], 1e-2)
+    result = engine.step([Batch(tokens, torch.full_like(tokens, -100))], 1e-2)
     assert result.loss == 0
     assert result.grad_norm == 0
     engine.close()
@@ -144,6 +145,6 @@ def test_golden_loss_curve():
     losses = []
     for step in range(20):
         rows = ids[[(2 * step) % len(ids), (2 * step + 1) % len(ids)]]
-        losses.append(engine.step([(rows[:, :-1], rows[:, 1:])], 1e-2 * 0.9**step).loss)
+        losses.append(engine.step([Batch(rows[:, :-1], rows[:, 1:])], 1e-2 * 0.9**step).loss)
     engine.close()
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-5)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
+from finchtune.data import Batch
 from finchtune.errors import UserError
 from finchtune.model import RWKV6
 from finchtune.optim import adamw, parameter_groups, set_learning_rate
@@ -29,14 +30,14 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
 class SummedLoss(nn.Module):
-    """What DeepSpeed wraps: (tokens, labels) -> the sum of the unmasked tokens' losses."""
+    """What DeepSpeed wraps: a micro batch -> the sum of the unmasked tokens' losses."""
 
     def __init__(self, model: RWKV6):
         super().__init__()
         self.model = model
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        return self.model.loss(tokens, labels)
+    def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.model.loss(tokens, labels, cu_seqlens)
 
 
 @dataclass
@@ -94,27 +95,29 @@ class Engine:
             "steps_per_print": 2**31,
         }
 
-    def step(self, micro_batches: list[tuple[Tensor, Tensor]], lr: float) -> StepResult:
-        """One optimizer step over this rank's micro batches of (tokens, labels), each (B, T).
+    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro batches.
 
         The loss is the mean over the unmasked tokens of all ranks and micro batches together.
         """
         world = distributed.world_size()
-        valid = sum(int((labels != -100).sum()) for _, labels in micro_batches)
+        valid = sum(int((batch.labels != -100).sum()) for batch in micro_batches)
         valid_everywhere = max(1.0, distributed.all_sum(valid, self.device))
         # DeepSpeed averages over ranks and micro batches; this turns its mean into our sum.
         scale = world * self.accumulate / valid_everywhere
         set_learning_rate(self.ds.optimizer.param_groups, lr)
         loss_sum = 0.0
-        for tokens, labels in micro_batches:
-            loss = self.ds(tokens.to(self.device), labels.to(self.device))
+        for batch in micro_batches:
+            loss = self.ds(*batch.to(self.device))
             self.ds.backward(loss * scale)
             self.ds.step()
             loss_sum += loss.item()
         return StepResult(
             loss=distributed.all_sum(loss_sum, self.device) / valid_everywhere,
             grad_norm=float(self.ds.get_global_grad_norm()),
-            tokens=int(distributed.all_sum(sum(t.numel() for t, _ in micro_batches), self.device)),
+            tokens=int(
+                distributed.all_sum(sum(b.tokens.numel() for b in micro_batches), self.device)
+            ),
         )
 
     def close(self) -> None:

@@ -23,7 +23,12 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     labels: Tensor
-    cu_seqlens: Tensor | None
+    cu_seqlens: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on a device."""
+        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        return Batch(self.tokens.to(device), self.labels.to(device), cu_seqlens)
 
 
 def round_up(length: int) -> int:
@@ -39,7 +44,7 @@ def padded(segments: list[Segment], length: int) -> Batch:
         n = len(segment.ids) - 1
         tokens[b, :n] = segment.ids[:-1]
         labels[b, :n] = _targets(segment)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), None)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels))
 
 
 def packed(segments: list[Segment]) -> Batch:

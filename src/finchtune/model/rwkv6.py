@@ -28,10 +28,16 @@ class BlockState(NamedTuple):
 State = list[BlockState]
 
 
-def shift_difference(x: Tensor, last: Tensor | None) -> Tensor:
-    """Previous token minus this token. x (B, T, C); `last` (B, C) precedes x, zero if None."""
+def shift_difference(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """Previous token minus this token. x (B, T, C); `last` (B, C) precedes x, zero if None.
+
+    Zero also precedes each sequence packed into x (1, T, C) at the boundaries `cu_seqlens`.
+    """
     last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
-    return torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1) - x
+    previous = torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
+    if cu_seqlens is not None:
+        previous = previous.index_fill(1, cu_seqlens[:-1].long(), 0)
+    return previous - x
 
 
 class TimeMix(nn.Module):
@@ -75,17 +81,22 @@ class TimeMix(nn.Module):
             x + xx * (self.time_maa_g + m_g),
         ]
 
-    def forward(self, x: Tensor, shift: Tensor | None, state: Tensor | None):
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+    ):
         """x (B, T, C) -> output (B, T, C), last input (B, C), WKV state (B, H, N, N)."""
         B, T, C = x.shape
-        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift_difference(x, shift))
+        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift_difference(x, shift, cu_seqlens))
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         g = F.silu(self.gate(x_g))
         w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
         heads = (B, T, self.config.n_head, self.config.head_size)
-        y, state = wkv6(
-            r.view(heads), k.view(heads), v.view(heads), w.view(heads), self.time_faaaa, state
-        )
+        r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
+        y, state = wkv6(r, k, v, w, self.time_faaaa, state, cu_seqlens)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         return self.output(y * g), x[:, -1], state
 
@@ -103,9 +114,9 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(dim_ffn, C, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None):
+    def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
         """x (B, T, C) -> output (B, T, C), last input (B, C)."""
-        xx = shift_difference(x, shift)
+        xx = shift_difference(x, shift, cu_seqlens)
         k = torch.relu(self.key(x + xx * self.time_maa_k)) ** 2
         r = torch.sigmoid(self.receptance(x + xx * self.time_maa_r))
         return r * self.value(k), x[:, -1]
@@ -124,13 +135,15 @@ class Block(nn.Module):
         self.ffn = ChannelMix(config, layer)
         self.first = layer == 0
 
-    def forward(self, x: Tensor, state: BlockState | None) -> tuple[Tensor, BlockState]:
+    def forward(
+        self, x: Tensor, state: BlockState | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
         att_shift, wkv, ffn_shift = state or (None, None, None)
         if self.first:
             x = self.ln0(x)
-        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv)
+        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, cu_seqlens)
         x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift)
+        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
         return x + y, BlockState(att_shift, wkv, ffn_shift)
 
 
@@ -158,16 +171,24 @@ class RWKV6(nn.Module):
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
 
-    def hidden(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> normalised hidden states (B, T, C) before the head, new state."""
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> normalised hidden states (B, T, C) before the head, new state.
+
+        `cu_seqlens` (S + 1,) integers rising from 0 to T: where each of S sequences packed into
+        tokens (1, T) begins. None of them sees another; the state must be None, and the new one
+        is of no use.
+        """
+        assert cu_seqlens is None or state is None
         x = self.emb(tokens)
         new_state = []
         for layer, block in enumerate(self.blocks):
             block_state = state[layer] if state else None
             if self.grad_checkpoint and torch.is_grad_enabled():
-                x, block_state = checkpoint(block, x, block_state, use_reentrant=False)
+                x, block_state = checkpoint(block, x, block_state, cu_seqlens, use_reentrant=False)
             else:
-                x, block_state = block(x, block_state)
+                x, block_state = block(x, block_state, cu_seqlens)
             new_state.append(block_state)
         return self.ln_out(x), new_state
 
@@ -179,7 +200,10 @@ class RWKV6(nn.Module):
         hidden, state = self.hidden(tokens, state)
         return self.head(hidden), state
 
-    def loss(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Sum of the cross entropy over the labels (B, T) that are not -100; a scalar, fp32."""
-        hidden, _ = self.hidden(tokens)
+    def loss(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Sum of the cross entropy over the labels (B, T) that are not -100; a scalar, fp32.
+
+        `cu_seqlens` as in `hidden`.
+        """
+        hidden, _ = self.hidden(tokens, cu_seqlens=cu_seqlens)
         return self.head(hidden, labels)
