@@ -42,7 +42,7 @@ def parse_flags() -> argparse.Namespace:
     add("--loss_mask", choices=("none", "qa"), default="none", help="qa: in plain text train on "
         "what stands between `Assistant:` and the next `User:`")  # fmt: skip
     add("--no_eod", action="store_true", help="do not end documents with token 0")
-    add("--val_fraction", type=float, default=0.0, help="share of the documents, chosen by their "
+    add("--val_split", type=float, default=0.0, help="share of the documents, chosen by their "
         "hash, to write to OUTPUT_val instead")  # fmt: skip
     add("--on_bad", choices=("fail", "skip"), default="fail", help="what to do with bad records")
     add("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
@@ -91,8 +91,8 @@ def own_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
         raise UserError(f"--{unfit[0].replace('_', '-')} goes with --output-prefix, not --output")
     if flags.output is None:
         raise UserError("--output is needed: the prefix of the files to write")
-    if not 0 <= flags.val_fraction < 1:
-        raise UserError(f"--val_fraction {flags.val_fraction} must be at least 0 and below 1")
+    if not 0 <= flags.val_split < 1:
+        raise UserError(f"--val_split {flags.val_split} must be at least 0 and below 1")
     if flags.sft_field and (flags.field or len(flags.sft_field) not in (2, 3)):
         raise UserError(
             "--sft_field takes two names (question answer) or three (instruction input output), "
@@ -106,7 +106,7 @@ def own_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
         token_dtype(load_tokenizer(name).vocab_size).str,
         end=not flags.no_eod,
         on_bad=flags.on_bad,
-        val_fraction=flags.val_fraction,
+        val_split=flags.val_split,
     )
 
 
@@ -114,7 +114,7 @@ def json2binidx_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
     """As json2binidx writes: int32 from 65536 tokens on, and an end only where asked for."""
     unfit = [
         name
-        for name in ("output", "tokenizer", "field", "sft_field", "no_eod", "val_fraction")
+        for name in ("output", "tokenizer", "field", "sft_field", "no_eod", "val_split")
         if getattr(flags, name)
     ]
     if unfit or flags.loss_mask == "qa":

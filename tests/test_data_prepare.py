@@ -134,7 +134,7 @@ def test_an_old_mask_does_not_outlive_its_data(tmp_path):
 
 def test_the_validation_split_is_a_partition_that_depends_on_the_text_alone(tmp_path):
     texts = [f"document {i}" for i in range(400)]
-    recipe = replace(BYTES, val_fraction=0.25)
+    recipe = replace(BYTES, val_split=0.25)
     prepare([write_jsonl(tmp_path / "a.jsonl", texts)], str(tmp_path / "a"), recipe)
     prepare([write_jsonl(tmp_path / "b.jsonl", texts[::-1])], str(tmp_path / "b"), recipe)
     train, val = texts_of(tmp_path / "a"), texts_of(tmp_path / "a_val")
@@ -153,8 +153,8 @@ def test_a_held_out_document_stays_so_in_a_larger_fraction_and_another_dtype():
 
 def test_an_empty_split_is_refused(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(UserError, match="choose another --val_fraction"):
-        prepare([source], str(tmp_path / "out"), replace(BYTES, val_fraction=1e-9))
+    with pytest.raises(UserError, match="choose another --val_split"):
+        prepare([source], str(tmp_path / "out"), replace(BYTES, val_split=1e-9))
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 

@@ -102,9 +102,8 @@ def test_sources_that_make_no_mix_are_refused(data_file, message):
 
 
 def test_train_and_val_are_a_partition_of_the_documents(sets):
-    train, val = (
-        drawn(load(sets["b"], val_fraction=0.3, split=split)) for split in ("train", "val")
-    )
+    data = load(sets["b"], val_split=0.3)
+    train, val = drawn(data), drawn(data.validation)
     assert train + val == Counter(range(2000, 2030))
     assert len(train) > len(val) > 0
 

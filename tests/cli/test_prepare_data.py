@@ -40,7 +40,7 @@ def test_fields_masks_and_splits(run, tmp_path):
     fields = ("--sft_field", "instruction", "input", "output")
     status, out, _ = run(
         "--input", tmp_path / "a.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes",
-        *fields, "--val_fraction", 0.3, "--no_eod", "--workers", 2
+        *fields, "--val_split", 0.3, "--no_eod", "--workers", 2
     )  # fmt: skip
     assert status == 0
     assert "of the tokens are trained on under --loss_mask qa" in out
@@ -112,7 +112,7 @@ def vocabulary() -> Path:
         ([], "--output is needed"),
         (["--output", "x", "--append-eod"], "--append-eod goes with --output-prefix, not --output"),
         (["--output", "x", "--vocab", "v"], "--vocab goes with --output-prefix, not --output"),
-        (["--output", "x", "--val_fraction", "1"], "--val_fraction 1.0 must be at least 0"),
+        (["--output", "x", "--val_split", "1"], "--val_split 1.0 must be at least 0"),
         (["--output", "x", "--workers", "0"], "--workers 0 must be at least 1"),
         (["--output", "x", "--sft_field", "a"], "--sft_field takes two names"),
         (["--output", "x", "--tokenizer", "none.json"], "--tokenizer none.json: no such file"),

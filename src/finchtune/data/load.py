@@ -17,17 +17,17 @@ from finchtune.tokenizer import Tokenizer
 DATA_TYPES = ("binidx", "jsonl", "sft")
 DATALOADS = ("pad", "get", "pack", "only")
 LOSS_MASKS = ("none", "pad", "qa")
-SPLITS = ("train", "val")
 
 
 class Data:
     """The rows of a data set. Row i of a run depends on (seed, i) alone.
 
     `n_rows` is their number in one epoch, `n_tokens` that of all tokens, `skipped` that of the
-    bad records left out.
+    bad records left out; `validation` is the part held out, None where none is.
     """
 
     def __init__(self, rows: Rows, dataload: str, ctx_len: int, skipped: int):
+        self.validation: Data | None = None
         self.dataload, self.ctx_len, self.skipped = dataload, ctx_len, skipped
         self._rows, self._counts = rows, rows.counts()
         self.n_rows = rows.n_rows
@@ -106,8 +106,7 @@ def load_data(
     vocab_size: int = 65536,
     seed: int = 42,
     on_bad: str = "fail",
-    val_fraction: float = 0.0,
-    split: str = "train",
+    val_split: float = 0.0,
     cache_dir: str | None = None,
 ) -> Data:
     """Read a data set and prepare its rows.
@@ -115,12 +114,13 @@ def load_data(
     `data_file` is a prefix for `binidx`, a file for `jsonl` (text, messages or conversations) and
     `sft` (the fields `sft_field`: question answer, or instruction input output); several are
     joined by commas, with weights as `a:0.7,b:0.3`. `loss_mask` qa trains on answers and their
-    end alone; none and pad on every token. With `val_fraction`, `split` takes the documents whose
-    hash puts them there. `cache_dir` keeps what was tokenised for the next time.
+    end alone; none and pad on every token. `val_split` is the share of the documents to hold out,
+    chosen by their hash: they are the result's `validation`. `cache_dir` keeps what was tokenised
+    for the next time.
     Raises UserError for flags that do not fit together, bad data, and data without a target.
     """
-    _check_choices(data_type=data_type, dataload=dataload, loss_mask=loss_mask, split=split)
-    _check_numbers(ctx_len, val_fraction, dataload)
+    _check_choices(data_type=data_type, dataload=dataload, loss_mask=loss_mask)
+    _check_numbers(ctx_len, val_split, dataload)
     layout = _layout(data_type, sft_field, loss_mask)
     _check_tokenizer(tokenizer, data_type, vocab_size)
     sources = parse_sources(data_file)
@@ -130,38 +130,44 @@ def load_data(
     ]
     if loss_mask != "qa":
         sets = [replace(documents, trained=None) for documents in sets]
-    parts = [_rows(d, dataload, ctx_len, seed, val_fraction, split) for d in sets]
-    weights = [weight for _, weight in sources]
-    rows: Rows = MixedRows(parts, weights, seed) if len(parts) > 1 else parts[0]
-    if not rows.counts().targets:
-        raise UserError(
-            f"{data_file}: --loss_mask {loss_mask} leaves no token to train on within "
-            f"--ctx_len {ctx_len}; raise --ctx_len or choose another mask"
-        )
-    return Data(rows, dataload, ctx_len, sum(documents.skipped for documents in sets))
+    chosen = [_split(documents, val_split) for documents in sets]
+
+    def part(k: int) -> Data:
+        parts = [_rows(d, c[k], dataload, ctx_len, seed) for d, c in zip(sets, chosen, strict=True)]
+        weights = [weight for _, weight in sources]
+        rows: Rows = MixedRows(parts, weights, seed) if len(parts) > 1 else parts[0]
+        if not rows.counts().targets:
+            raise UserError(
+                f"{data_file}: --loss_mask {loss_mask} leaves no token to train on within "
+                f"--ctx_len {ctx_len}; raise --ctx_len or choose another mask"
+            )
+        return Data(rows, dataload, ctx_len, sum(documents.skipped for documents in sets))
+
+    data = part(0)
+    data.validation = part(1) if val_split else None
+    return data
 
 
-def _check_choices(data_type: str, dataload: str, loss_mask: str, split: str) -> None:
+def _check_choices(data_type: str, dataload: str, loss_mask: str) -> None:
     choices = [
         ("data_type", data_type, DATA_TYPES),
         ("dataload", dataload, DATALOADS),
         ("loss_mask", loss_mask, LOSS_MASKS),
-        ("split", split, SPLITS),
     ]
     for flag, value, known in choices:
         if value not in known:
             raise UserError(f"--{flag} {value}: choose one of {', '.join(known)}")
 
 
-def _check_numbers(ctx_len: int, val_fraction: float, dataload: str) -> None:
+def _check_numbers(ctx_len: int, val_split: float, dataload: str) -> None:
     if ctx_len < 1:
         raise UserError(f"--ctx_len {ctx_len} must be at least 1")
-    if not 0 <= val_fraction < 1:
-        raise UserError(f"--val_fraction {val_fraction} must be at least 0 and below 1")
-    if val_fraction and dataload == "get":
+    if not 0 <= val_split < 1:
+        raise UserError(f"--val_split {val_split} must be at least 0 and below 1")
+    if val_split and dataload == "get":
         raise UserError(
             "--dataload get reads across documents, so it cannot hold some out; split the data "
-            "with scripts/prepare_data.py --val_fraction"
+            "with scripts/prepare_data.py --val_split"
         )
 
 
@@ -186,11 +192,25 @@ def _check_tokenizer(tokenizer: Tokenizer | None, data_type: str, vocab_size: in
         )
 
 
-def _rows(
-    documents: Documents, dataload: str, ctx_len: int, seed: int, val_fraction: float, split: str
-) -> SourceRows:
+def _split(documents: Documents, val_split: float) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of the documents to train on and of those held out, each of two tokens or more."""
     if len(documents) == 0:
         raise UserError(f"{documents.source}: there are no documents in it")
+    usable = np.flatnonzero(documents.sizes >= 2)
+    if not val_split:
+        return usable, usable[:0]
+    held = held_out(documents, usable, val_split)
+    for name, chosen in (("train on", ~held), ("hold out", held)):
+        if not chosen.any():
+            raise UserError(
+                f"{documents.source}: --val_split {val_split} leaves no document to {name}"
+            )
+    return usable[~held], usable[held]
+
+
+def _rows(
+    documents: Documents, chosen: np.ndarray, dataload: str, ctx_len: int, seed: int
+) -> SourceRows:
     if dataload == "get":
         if documents.n_tokens <= ctx_len:
             raise UserError(
@@ -198,14 +218,7 @@ def _rows(
                 f"--ctx_len {ctx_len} and its last target; lower --ctx_len or use --dataload pad"
             )
         return WindowRows(documents, ctx_len, seed)
-    chosen = np.flatnonzero(documents.sizes >= 2)
     if len(chosen) == 0:
         raise UserError(f"{documents.source}: no document has two tokens, so there is no target")
-    if val_fraction:
-        chosen = chosen[held_out(documents, chosen, val_fraction) == (split == "val")]
-        if len(chosen) == 0:
-            raise UserError(
-                f"{documents.source}: --val_fraction {val_fraction} leaves no document for {split}"
-            )
     kind = PackedRows if dataload == "pack" else DocumentRows
     return kind(documents, chosen, ctx_len, seed)

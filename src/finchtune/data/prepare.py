@@ -27,7 +27,7 @@ VALIDATION_SUFFIX = "_val"
 class Recipe:
     """How records become documents. `dtype` is the token file's; `end` appends token 0.
 
-    A document whose hash falls into the first `val_fraction` of all hashes is for validation.
+    A document whose hash falls into the first `val_split` of all hashes is for validation.
     """
 
     layout: Layout
@@ -35,7 +35,7 @@ class Recipe:
     dtype: str
     end: bool = True
     on_bad: str = "fail"
-    val_fraction: float = 0.0
+    val_split: float = 0.0
 
 
 @dataclass
@@ -67,9 +67,9 @@ def encode_block(block: Block, recipe: Recipe, tokenizer: Tokenizer) -> EncodedB
     dtype = np.dtype(recipe.dtype)
     encoded = encode_records(block.records(), recipe.layout, tokenizer, bad, dtype, recipe.end)
     held_out = np.zeros(len(encoded.sizes), bool)
-    if recipe.val_fraction:
+    if recipe.val_split:
         documents = np.split(encoded.tokens, np.cumsum(encoded.sizes)[:-1])
-        held_out[:] = [is_held_out(ids, recipe.val_fraction) for ids in documents[: len(held_out)]]
+        held_out[:] = [is_held_out(ids, recipe.val_split) for ids in documents[: len(held_out)]]
     return EncodedBlock(encoded, held_out, block.read_bytes, bad.count, bad.first)
 
 
@@ -193,7 +193,7 @@ def prepare(
     output = strip_extension(output)
     load_tokenizer(recipe.tokenizer)
     totals = Totals()
-    prefixes = [output] + ([output + VALIDATION_SUFFIX] if recipe.val_fraction else [])
+    prefixes = [output] + ([output + VALIDATION_SUFFIX] if recipe.val_split else [])
     with ExitStack() as stack:
         outputs = [_Output(prefix, recipe.dtype, stack) for prefix in prefixes]
         blocks = (block for path in paths for block in read_blocks(path, recipe.layout.fields[0]))
@@ -227,5 +227,5 @@ def _check(outputs: list[_Output], totals: Totals, inputs: Sequence[str]) -> Non
         if not target.tokens.n_documents:
             raise UserError(
                 f"no document would go to {target.prefix} of {totals.documents} in all; "
-                "choose another --val_fraction"
+                "choose another --val_split"
             )
