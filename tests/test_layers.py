@@ -14,7 +14,7 @@ LAYERS = [
     {"model", "optim"},
     {"checkpoint", "engine", "generate"},
     {"adapter_files"},
-    {"merging", "run", "evaluate", "report", "plan"},
+    {"merging", "hf_peft", "run", "evaluate", "report", "plan"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

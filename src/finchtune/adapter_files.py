@@ -12,6 +12,7 @@ from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.model import RWKV6
 
+FORMAT = "finchtune 1"  # of the JSON beside an adapter file
 PARTS = ("time", "ln", "emb", "head")  # words that --train_parts takes in RWKV-PEFT's scripts
 FREE_HYPERPARAMETERS = {"targets", "dropout", "svd_niter", "gamma"}
 """Hyperparameters that may differ from those in the file: they do not change what it computes."""

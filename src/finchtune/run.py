@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.adapter_files import start_from_file
+from finchtune.adapter_files import FORMAT, start_from_file
 from finchtune.adapters import adapter_state, attach, start_from_gradients
 from finchtune.checkpoint import (
     adapter_keys,
@@ -163,7 +163,7 @@ class Run:
     def record(self) -> dict[str, Any]:
         """What a saved file says of itself; on rank 0, which writes it."""
         return {
-            "format": "finchtune 1",
+            "format": FORMAT,
             "adapter": getattr(self.engine.model, "adapter_spec", {}),
             "base": {
                 "file": Path(self.config.load_model).name,

@@ -1,0 +1,218 @@
+"""Adapters in the form of Hugging Face's peft: adapter_config.json and adapter_model.safetensors.
+
+Checked against peft 0.21.2, where a layer's tensors are called base_model.model.LAYER.TENSOR. Bone,
+Bat-col and general DiSHA are its MiSS with init_weights true, "bat" and "mini"; it has no Bat-row.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from finchtune.adapters import get_method, hyperparameters_of
+from finchtune.errors import UserError
+from finchtune.files import atomic_path, read_json, write_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SUFFIXES = {
+    "lora_A": "lora_A.weight",
+    "lora_B": "lora_B.weight",
+    "magnitude": "lora_magnitude_vector",
+    "bone": "miss_block",
+}
+RESIDUAL = ("pissa", "olora", "lora_ga")
+# Settings of peft that do not change what a saved adapter computes. All others but those read
+# here must be off.
+HARMLESS = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path"),
+    *("revision", "inference_mode", "target_modules", "exclude_modules", "layers_pattern"),
+    *("layers_to_transform", "megatron_core", "qalora_group_size", "eva_config"),
+}
+READ = {
+    "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"},
+    "MISS": {"r", "mini_r", "miss_dropout", "init_weights"},
+}
+
+
+class PeftAdapter(NamedTuple):
+    """An adapter as finchtune has it: file key -> tensor, and the method with its settings."""
+
+    tensors: dict[str, Tensor]
+    spec: dict[str, Any]
+
+
+def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
+    """Write an adapter as a folder that peft's `PeftModel.from_pretrained` loads; atomically.
+
+    PiSSA, OLoRA and LoRA-GA become the LoRA of twice the rank that adds B A - B0 A0, since peft
+    would otherwise need the changed base. Raises UserError for what peft has no form for.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} exists already; choose another name")
+    if adapter.spec["method"] in RESIDUAL:
+        adapter = as_plain_lora(adapter)
+    config = peft_config(adapter.spec)
+    tensors, layers = {}, set()
+    for key, tensor in adapter.tensors.items():
+        layer, _, own = key.rpartition(".")
+        suffix = "miss_block" if own == "shard" else SUFFIXES.get(own)
+        if suffix is None:
+            raise UserError(
+                f"{key} is a trained tensor of the model itself, for which peft's form has no "
+                "place; merge the adapter instead"
+            )
+        layers.add(layer)
+        # peft's mini form has the two sides of the matrix the other way round.
+        tensors[f"{PREFIX}{layer}.{suffix}"] = (tensor.T if own == "shard" else tensor).contiguous()
+    with atomic_path(folder) as temporary:
+        temporary.mkdir()
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        write_json(temporary / CONFIG, config | {"target_modules": sorted(layers)})
+
+
+def as_plain_lora(adapter: PeftAdapter) -> PeftAdapter:
+    """scale (B A - B0 A0) as one product: A over A0 (2r, k), and B beside -B0 (d, 2r)."""
+    tensors, spec = adapter
+    method, r = get_method(spec["method"]), spec["r"]
+    own = {k: v for k, v in spec.items() if k in hyperparameters_of(method)}
+    with torch.device("meta"):
+        scale = method(2 * r, 2 * r, **own).scale
+    plain = {}
+    for key, A in tensors.items():
+        layer, _, kind = key.rpartition(".")
+        if kind == "lora_A":
+            plain[key] = torch.cat([A, tensors[f"{layer}.init_lora_A"]])
+            B = (tensors[f"{layer}.lora_B"], -tensors[f"{layer}.init_lora_B"])
+            plain[f"{layer}.lora_B"] = torch.cat(B, dim=1)
+        elif kind not in ("lora_B", "init_lora_A", "init_lora_B"):
+            plain[key] = A
+    return PeftAdapter(plain, {"method": "lora", "r": 2 * r, "alpha": 2 * r * scale})
+
+
+def peft_config(spec: dict[str, Any]) -> dict[str, Any]:
+    """adapter_config.json of an adapter, but for its target modules."""
+    method = spec["method"]
+    common = {"bias": "none", "inference_mode": True, "task_type": None}
+    if method in ("lora", "dora"):
+        return common | {
+            "peft_type": "LORA",
+            "r": spec["r"],
+            "lora_alpha": spec["alpha"],
+            "lora_dropout": spec.get("dropout", 0.0),
+            "use_rslora": spec.get("rslora", False),
+            "use_dora": method == "dora",
+            "init_lora_weights": True,
+        }
+    if method == "bone" or (method == "bat" and spec["mode"] == "col"):
+        kind = True if method == "bone" else "bat"
+        return common | {"peft_type": "MISS", "r": spec["r"], "init_weights": kind}
+    if method == "disha":
+        sizes = {"r": spec["r2"], "mini_r": spec["r1"]}
+        return common | {"peft_type": "MISS", "init_weights": "mini", **sizes}
+    mode = " in row mode" if method == "bat" else ""
+    raise UserError(f"peft has no form for {method}{mode}; merge the adapter instead")
+
+
+def read_peft(folder: str | Path) -> PeftAdapter:
+    """The adapter in a folder that peft saved: LoRA, DoRA or MiSS.
+
+    Raises UserError for other methods, and for settings whose effect would be lost.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    spec = spec_of(config, folder / CONFIG)
+    try:
+        found = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
+    own_names = {suffix: own for own, suffix in SUFFIXES.items()}
+    tensors = {}
+    for key, tensor in found.items():
+        match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(own_names)})", key)
+        if not match:
+            raise UserError(f"{folder / WEIGHTS}: {key} is no tensor of a {spec['method']} adapter")
+        layer, own = match[1], own_names[match[2]]
+        if spec["method"] == "disha":
+            own, tensor = "shard", tensor.T.contiguous()
+        tensors[f"{layer}.{own}"] = tensor
+    return PeftAdapter(tensors, spec)
+
+
+def spec_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Method and hyperparameters that an adapter_config.json stands for."""
+    kind = config.get("peft_type")
+    if kind not in READ:
+        raise UserError(f"{path}: peft_type {kind} is not known here; LORA and MISS are")
+    for key, value in config.items():
+        if key not in HARMLESS | READ[kind] and value and value != "none":
+            raise UserError(f"{path}: {key} {value!r} is not available here")
+    if kind == "MISS":
+        return miss_spec(config, path)
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.split("_niter")[0] in ("pissa", "olora", "loftq", "corda"):
+        raise UserError(
+            f"{path}: an adapter that started by {start} stands on changed base weights; save it "
+            "in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
+        )
+    spec = {"method": "lora", "r": config["r"], "alpha": config["lora_alpha"]}
+    if config.get("use_dora"):
+        if config.get("use_rslora") or config.get("lora_dropout"):
+            raise UserError(f"{path}: dora with use_rslora or lora_dropout is not available here")
+        return spec | {"method": "dora"}
+    return spec | {
+        "dropout": config.get("lora_dropout", 0.0),
+        "rslora": config.get("use_rslora", False),
+    }
+
+
+def miss_spec(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Bone, Bat-col or general DiSHA."""
+    if config.get("miss_dropout"):
+        raise UserError(f"{path}: miss_dropout {config['miss_dropout']} is not available here")
+    form = config.get("init_weights", True)
+    if form == "bat":
+        return {"method": "bat", "r": config["r"], "mode": "col"}
+    if form == "mini":
+        return {"method": "disha", "r1": config["mini_r"], "r2": config["r"]}
+    return {"method": "bone", "r": config["r"]}
+
+
+def to_hf_rwkv6(name: str) -> str:
+    """The name of an RWKV-6 module or tensor in the layout of its Hugging Face conversions.
+
+    That of BBuf/RWKV-World-HF-Tokenizer (scripts/convert_rwkv6_checkpoint_to_hf.py), by which the
+    RWKV/v6-Finch models were made: blocks.0.att.key -> rwkv.blocks.0.attention.key.
+    """
+    if re.match(r"head(\.|$)", name):
+        return name
+    name = re.sub(r"^emb(?=\.|$)", "embeddings", name)
+    name = re.sub(r"^(blocks\.0)\.ln0(?=\.|$)", r"\1.pre_ln", name)
+    name = re.sub(r"^(blocks\.\d+)\.att(?=\.|$)", r"\1.attention", name)
+    return "rwkv." + re.sub(r"^(blocks\.\d+)\.ffn(?=\.|$)", r"\1.feed_forward", name)
+
+
+def from_hf_rwkv6(name: str) -> str:
+    """The inverse of `to_hf_rwkv6`. Raises UserError for a name of another layout."""
+    if re.match(r"head(\.|$)", name):
+        return name
+    if not name.startswith("rwkv."):
+        raise UserError(f"{name} is no name of Hugging Face's RWKV-6 layout; drop --layer_names")
+    name = re.sub(r"^embeddings(?=\.|$)", "emb", name.removeprefix("rwkv."))
+    name = re.sub(r"^(blocks\.0)\.pre_ln(?=\.|$)", r"\1.ln0", name)
+    name = re.sub(r"^(blocks\.\d+)\.attention(?=\.|$)", r"\1.att", name)
+    return re.sub(r"^(blocks\.\d+)\.feed_forward(?=\.|$)", r"\1.ffn", name)
+
+
+def renamed(adapter: PeftAdapter, rename: Callable[[str], str]) -> PeftAdapter:
+    """An adapter with every layer's name changed."""
+    return PeftAdapter({rename(key): t for key, t in adapter.tensors.items()}, adapter.spec)
