@@ -12,19 +12,28 @@ import time
 import torch
 
 from finchtune import distributed
-from finchtune.data import load_data
 from finchtune.engine import Engine, choose_precision
 from finchtune.errors import UserError, run_cli
 from finchtune.flags import parse_train_flags
 from finchtune.metrics import peak_memory_mb
 from finchtune.optim import learning_rate
+from finchtune.plan import print_plan
 from finchtune.report import plot_loss
-from finchtune.run import Run, build_model, choose_checkpoint, restore_tensors, start_from_data
-from finchtune.tokenizer import load_tokenizer
+from finchtune.run import (
+    Run,
+    build_model,
+    choose_checkpoint,
+    open_data,
+    restore_tensors,
+    start_from_data,
+)
 
 
 def main() -> None:
     config = parse_train_flags()
+    if config.plan:
+        print_plan(config)
+        return
     distributed.ensure_launched(config.devices, config.num_nodes)
     device = distributed.pick_device(config.accelerator)
     distributed.init_process_group(device)
@@ -43,17 +52,7 @@ def main() -> None:
     )
 
     # The data, and how many steps it makes.
-    data = load_data(
-        config.data_file,
-        data_type="sft" if config.sft_field else config.data_type,
-        dataload=config.dataload,
-        ctx_len=config.ctx_len,
-        loss_mask=config.loss_mask,
-        sft_field=config.sft_field,
-        tokenizer=load_tokenizer(config.tokenizer, model.config.vocab_size),
-        vocab_size=model.config.vocab_size,
-        seed=config.random_seed,
-    )
+    data = open_data(config, model.config.vocab_size)
     if not checkpoint:
         start_from_data(model, config, data, device)
     engine = Engine(model, config, device)

@@ -12,9 +12,11 @@ LAYERS = [
     {"config", "distributed", "tokenizer", "binidx", "metrics"},
     {"flags", "data", "wkv", "loss", "adapters"},
     {"model", "optim"},
+    {"memory"},
     {"checkpoint", "engine", "generate"},
     {"adapter_files"},
-    {"merging", "hf_peft", "run", "evaluate", "report", "plan"},
+    {"merging", "hf_peft", "run", "evaluate", "report"},
+    {"plan"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

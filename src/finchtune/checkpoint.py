@@ -81,16 +81,25 @@ def load_model(
     missing, extra or misshapen tensor.
     """
     weights = read_base(path)
-    try:
-        config = ModelConfig.from_weights(weights)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    config = _sizes_of(weights, path)
     with torch.device("meta"):
         model = RWKV6(config, grad_checkpoint)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     check_shapes({name: tuple(t.shape) for name, t in weights.items()}, expected, path)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.to(device=device, dtype=dtype or weights["emb.weight"].dtype)
+
+
+def model_sizes(path: str | Path) -> ModelConfig:
+    """The sizes of the model in an official weight file, which is mapped, not loaded."""
+    return _sizes_of(read_base(path), path)
+
+
+def _sizes_of(weights: dict[str, Tensor], path: str | Path) -> ModelConfig:
+    try:
+        return ModelConfig.from_weights(weights)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], path: str | Path) -> None:

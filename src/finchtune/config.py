@@ -129,6 +129,7 @@ class TrainConfig:
     grad_cp: bool = flag(True, "recompute activations in backward to save memory", free=True)
 
     # What is kept and shown
+    plan: bool = flag(False, "train nothing; print memory, steps, tokens and disk", free=True)
     proj_dir: str = flag("out", "folder of everything the run writes", free=True)
     save_every: int = flag(0, "steps between resumable checkpoints; 0 = none", free=True)
     resume: str = flag("", "auto, or a checkpoint folder, to go on from", free=True)
@@ -138,6 +139,10 @@ class TrainConfig:
     @property
     def stage(self) -> int:
         return STAGES[self.strategy]
+
+    @property
+    def offload(self) -> bool:
+        return self.strategy.endswith("_offload")
 
     @property
     def adapter_hyperparameters(self) -> dict[str, Any]:
@@ -150,7 +155,7 @@ class TrainConfig:
 
     def validate(self) -> None:
         """Raise UserError for the first value, or pair of values, that makes no sense."""
-        for name in ("load_model", "data_file"):
+        for name in ("load_model",) if self.plan else ("load_model", "data_file"):
             if not getattr(self, name):
                 raise UserError(f"--{name} is missing")
         for field in dataclasses.fields(self):

@@ -17,6 +17,7 @@ from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.data import Batch
 from finchtune.errors import UserError
+from finchtune.memory import REDUCE_BUCKET
 from finchtune.model import RWKV6
 from finchtune.optim import adamw, parameter_groups, set_learning_rate
 
@@ -80,6 +81,7 @@ class Engine:
 
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         return {
             "train_micro_batch_size_per_gpu": config.micro_bsz,
             "gradient_accumulation_steps": config.accumulate_grad_batches,
@@ -88,6 +90,8 @@ class Engine:
             "zero_optimization": {
                 "stage": config.stage,
                 "contiguous_gradients": True,
+                # DeepSpeed's default of half a billion elements would be allocated in any case.
+                "reduce_bucket_size": min(REDUCE_BUCKET, trained),
                 "overlap_comm": self.device.type == "cuda",
             },
             "bf16": {"enabled": dtype == torch.bfloat16},

@@ -76,6 +76,9 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, dataclasses.Fiel
         default = field.default if field.default is not dataclasses.MISSING else []
         shown = "" if default in (None, "", []) else f" [{default}]"
         text = field.metadata["help"] + (f" ({choices})" if choices else "") + shown
+        if field.type is bool:  # --plan alone means --plan 1
+            parser.add_argument(f"--{name}", nargs="?", const="1", help=text)
+            continue
         many = "*" if _is_list(field) else None
         parser.add_argument(f"--{name}", nargs=many, help=text.replace("%", "%%"))
     for name in JSON_FLAGS:

@@ -20,13 +20,14 @@ from finchtune.checkpoint import (
     save_checkpoint,
 )
 from finchtune.config import TrainConfig
-from finchtune.data import Data
+from finchtune.data import Data, load_data
 from finchtune.engine import Engine
 from finchtune.errors import UserError
 from finchtune.files import remove, sha256, write_json
 from finchtune.loss import IGNORE
 from finchtune.metrics import Metrics
 from finchtune.model import RWKV6
+from finchtune.tokenizer import load_tokenizer
 
 
 def choose_checkpoint(config: TrainConfig) -> Path | None:
@@ -129,6 +130,21 @@ def check_sizes(config: TrainConfig, model: RWKV6) -> None:
                 f"--{name} {given} contradicts {config.load_model}, where it is {value}; "
                 "drop the flag, sizes are read off the file"
             )
+
+
+def open_data(config: TrainConfig, vocab_size: int) -> Data:
+    """The rows that a run trains on. Raises UserError for flags or data that cannot be used."""
+    return load_data(
+        config.data_file,
+        data_type="sft" if config.sft_field else config.data_type,
+        dataload=config.dataload,
+        ctx_len=config.ctx_len,
+        loss_mask=config.loss_mask,
+        sft_field=config.sft_field,
+        tokenizer=load_tokenizer(config.tokenizer, vocab_size),
+        vocab_size=vocab_size,
+        seed=config.random_seed,
+    )
 
 
 class Run:
