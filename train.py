@@ -27,6 +27,8 @@ from finchtune.run import (
     restore_tensors,
     start_from_data,
 )
+from finchtune.samples import Samples
+from finchtune.validation import Validation
 
 
 def main() -> None:
@@ -72,8 +74,13 @@ def main() -> None:
         distributed.say(f"resumed from {checkpoint} at step {start}")
 
     lr_final = config.lr_init if config.lr_final is None else config.lr_final
+    validation = Validation(config, engine, data.validation, epoch_steps, manifest)
+    samples = Samples(config, model, run.folder, epoch_steps, start)
     metrics = run.open_metrics(total, start)
     for step in range(start, total):
+        if validation.exhausted:
+            distributed.say(f"no better validation loss than step {validation.best[0]}'s: stopped")
+            break
         began = time.perf_counter()
         # Rows and dropout are functions of seed, step and rank: resuming needs no more than `step`.
         torch.manual_seed(hash((config.random_seed, step, distributed.rank())))
@@ -96,6 +103,8 @@ def main() -> None:
             )
 
         seconds = time.perf_counter() - began
+        last = step + 1 == total
+        val_loss = validation.loss(step + 1, last)
         if metrics:
             metrics.log(
                 {
@@ -109,14 +118,17 @@ def main() -> None:
                     "memory_mb": peak_memory_mb(),
                     "seconds": seconds,
                 }
+                | ({} if val_loss is None else {"val_loss": val_loss})
             )
+        samples.write(step + 1, last)
 
-        last = step + 1 == total
+        if val_loss is not None and validation.is_best(step + 1):
+            run.save_best(step + 1, val_loss)
         if (step + 1) % epoch_steps == 0 and ((epoch + 1) % config.epoch_save == 0 or last):
             path = run.save_epoch(epoch, step + 1)
             distributed.say(f"saved {path}")
         if config.save_every and ((step + 1) % config.save_every == 0 or last):
-            run.save_checkpoint(step + 1)
+            run.save_checkpoint(step + 1, {"validation": validation.history})
 
     if metrics:
         metrics.close()

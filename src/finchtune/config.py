@@ -42,7 +42,7 @@ STAGES = {
 AT_LEAST_ONE = {
     *("bone_r", "bat_r", "disha_r1", "disha_r2", "lora_r", "pissa_r", "lora_ga_batches"),
     *("ctx_len", "micro_bsz", "accumulate_grad_batches"),
-    *("epoch_count", "epoch_save", "devices", "num_nodes"),
+    *("epoch_count", "epoch_save", "devices", "num_nodes", "sample_tokens"),
     *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
 }
 
@@ -95,6 +95,15 @@ class TrainConfig:
     sft_field: list[str] = flag([], "JSON fields: question answer, or instruction input output")
     tokenizer: str | None = flag(None, "world, bytes or a tokenizer.json; default by vocab size")
     ctx_len: int = flag(512, "tokens in a row")
+
+    # Held-out data, and text to watch
+    val_file: str = flag("", "held-out data, of the same kind as data_file", free=True)
+    val_split: float = flag(0.0, "hold out this share of data_file's documents")
+    val_every: int = flag(0, "steps between losses on held-out data; 0 = an epoch", free=True)
+    early_stop: int = flag(0, "stop after so many of them without a new best; 0 = never", free=True)
+    sample_prompt: str = flag("", "text that the model continues during training", free=True)
+    sample_every: int = flag(0, "steps between samples; 0 = an epoch", free=True)
+    sample_tokens: int = flag(64, "length of a sample", free=True)
 
     # The steps
     micro_bsz: int = flag(1, "rows per process and micro batch", free=True)
@@ -168,6 +177,14 @@ class TrainConfig:
             raise UserError("--pissa_init goes with --peft pissa and --peft_load")
         if self.peft == "none" and (self.train_parts or self.peft_load):
             raise UserError("--train_parts and --peft_load need --peft; without it all is trained")
+        held_out = [name for name in ("val_file", "val_split") if getattr(self, name)]
+        if len(held_out) == 2:
+            raise UserError("--val_file and --val_split both name held-out data; choose one")
+        for name in ("val_every", "early_stop"):
+            if getattr(self, name) and not held_out:
+                raise UserError(f"--{name} needs held-out data: give --val_file or --val_split")
+        if self.sample_every and not self.sample_prompt:
+            raise UserError("--sample_every needs a --sample_prompt")
         if self.decay_adapters and not (self.weight_decay and self.peft != "none"):
             raise UserError("--decay_adapters goes with --weight_decay and --peft")
         if self.weight_decay and self.peft != "none" and not self.decay_adapters:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
-from finchtune.data import Batch
+from finchtune.data import Batch, Data
 from finchtune.errors import UserError
+from finchtune.loss import IGNORE
 from finchtune.memory import REDUCE_BUCKET
 from finchtune.model import RWKV6
 from finchtune.optim import adamw, parameter_groups, set_learning_rate
@@ -105,7 +106,7 @@ class Engine:
         The loss is the mean over the unmasked tokens of all ranks and micro batches together.
         """
         world = distributed.world_size()
-        valid = sum(int((batch.labels != -100).sum()) for batch in micro_batches)
+        valid = sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches)
         valid_everywhere = max(1.0, distributed.all_sum(valid, self.device))
         # DeepSpeed averages over ranks and micro batches; this turns its mean into our sum.
         scale = world * self.accumulate / valid_everywhere
@@ -123,6 +124,21 @@ class Engine:
                 distributed.all_sum(sum(b.tokens.numel() for b in micro_batches), self.device)
             ),
         )
+
+    @torch.no_grad()
+    def evaluate(self, data: Data, micro_bsz: int) -> float:
+        """Mean loss per unmasked token over every row of `data`, read once by all ranks together.
+
+        Without dropout. A collective call; the same on all ranks.
+        """
+        self.ds.eval()
+        loss_sum = valid = 0.0
+        for batch in data.every_row(distributed.rank(), distributed.world_size(), micro_bsz):
+            loss_sum += self.ds(*batch.to(self.device)).item()
+            valid += int((batch.labels != IGNORE).sum())
+        self.ds.train()
+        targets = distributed.all_sum(valid, self.device)
+        return distributed.all_sum(loss_sum, self.device) / max(1.0, targets)
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""

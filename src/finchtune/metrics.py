@@ -61,11 +61,13 @@ class Metrics:
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
             f"{row['memory_mb']:,} MB"
         )
+        if "val_loss" in row:
+            text = f"val loss {row['val_loss']:.4f}  {text}"
         self.bar.update(1)
         self.bar.set_postfix_str(text, refresh=False)
         now = time.monotonic()
         last = row["step"] == self.total
-        if self.bar.disable and (last or now - self.last_line >= LINE_SECONDS):
+        if self.bar.disable and (last or "val_loss" in row or now - self.last_line >= LINE_SECONDS):
             self.last_line = now
             print(f"step {row['step']}/{self.total}  {text}  {self._eta(row['step'])}", flush=True)
 

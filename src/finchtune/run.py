@@ -59,7 +59,7 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
 
 def run_files(folder: Path) -> list[Path]:
     """What an earlier run left in its folder."""
-    names = ("rwkv-*.pth", "rwkv-*.json", "metrics.jsonl", "checkpoints")
+    names = ("rwkv-*.pth", "rwkv-*.json", "metrics.jsonl", "samples.jsonl", "checkpoints")
     return [path for name in names for path in folder.glob(name)]
 
 
@@ -133,18 +133,29 @@ def check_sizes(config: TrainConfig, model: RWKV6) -> None:
 
 
 def open_data(config: TrainConfig, vocab_size: int) -> Data:
-    """The rows that a run trains on. Raises UserError for flags or data that cannot be used."""
-    return load_data(
-        config.data_file,
-        data_type="sft" if config.sft_field else config.data_type,
-        dataload=config.dataload,
-        ctx_len=config.ctx_len,
-        loss_mask=config.loss_mask,
-        sft_field=config.sft_field,
-        tokenizer=load_tokenizer(config.tokenizer, vocab_size),
-        vocab_size=vocab_size,
-        seed=config.random_seed,
-    )
+    """The rows that a run trains on, with what it holds out as their `validation`.
+
+    Raises UserError for flags or data that cannot be used.
+    """
+
+    def load(data_file: str, val_split: float) -> Data:
+        return load_data(
+            data_file,
+            data_type="sft" if config.sft_field else config.data_type,
+            dataload=config.dataload,
+            ctx_len=config.ctx_len,
+            loss_mask=config.loss_mask,
+            sft_field=config.sft_field,
+            tokenizer=load_tokenizer(config.tokenizer, vocab_size),
+            vocab_size=vocab_size,
+            seed=config.random_seed,
+            val_split=val_split,
+        )
+
+    data = load(config.data_file, config.val_split)
+    if config.val_file:
+        data.validation = load(config.val_file, 0.0)
+    return data
 
 
 class Run:
@@ -198,11 +209,18 @@ class Run:
 
     def save_epoch(self, epoch: int, step: int) -> Path:
         """Write rwkv-{epoch_begin + epoch}.pth and its JSON. A collective call."""
-        path = self.folder / f"rwkv-{self.config.epoch_begin + epoch}.pth"
+        return self._save_weights(f"rwkv-{self.config.epoch_begin + epoch}.pth", {"step": step})
+
+    def save_best(self, step: int, val_loss: float) -> Path:
+        """Write rwkv-best.pth and its JSON, as save_epoch does. A collective call."""
+        return self._save_weights("rwkv-best.pth", {"step": step, "val_loss": val_loss})
+
+    def _save_weights(self, name: str, more: dict[str, Any]) -> Path:
+        path = self.folder / name
         whole = self.engine.whole_tensors()
 
         def write() -> None:
-            save_adapter(self._file_tensors(whole), self.record() | {"step": step}, path)
+            save_adapter(self._file_tensors(whole), self.record() | more, path)
 
         distributed.rank_zero_first(write)
         return path
@@ -216,12 +234,12 @@ class Run:
         own = dict(model.named_buffers()) | whole
         return {key: own[name] for name, key in keys.items()}
 
-    def save_checkpoint(self, step: int) -> None:
-        """Write checkpoints/step-N. A collective call."""
+    def save_checkpoint(self, step: int, more: dict[str, Any]) -> None:
+        """Write checkpoints/step-N, with `more` in its manifest. A collective call."""
         state = self.engine.state()
 
         def write() -> None:
-            save_checkpoint(checkpoints_folder(self.config), step, state, self.record())
+            save_checkpoint(checkpoints_folder(self.config), step, state, self.record() | more)
 
         distributed.rank_zero_first(write)
 

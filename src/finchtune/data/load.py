@@ -1,12 +1,13 @@
 """`load_data`: a data file and its flags -> the batches of every step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
-from finchtune.data.batch import Batch, packed, padded, round_up
+from finchtune.data.batch import IGNORED, Batch, packed, padded, round_up
 from finchtune.data.documents import Documents, held_out, read_documents
 from finchtune.data.mixing import MixedRows, SourceRows, parse_sources
 from finchtune.data.render import Layout
@@ -44,6 +45,18 @@ class Data:
             self._batch([self._rows.segments(index) for index in indices])
             for indices in self._indices(step, rank, world, micro_bsz, accumulate)
         ]
+
+    def every_row(self, rank: int, world: int, micro_bsz: int) -> Iterator[Batch]:
+        """Each row of one epoch once, over all ranks together.
+
+        Every rank gets as many batches; one that has no row left gets one that no label counts.
+        """
+        for first in range(0, self.n_rows, world * micro_bsz):
+            start = first + rank * micro_bsz
+            indices = range(start, min(start + micro_bsz, self.n_rows))
+            batch = self._batch([self._rows.segments(index) for index in indices or [0]])
+            unused = torch.full_like(batch.labels, IGNORED)
+            yield batch if indices else batch._replace(labels=unused)
 
     def document_ids(
         self, step: int, rank: int, world: int, micro_bsz: int, accumulate: int

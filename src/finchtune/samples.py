@@ -1,0 +1,46 @@
+"""Text that the model writes while it is trained."""
+
+import json
+from pathlib import Path
+
+from finchtune import distributed
+from finchtune.config import TrainConfig
+from finchtune.generate import generate
+from finchtune.metrics import read_metrics
+from finchtune.model import RWKV6
+from finchtune.tokenizer import load_tokenizer
+
+
+class Samples:
+    """Continues --sample_prompt now and then, greedily, and keeps it in samples.jsonl."""
+
+    def __init__(
+        self, config: TrainConfig, model: RWKV6, folder: Path, epoch_steps: int, start: int
+    ):
+        self.config, self.model = config, model
+        self.path = folder / "samples.jsonl"
+        self.every = config.sample_every or epoch_steps
+        if not config.sample_prompt:
+            return
+        self.tokenizer = load_tokenizer(config.tokenizer, model.config.vocab_size)
+        if distributed.rank() == 0 and self.path.exists():
+            kept = [row for row in read_metrics(self.path) if row["step"] <= start]
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, step: int, last: bool) -> None:
+        """Sample after `step` steps, where it is time to. A collective call.
+
+        All ranks write the same text, since under ZeRO-3 each holds a part of the weights.
+        """
+        if not self.config.sample_prompt or not (last or step % self.every == 0):
+            return
+        prompt = self.tokenizer.encode(self.config.sample_prompt)
+        self.model.eval()
+        tokens = list(generate(self.model, prompt, self.config.sample_tokens, temperature=0))
+        self.model.train()
+        if distributed.rank() == 0:
+            text = self.tokenizer.decode(tokens)
+            row = {"step": step, "prompt": self.config.sample_prompt, "text": text}
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"sample after step {step}: {text!r}", flush=True)
