@@ -12,6 +12,7 @@ import time
 import torch
 
 from finchtune import distributed
+from finchtune.data import prefetch
 from finchtune.engine import Engine, choose_precision
 from finchtune.errors import UserError, run_cli
 from finchtune.flags import parse_train_flags
@@ -77,6 +78,13 @@ def main() -> None:
     validation = Validation(config, engine, data.validation, epoch_steps, manifest)
     samples = Samples(config, model, run.folder, epoch_steps, start)
     metrics = run.open_metrics(total, start)
+    sharding = (
+        distributed.rank(),
+        distributed.world_size(),
+        config.micro_bsz,
+        config.accumulate_grad_batches,
+    )
+    rows_ahead = prefetch(data.rows(step, *sharding) for step in range(start, total))
     for step in range(start, total):
         if validation.exhausted:
             distributed.say(f"no better validation loss than step {validation.best[0]}'s: stopped")
@@ -84,13 +92,7 @@ def main() -> None:
         began = time.perf_counter()
         # Rows and dropout are functions of seed, step and rank: resuming needs no more than `step`.
         torch.manual_seed(hash((config.random_seed, step, distributed.rank())))
-        rows = data.rows(
-            step,
-            distributed.rank(),
-            distributed.world_size(),
-            config.micro_bsz,
-            config.accumulate_grad_batches,
-        )
+        rows = next(rows_ahead)
         epoch = step // epoch_steps
         lr = learning_rate(
             step, total, config.lr_init, lr_final, config.lr_schedule, config.warmup_steps

@@ -195,12 +195,6 @@ def test_a_link_to_a_file_is_a_file(tmp_path):
     assert load(tmp_path / "b.jsonl").n_tokens == 5
 
 
-def test_several_files_need_preparing_first(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.jsonl").write_bytes(GOOD)
-    assert "names 2 files; join them with scripts/prepare_data.py" in message_of(load, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("module", "file"), [("zstandard", "a.jsonl.zst"), ("pyarrow", "a.parquet")]
 )

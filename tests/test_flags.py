@@ -132,7 +132,23 @@ def test_hyperparameters_reach_their_method():
 )
 def test_flags_that_cannot_be_honoured_are_refused_with_a_remedy(flag):
     with pytest.raises(UserError, match=f"--{flag} cannot be honoured: .*"):
-        parse(f"--{flag}", "1")
+        parse(f"--{flag}", "0")
+
+
+def test_data_flags_of_the_incumbent():
+    config = parse(
+        *"--data_type sft --sft_field query response --sft_split train --data_shuffle 1".split(),
+        *"--dataload pack --loss_mask qa".split(),
+    )
+    assert (config.data_type, config.dataload, config.loss_mask) == ("sft", "pack", "qa")
+    assert config.sft_field == ["query", "response"]
+    for value in ("uint16", "numpy", "dummy", "utf-8"):
+        with pytest.raises(UserError, match=f"--data_type {value}: choose one of binidx, jsonl, "):
+            parse("--data_type", value)
+    with pytest.raises(UserError, match="--loss_mask se: choose one of none, pad, qa"):
+        parse("--loss_mask", "se")
+    with pytest.raises(UserError, match="--sft_split cannot be honoured: only train is there"):
+        parse("--sft_split", "train[:1000]")
 
 
 def test_model_and_data_are_required():

@@ -88,11 +88,19 @@ class TrainConfig:
     my_testing: str = flag("x060", "model generation; RWKV-6 is x060", ("x060",))
 
     # The data
-    data_file: str = flag("", "binidx prefix or .jsonl file", free=True)
-    data_type: str = flag("binidx", "what data_file is", ("binidx", "jsonl"))
-    dataload: str = flag("pad", "one document a row, or windows of the stream", ("pad", "get"))
+    data_file: str = flag(
+        "", "binidx prefix or .jsonl file; several as a,b or in shares as a:0.7,b:0.3", free=True
+    )
+    data_type: str = flag("binidx", "what data_file is", ("binidx", "jsonl", "sft"))
+    dataload: str = flag(
+        "pad",
+        "a row is one document (padded, or alone), several, or a window of the stream",
+        ("pad", "only", "pack", "get"),
+    )
     loss_mask: str = flag("pad", "pad or none = all text, qa = answers only", ("none", "pad", "qa"))
     sft_field: list[str] = flag([], "JSON fields: question answer, or instruction input output")
+    on_bad: str = flag("fail", "what to do with a bad record of a text file", ("fail", "skip"))
+    data_cache: str = flag("", "folder of tokenised text; default proj_dir/data_cache", free=True)
     tokenizer: str | None = flag(None, "world, bytes or a tokenizer.json; default by vocab size")
     ctx_len: int = flag(512, "tokens in a row")
 

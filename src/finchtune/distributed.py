@@ -108,7 +108,7 @@ def all_sum(value: float, device: torch.device) -> float:
     return total.item()
 
 
-def rank_zero_first(work: Callable[[], None]) -> None:
+def rank_zero_first(work: Callable[[], object]) -> None:
     """Run `work` on rank 0 while the others wait; its failure becomes everyone's."""
     failure: list[Exception | None] = [None]
     if rank() == 0:

@@ -13,7 +13,7 @@ from finchtune.errors import UserError
 
 # RWKV-PEFT's flags that cannot be honoured (yet), and what to do instead.
 REFUSED = {
-    "sft_split": "point --data_file at the split's own .jsonl file",
+    "sft_split": "only train is there; point --data_file at a file of the wanted records",
     "data_shuffle": "documents are always shuffled, by --random_seed; drop the flag",
     "train_type": "state tuning and infinite context are not available; drop the flag",
     "chunk_ctx": "infinite context is not available; raise --ctx_len instead",
@@ -23,6 +23,8 @@ REFUSED = {
     "merge": "merge after training, with merge/merge.py",
     "peft_config": "use --bone_config, --disha_config, --lora_config or --pissa_config",
 }
+# Values of these that ask for what is done anyway.
+HONOURED = {"sft_split": ("train",), "data_shuffle": ("1", "True", "true")}
 
 # JSON spellings: flag -> {its key: our field}. None: must be empty.
 JSON_FLAGS: dict[str, dict[str, str]] = {
@@ -93,7 +95,8 @@ def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, dataclasses.Fiel
 
 class _Refuse(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
-        raise UserError(f"{option_string} cannot be honoured: {self.const}")
+        if " ".join(values) not in HONOURED.get(self.option_strings[0][2:], ()):
+            raise UserError(f"{option_string} cannot be honoured: {self.const}")
 
 
 def _refuse_unknown(word: str, known: list[str]) -> NoReturn:

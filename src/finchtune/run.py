@@ -103,8 +103,7 @@ def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch
         rest = iter(batches)
 
         def loss() -> Tensor:
-            batch = next(rest)
-            return model.loss(batch.tokens.to(device), batch.labels.to(device)) / max(1, valid)
+            return model.loss(*next(rest).to(device)) / max(1, valid)
 
         start_from_gradients(model, loss, config.lora_ga_batches)
 
@@ -149,7 +148,9 @@ def open_data(config: TrainConfig, vocab_size: int) -> Data:
             tokenizer=load_tokenizer(config.tokenizer, vocab_size),
             vocab_size=vocab_size,
             seed=config.random_seed,
+            on_bad=config.on_bad,
             val_split=val_split,
+            cache_dir=config.data_cache or f"{config.proj_dir}/data_cache",
         )
 
     data = load(config.data_file, config.val_split)

@@ -1,24 +1,17 @@
 """Documents as one stream of token ids, where each ends, and which tokens count for the loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from finchtune.binidx import (
-    BinIdx,
-    BinIdxWriter,
-    exists,
-    remove,
-    strip_extension,
-    token_dtype,
-)
+from finchtune.binidx import BinIdx, exists, token_dtype
 from finchtune.data.inputs import find_inputs, read_blocks
 from finchtune.data.records import BadRecords
-from finchtune.data.render import PROMPT, BadRecord, Layout
+from finchtune.data.render import BadRecord, Layout
 from finchtune.errors import UserError
 from finchtune.tokenizer import END_OF_DOCUMENT, Tokenizer
 
@@ -99,20 +92,21 @@ def encode_records(
 
 
 def read_records(
-    path: Path, layout: Layout, tokenizer: Tokenizer, on_bad: str = "fail"
+    source: str, layout: Layout, tokenizer: Tokenizer, on_bad: str = "fail"
 ) -> Documents:
-    """Tokenise a file of records into memory."""
+    """Tokenise a file, glob or folder of records into memory."""
     bad = BadRecords(on_bad)
     dtype = token_dtype(tokenizer.vocab_size)
     blocks = [
         encode_records(block.records(), layout, tokenizer, bad, dtype)
+        for path in find_inputs([source])
         for block in read_blocks(path, layout.fields[0])
     ]
     tokens = np.concatenate([np.empty(0, dtype), *(block.tokens for block in blocks)])
     trained = np.concatenate([np.empty(0, np.uint8), *(block.trained for block in blocks)])
     sizes = np.concatenate([[0], *(block.sizes for block in blocks)])
     mask = None if trained.all() else trained
-    return Documents(str(path), tokens, np.cumsum(sizes), mask, bad.count)
+    return Documents(source, tokens, np.cumsum(sizes), mask, bad.count)
 
 
 def is_held_out(ids: np.ndarray, fraction: float) -> bool:
@@ -149,68 +143,3 @@ def _read_mask(data: BinIdx) -> np.ndarray:
         )
     mask.check_tokens(2)
     return mask.tokens
-
-
-def read_documents(
-    data_file: str,
-    data_type: str,
-    layout: Layout,
-    loss_mask: str,
-    tokenizer: Tokenizer | None,
-    vocab_size: int,
-    on_bad: str = "fail",
-    cache_dir: str | None = None,
-) -> Documents:
-    """The documents of one data file, whatever its kind."""
-    if data_type == "binidx":
-        if Path(data_file).is_file() and not exists(data_file):
-            raise UserError(
-                f"--data_file {data_file} is no .bin/.idx pair; read it with --data_type jsonl or "
-                "sft, or make a pair of it with scripts/prepare_data.py"
-            )
-        return read_binidx(strip_extension(data_file), vocab_size, loss_mask)
-    assert tokenizer is not None
-    paths = find_inputs([data_file])
-    if len(paths) > 1:
-        raise UserError(
-            f"--data_file {data_file} names {len(paths)} files; join them with "
-            "scripts/prepare_data.py and train with --data_type binidx"
-        )
-    if cache_dir is None:
-        return read_records(paths[0], layout, tokenizer, on_bad)
-    return _read_cached(paths[0], layout, tokenizer, on_bad, Path(cache_dir))
-
-
-def _read_cached(
-    path: Path, layout: Layout, tokenizer: Tokenizer, on_bad: str, cache_dir: Path
-) -> Documents:
-    """As `read_records`, from the cache where the same content was tokenised the same way.
-
-    A run that skips bad records is not kept, so that they are reported every time.
-    """
-    prefix = str(cache_dir / f"{path.name}-{_cache_key(path, layout, tokenizer)}")
-    if exists(prefix):
-        try:
-            return replace(read_binidx(prefix, tokenizer.vocab_size, "qa"), source=str(path))
-        except UserError:
-            remove(prefix)  # damaged; tokenised anew below
-    documents = read_records(path, layout, tokenizer, on_bad)
-    if not documents.skipped:
-        trained = documents.trained
-        mask = np.ones(documents.n_tokens, np.uint8) if trained is None else trained
-        with BinIdxWriter(prefix, documents.tokens.dtype) as tokens_file:
-            tokens_file.extend(documents.tokens, documents.sizes)
-            with BinIdxWriter(prefix + MASK_SUFFIX, "u1") as mask_file:
-                mask_file.extend(mask, documents.sizes)
-    return documents
-
-
-def _cache_key(path: Path, layout: Layout, tokenizer: Tokenizer) -> str:
-    """A hash of everything that the tokens depend on."""
-    vocabulary = Path(tokenizer.name)
-    key = blake2b(repr((layout, tokenizer.name, PROMPT, path.suffixes)).encode(), digest_size=8)
-    for file in (path, vocabulary) if vocabulary.is_file() else (path,):
-        with file.open("rb") as content:
-            while block := content.read(1 << 20):
-                key.update(block)
-    return key.hexdigest()

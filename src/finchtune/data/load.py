@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from finchtune.binidx import exists, strip_extension
 from finchtune.data.batch import IGNORED, Batch, packed, padded, round_up
-from finchtune.data.documents import Documents, held_out, read_documents
+from finchtune.data.cache import read_cached
+from finchtune.data.documents import Documents, held_out, read_binidx, read_records
 from finchtune.data.mixing import MixedRows, SourceRows, parse_sources
 from finchtune.data.render import Layout
 from finchtune.data.sampling import DocumentRows, PackedRows, Rows, Segment, WindowRows
@@ -120,16 +123,17 @@ def load_data(
     seed: int = 42,
     on_bad: str = "fail",
     val_split: float = 0.0,
-    cache_dir: str | None = None,
+    cache_dir: str | Path | None = None,
 ) -> Data:
     """Read a data set and prepare its rows.
 
-    `data_file` is a prefix for `binidx`, a file for `jsonl` (text, messages or conversations) and
-    `sft` (the fields `sft_field`: question answer, or instruction input output); several are
-    joined by commas, with weights as `a:0.7,b:0.3`. `loss_mask` qa trains on answers and their
-    end alone; none and pad on every token. `val_split` is the share of the documents to hold out,
-    chosen by their hash: they are the result's `validation`. `cache_dir` keeps what was tokenised
-    for the next time.
+    `data_file` is a prefix for `binidx`; a file, glob or folder for `jsonl` (text, messages or
+    conversations) and `sft` (the fields `sft_field`: question answer, or instruction input
+    output). Several are joined by commas, with weights as `a:0.7,b:0.3`. `loss_mask` qa trains on
+    answers and their end alone; none and pad on every token. `val_split` is the share of the
+    documents to hold out, chosen by their hash: they are the result's `validation`. `cache_dir`
+    keeps what was tokenised for the next time, in a file that all processes share; the call is
+    then a collective one.
     Raises UserError for flags that do not fit together, bad data, and data without a target.
     """
     _check_choices(data_type=data_type, dataload=dataload, loss_mask=loss_mask)
@@ -137,10 +141,16 @@ def load_data(
     layout = _layout(data_type, sft_field, loss_mask)
     _check_tokenizer(tokenizer, data_type, vocab_size)
     sources = parse_sources(data_file)
-    sets = [
-        read_documents(path, data_type, layout, loss_mask, tokenizer, vocab_size, on_bad, cache_dir)
-        for path, _ in sources
-    ]
+
+    def read(path: str) -> Documents:
+        if data_type == "binidx":
+            return _read_pair(path, vocab_size, loss_mask)
+        assert tokenizer is not None
+        if cache_dir:
+            return read_cached(path, layout, tokenizer, on_bad, cache_dir)
+        return read_records(path, layout, tokenizer, on_bad)
+
+    sets = [read(path) for path, _ in sources]
     if loss_mask != "qa":
         sets = [replace(documents, trained=None) for documents in sets]
     chosen = [_split(documents, val_split) for documents in sets]
@@ -203,6 +213,15 @@ def _check_tokenizer(tokenizer: Tokenizer | None, data_type: str, vocab_size: in
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model only "
             f"{vocab_size}; pass --tokenizer with the model's own"
         )
+
+
+def _read_pair(data_file: str, vocab_size: int, loss_mask: str) -> Documents:
+    if Path(data_file).is_file() and not exists(data_file):
+        raise UserError(
+            f"--data_file {data_file} is no .bin/.idx pair; read it with --data_type jsonl or "
+            "sft, or make a pair of it with scripts/prepare_data.py"
+        )
+    return read_binidx(strip_extension(data_file), vocab_size, loss_mask)
 
 
 def _split(documents: Documents, val_split: float) -> tuple[np.ndarray, np.ndarray]:
