@@ -189,7 +189,7 @@ class BinIdxWriter:
         self.prefix = strip_extension(prefix)
         self.dtype = np.dtype(dtype)
         self.n_documents = self.n_tokens = 0
-        self._sizes: list[np.ndarray] = []
+        self.sizes: list[np.ndarray] = []  # of each `extend`
         self._targets = [Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")]
         self._temporary = [
             path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self._targets
@@ -224,7 +224,7 @@ class BinIdxWriter:
             self._file.write(np.ascontiguousarray(tokens).data)
         except OSError as error:
             raise UserError(f"cannot write {self._targets[0]}: {error.strerror}") from None
-        self._sizes.append(lengths.astype("<i4"))
+        self.sizes.append(lengths.astype("<i4"))
         self.n_documents += len(lengths)
         self.n_tokens += len(tokens)
 
@@ -257,7 +257,7 @@ class BinIdxWriter:
             os.replace(temporary, target)
 
     def _index(self) -> bytes:
-        sizes = np.concatenate([np.empty(0, "<i4"), *self._sizes])
+        sizes = np.concatenate([np.empty(0, "<i4"), *self.sizes])
         n = len(sizes)
         ends = np.cumsum(sizes, dtype="<i8") * self.dtype.itemsize
         starts = np.concatenate([np.zeros(min(n, 1), "<i8"), ends[:-1]])

@@ -1,8 +1,28 @@
-"""Documents -> the micro batches of each step."""
+"""Documents -> the micro batches of each step.
 
-from finchtune.data.batch import Batch
-from finchtune.data.load import Data, load_data
-from finchtune.data.prefetch import prefetch
-from finchtune.data.render import PROMPT
+The public names are imported when first used: preparing data needs no torch.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finchtune.data.ahead import prefetch
+    from finchtune.data.batch import Batch
+    from finchtune.data.load import Data, load_data
+    from finchtune.data.render import PROMPT
+
+_HOMES = {
+    "PROMPT": "render",
+    "Batch": "batch",
+    "Data": "load",
+    "load_data": "load",
+    "prefetch": "ahead",
+}
 __all__ = ["PROMPT", "Batch", "Data", "load_data", "prefetch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'finchtune.data' has no attribute {name!r}")
+    return getattr(import_module(f"finchtune.data.{_HOMES[name]}"), name)

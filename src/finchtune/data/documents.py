@@ -67,7 +67,7 @@ def encode_records(
     With `end`, token 0 closes each document, trained on where the last piece is. An empty plain
     text gives no document. Bad records, or the BadRecord in their place, go to `bad`.
     """
-    ids: list[int] = []
+    arrays: list[np.ndarray] = []
     sizes, lengths, flags = [], [], []
     for where, record in records:
         try:
@@ -80,15 +80,16 @@ def encode_records(
         if not pieces:
             continue
         if end:
-            pieces.append(([END_OF_DOCUMENT], pieces[-1][1]))
-        start = len(ids)
+            pieces[-1][0].append(END_OF_DOCUMENT)
         for piece, train in pieces:
-            ids += piece
+            # One by one, while the integers are still in the processor's cache.
+            arrays.append(np.fromiter(piece, dtype, len(piece)))
             lengths.append(len(piece))
             flags.append(train)
-        sizes.append(len(ids) - start)
+        sizes.append(sum(lengths[-len(pieces) :]))
     trained = np.repeat(np.array(flags, np.uint8), lengths)
-    return Encoded(np.array(ids, dtype), np.array(sizes, np.int64), trained)
+    tokens = np.concatenate([np.empty(0, dtype), *arrays])
+    return Encoded(tokens, np.array(sizes, np.int64), trained)
 
 
 def read_records(

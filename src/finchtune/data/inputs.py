@@ -23,15 +23,17 @@ BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive records of one file: raw JSON lines, or values already parsed.
+    """Some consecutive records of one file: JSON lines, or values already parsed.
 
-    `first` is the number of its first line or row, from 1; `read_bytes` counts what it took of
-    the file as stored, for the progress line.
+    The lines are `lines`, or what stands in the file between the bytes `span`. `first` is the
+    number of its first line or row, from 1; `read_bytes` counts what it took of the file as
+    stored, for the progress line.
     """
 
     path: str
     first: int
     lines: bytes = b""
+    span: tuple[int, int] | None = None
     rows: tuple[Any, ...] = ()
     read_bytes: int = 0
 
@@ -39,9 +41,8 @@ class Block:
         """Each record, or the BadRecord that says why it is none, after its `file:line`."""
         for number, row in enumerate(self.rows, self.first):
             yield f"{self.path}:{number}", row
-        if not self.lines:
-            return
-        for number, line in enumerate(self.lines.split(b"\n"), self.first):
+        lines = self.lines if self.span is None else _read_span(self.path, *self.span)
+        for number, line in enumerate(lines.split(b"\n"), self.first):
             if number == 1:
                 line = line.removeprefix(BOM)
             if not line or line.isspace():
@@ -163,9 +164,19 @@ def _read_lines(path: Path) -> Iterator[Block]:
             if number == 1 and block.removeprefix(BOM).lstrip()[:1] == b"[":
                 raise UserError(f"{path}: a JSON array; write one object per line instead (.jsonl)")
             read = stored.tell() - position
-            yield Block(str(path), number, lines=block, read_bytes=read)
+            if content is stored:  # whoever encodes it reads it again, from the system's cache
+                span = (position, position + read)
+                yield Block(str(path), number, span=span, read_bytes=read)
+            else:
+                yield Block(str(path), number, lines=block, read_bytes=read)
             number += block.count(b"\n")
             position += read
+
+
+def _read_span(path: str, start: int, stop: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
 
 
 def _read_text(path: Path, field: str) -> Block:

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import NamedTuple
@@ -52,10 +53,9 @@ class Totals:
 
 
 class EncodedBlock(NamedTuple):
-    """A block's documents, which of them are held out (documents,) bool, and the bad records."""
+    """A block's documents for each file to write (two where some are held out), and bad records."""
 
-    encoded: Encoded
-    held_out: np.ndarray
+    parts: list[Encoded]
     read_bytes: int
     skipped: int
     first_bad: str
@@ -66,15 +66,25 @@ def encode_block(block: Block, recipe: Recipe, tokenizer: Tokenizer) -> EncodedB
     bad = BadRecords(recipe.on_bad)
     dtype = np.dtype(recipe.dtype)
     encoded = encode_records(block.records(), recipe.layout, tokenizer, bad, dtype, recipe.end)
-    held_out = np.zeros(len(encoded.sizes), bool)
-    if recipe.val_split:
-        documents = np.split(encoded.tokens, np.cumsum(encoded.sizes)[:-1])
-        held_out[:] = [is_held_out(ids, recipe.val_split) for ids in documents[: len(held_out)]]
-    return EncodedBlock(encoded, held_out, block.read_bytes, bad.count, bad.first)
+    parts = _divide(encoded, recipe.val_split) if recipe.val_split else [encoded]
+    return EncodedBlock(parts, block.read_bytes, bad.count, bad.first)
+
+
+def _divide(encoded: Encoded, val_split: float) -> list[Encoded]:
+    """The documents to train on, and those held out."""
+    bounds = pairwise(np.concatenate([[0], np.cumsum(encoded.sizes)]))
+    held_out = np.array([is_held_out(encoded.tokens[a:b], val_split) for a, b in bounds], bool)
+    parts = []
+    for chosen in (~held_out, held_out):
+        picked = np.repeat(chosen, encoded.sizes)
+        parts.append(
+            Encoded(encoded.tokens[picked], encoded.sizes[chosen], encoded.trained[picked])
+        )
+    return parts
 
 
 class _Worker:
-    """A process that encodes one block at a time. `older` are the workers started before it."""
+    """A process that encodes blocks in turn. `older` are the workers started before it."""
 
     def __init__(self, recipe: Recipe, older: list["_Worker"]):
         # Forking spares every worker the imports; elsewhere than on Linux it is not safe.
@@ -84,16 +94,26 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, ours, recipe), daemon=True)
         self.process.start()
         theirs.close()
+        self.pending = 0
+
+    def takes(self, block: Block) -> bool:
+        """Whether to hand over this block now: one that says where its lines stand may wait for
+        another to be done, but both sides would wait forever if they sent much at once.
+        """
+        return self.pending < (1 if block.span is None else 2)
 
     def send(self, block: Block) -> None:
-        """Hand over a block; the worker must have nothing else to do."""
+        """Hand over a block."""
+        assert self.takes(block)
+        self.pending += 1
         try:
             self.connection.send(block)
         except OSError:
             raise self._death() from None
 
     def receive(self) -> EncodedBlock:
-        """Wait for the block handed over. UserError for a bad record, or if the worker died."""
+        """Wait for the oldest block handed over. UserError for a bad record, or a worker's end."""
+        self.pending -= 1
         try:
             result = self.connection.recv()
         except (EOFError, OSError):
@@ -131,7 +151,7 @@ def _serve(connection: Connection, ours: list[Connection], recipe: Recipe) -> No
 
 
 def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterator[EncodedBlock]:
-    """The blocks' documents in order. Every worker holds one block, block i is worker i % n's."""
+    """The blocks' documents in order. Block i is worker i % workers's."""
     if workers == 1:
         tokenizer = load_tokenizer(recipe.tokenizer)
         yield from (encode_block(block, recipe, tokenizer) for block in blocks)
@@ -139,17 +159,14 @@ def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterat
     pool: list[_Worker] = []
     busy: deque[_Worker] = deque()
     try:
-        for block in blocks:
-            if len(pool) < workers:
+        for i, block in enumerate(blocks):
+            if i < workers:
                 pool.append(_Worker(recipe, pool))
-                pool[-1].send(block)
-                busy.append(pool[-1])
-            else:
-                worker = busy.popleft()
-                encoded = worker.receive()
-                worker.send(block)
-                busy.append(worker)
-                yield encoded
+            worker = pool[i % workers]
+            while not worker.takes(block):
+                yield busy.popleft().receive()
+            worker.send(block)
+            busy.append(worker)
         while busy:
             yield busy.popleft().receive()
     finally:
@@ -160,21 +177,29 @@ def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterat
 
 
 class _Output:
-    """One .bin/.idx pair and its mask."""
+    """One .bin/.idx pair, and its mask from the first token on that is not to be trained on."""
 
     def __init__(self, prefix: str, dtype: str, stack: ExitStack):
-        self.prefix = prefix
+        self.prefix, self._stack = prefix, stack
         self.tokens = stack.enter_context(BinIdxWriter(prefix, dtype))
-        self.mask = stack.enter_context(BinIdxWriter(prefix + MASK_SUFFIX, "u1"))
+        self.mask: BinIdxWriter | None = None
         self.masked_tokens = 0
 
-    def add(self, encoded: Encoded, chosen: np.ndarray) -> None:
-        """Append the documents that `chosen` (documents,) bool picks."""
-        picked = np.repeat(chosen, encoded.sizes)
-        trained = encoded.trained[picked]
-        self.tokens.extend(encoded.tokens[picked], encoded.sizes[chosen])
-        self.mask.extend(trained, encoded.sizes[chosen])
-        self.masked_tokens += int((trained == 0).sum())
+    def add(self, encoded: Encoded) -> None:
+        """Append documents."""
+        if not encoded.trained.all():
+            if self.mask is None:
+                self._begin_mask()
+            self.masked_tokens += int((encoded.trained == 0).sum())
+        if self.mask is not None:
+            self.mask.extend(encoded.trained, encoded.sizes)
+        self.tokens.extend(encoded.tokens, encoded.sizes)
+
+    def _begin_mask(self) -> None:
+        """A mask file in which all earlier documents are trained on."""
+        self.mask = self._stack.enter_context(BinIdxWriter(self.prefix + MASK_SUFFIX, "u1"))
+        for sizes in self.tokens.sizes:
+            self.mask.extend(np.ones(sizes.sum(), np.uint8), sizes)
 
 
 def prepare(
@@ -198,22 +223,22 @@ def prepare(
         outputs = [_Output(prefix, recipe.dtype, stack) for prefix in prefixes]
         blocks = (block for path in paths for block in read_blocks(path, recipe.layout.fields[0]))
         for block in _encode_all(blocks, recipe, workers):
-            for held_out, target in enumerate(outputs):
-                target.add(block.encoded, block.held_out == held_out)
+            for target, part in zip(outputs, block.parts, strict=True):
+                target.add(part)
             _count(totals, block)
+            totals.masked_tokens = sum(target.masked_tokens for target in outputs)
             progress(totals)
         _check(outputs, totals, inputs)
     for target in outputs:
-        if not target.masked_tokens:
+        if target.mask is None:
             remove(target.prefix + MASK_SUFFIX)
     return totals
 
 
 def _count(totals: Totals, block: EncodedBlock) -> None:
-    totals.documents += len(block.held_out)
-    totals.held_out += int(block.held_out.sum())
-    totals.tokens += len(block.encoded.tokens)
-    totals.masked_tokens += int((block.encoded.trained == 0).sum())
+    totals.documents += sum(len(part.sizes) for part in block.parts)
+    totals.held_out += sum(len(part.sizes) for part in block.parts[1:])
+    totals.tokens += sum(len(part.tokens) for part in block.parts)
     totals.read_bytes += block.read_bytes
     totals.skipped += block.skipped
     totals.first_bad = totals.first_bad or block.first_bad
