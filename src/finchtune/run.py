@@ -137,6 +137,9 @@ def open_data(config: TrainConfig, vocab_size: int) -> Data:
     Raises UserError for flags or data that cannot be used.
     """
 
+    # Planning writes nothing.
+    cache_dir = None if config.plan else config.data_cache or f"{config.proj_dir}/data_cache"
+
     def load(data_file: str, val_split: float) -> Data:
         return load_data(
             data_file,
@@ -150,7 +153,7 @@ def open_data(config: TrainConfig, vocab_size: int) -> Data:
             seed=config.random_seed,
             on_bad=config.on_bad,
             val_split=val_split,
-            cache_dir=config.data_cache or f"{config.proj_dir}/data_cache",
+            cache_dir=cache_dir,
         )
 
     data = load(config.data_file, config.val_split)
