@@ -19,7 +19,7 @@ from finchtune.flags import parse_train_flags
 from finchtune.metrics import peak_memory_mb
 from finchtune.optim import learning_rate
 from finchtune.plan import print_plan
-from finchtune.report import plot_loss
+from finchtune.report import plot_loss, write_report
 from finchtune.run import (
     Run,
     build_model,
@@ -134,8 +134,8 @@ def main() -> None:
 
     if metrics:
         metrics.close()
-        picture = plot_loss(metrics.path, run.folder / "loss.png")
-        print(f"loss picture: {picture}", flush=True)
+        print(f"loss picture: {plot_loss(run.folder, run.folder / 'loss.png')}")
+        print(f"report: {write_report([run.folder], run.folder / 'report.html')}", flush=True)
     distributed.shutdown()
 
 

@@ -1,0 +1,103 @@
+"""What a run wrote, as series of points to draw; whatever state its folder is in."""
+
+import json
+import math
+from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+Points = list[tuple[float, float]]
+MAX_POINTS = 800  # drawn of one series; more would be finer than a screen's pixels
+
+
+@dataclass
+class RunLog:
+    """A run's rows of metrics (dicts with `step`), configuration and samples, as far as readable.
+
+    `problems` has a line for everything that was missing or damaged.
+    """
+
+    name: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def points(self, key: str) -> Points:
+        """(step, value) of every row that has a finite number under `key`."""
+        return [(row["step"], row[key]) for row in self.rows if is_number(row.get(key))]
+
+    def values(self, key: str) -> list[float]:
+        return [value for _, value in self.points(key)]
+
+    @property
+    def skipped(self) -> int:
+        """Steps that were left out because something was not finite."""
+        return sum(bool(row.get("skipped")) for row in self.rows)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_run(folder: str | Path) -> RunLog:
+    """Read a run's folder. Raises nothing for what is missing or damaged in it: it says so."""
+    folder = Path(folder)
+    log = RunLog(folder.resolve().name)
+    log.rows = [row for row in _lines(folder / "metrics.jsonl", log) if is_number(row.get("step"))]
+    if (folder / "samples.jsonl").exists():
+        log.samples = _lines(folder / "samples.jsonl", log)
+    try:
+        config = json.loads((folder / "config.json").read_text(errors="replace"))
+        log.config = config if isinstance(config, dict) else {}
+    except (OSError, ValueError) as error:
+        log.problems.append(f"config.json cannot be read: {error}")
+    return log
+
+
+def _lines(path: Path, log: RunLog) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; lines that are none are counted as a problem."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        log.problems.append(f"{path.name} cannot be read: {error}")
+        return []
+    rows, bad = [], 0
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        log.problems.append(f"{path.name}: {bad} of {len(lines)} lines are damaged and left out")
+    return rows
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """Mean of each value and up to window - 1 before it."""
+    sums = [0.0, *accumulate(values)]
+    firsts = (max(0, i + 1 - window) for i in range(len(values)))
+    return [(sums[i + 1] - sums[first]) / (i + 1 - first) for i, first in enumerate(firsts)]
+
+
+def smoothed(points: Points) -> Points:
+    """The running mean over a twentieth of the points."""
+    means = running_mean([y for _, y in points], max(1, len(points) // 20))
+    return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+
+
+def thinned(points: Points) -> Points:
+    """At most MAX_POINTS points: of each run of neighbours the lowest and the highest."""
+    if len(points) <= MAX_POINTS:
+        return points
+    size = -(-len(points) // (MAX_POINTS // 2))
+    kept = []
+    for start in range(0, len(points), size):
+        part = points[start : start + size]
+        kept += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return kept
