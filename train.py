@@ -12,6 +12,7 @@ import time
 import torch
 
 from finchtune import distributed
+from finchtune.batch_size import settle_batch
 from finchtune.data import prefetch
 from finchtune.engine import Engine, choose_precision
 from finchtune.errors import UserError, run_cli
@@ -46,6 +47,7 @@ def main() -> None:
     dtype = choose_precision(config, device)
     torch.manual_seed(config.random_seed)
     model = build_model(config, dtype, device)
+    config = settle_batch(config, model, device)
     state, manifest = restore_tensors(model, checkpoint) if checkpoint else ({}, {})
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total_parameters = sum(p.numel() for p in model.parameters())

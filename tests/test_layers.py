@@ -15,7 +15,7 @@ LAYERS = [
     {"memory"},
     {"checkpoint", "engine", "generate"},
     {"adapter_files"},
-    {"merging", "hf_peft", "run", "evaluate", "report", "validation", "samples"},
+    {"merging", "hf_peft", "run", "evaluate", "report", "validation", "samples", "batch_size"},
     {"plan"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}

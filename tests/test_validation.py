@@ -115,15 +115,16 @@ def test_two_processes_give_the_held_out_losses_and_samples_of_one(folder, run, 
 
 @pytest.mark.slow
 def test_early_stop_outlives_an_interruption(folder, tmp_path):
-    words = flags(folder, tmp_path / "whole", "--lr_init", 3, "--early_stop", 2)
-    done = train(*words)
+    # A learning rate that grows until the model breaks: the best comes early.
+    growing = ["--lr_schedule", "exp", "--lr_final", 1000, "--early_stop", 2]
+    done = train(*flags(folder, tmp_path / "whole", *growing))
     losses = held_losses(tmp_path / "whole")
     best = min(losses, key=losses.__getitem__)
     assert f"no better validation loss than step {best}'s" in done.stdout
     assert max(losses) == best + 4 < 8
     resumed = tmp_path / "resumed"
     shutil.copytree(tmp_path / "whole", resumed)
-    done = train(*flags(folder, resumed, "--lr_init", 3, "--early_stop", 2, "--resume", "auto"))
+    done = train(*flags(folder, resumed, *growing, "--resume", "auto"))
     assert "at step 4" in done.stdout
     assert held_losses(resumed) == losses
 

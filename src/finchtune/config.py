@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from finchtune.errors import UserError
@@ -41,7 +42,7 @@ STAGES = {
 }
 AT_LEAST_ONE = {
     *("bone_r", "bat_r", "disha_r1", "disha_r2", "lora_r", "pissa_r", "lora_ga_batches"),
-    *("ctx_len", "micro_bsz", "accumulate_grad_batches"),
+    *("ctx_len", "accumulate_grad_batches"),
     *("epoch_count", "epoch_save", "devices", "num_nodes", "sample_tokens"),
     *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
 }
@@ -114,7 +115,12 @@ class TrainConfig:
     sample_tokens: int = flag(64, "length of a sample", free=True)
 
     # The steps
-    micro_bsz: int = flag(1, "rows per process and micro batch", free=True)
+    micro_bsz: int = flag(
+        1, "rows per process and micro batch; auto = as many as fit, within --global_bsz", free=True
+    )
+    global_bsz: int = flag(
+        0, "rows per optimizer step over all processes; sets the accumulation", free=True
+    )
     accumulate_grad_batches: int = flag(1, "micro batches per optimizer step", free=True)
     epoch_steps: int = flag(0, "optimizer steps in an epoch; 0 = one pass over the data")
     epoch_count: int = flag(1, "epochs to train")
@@ -152,6 +158,7 @@ class TrainConfig:
     resume: str = flag("", "auto, or a checkpoint folder, to go on from", free=True)
     overwrite: bool = flag(False, "throw away an earlier run in proj_dir", free=True)
     wandb: str = flag("", "Weights & Biases project to log to", free=True)
+    tensorboard: bool = flag(False, "log to proj_dir/tensorboard too", free=True)
 
     @property
     def stage(self) -> int:
@@ -185,6 +192,13 @@ class TrainConfig:
             raise UserError("--pissa_init goes with --peft pissa and --peft_load")
         if self.peft == "none" and (self.train_parts or self.peft_load):
             raise UserError("--train_parts and --peft_load need --peft; without it all is trained")
+        if self.micro_bsz == 0 and not self.global_bsz:
+            raise UserError("--micro_bsz auto needs --global_bsz, the rows of an optimizer step")
+        if self.global_bsz and self.accumulate_grad_batches != 1:
+            raise UserError("--global_bsz sets the accumulation; drop --accumulate_grad_batches")
+        for package in ("wandb", "tensorboard"):
+            if getattr(self, package) and find_spec(package) is None:
+                raise UserError(f"--{package} needs the package: pip install {package}")
         held_out = [name for name in ("val_file", "val_split") if getattr(self, name)]
         if len(held_out) == 2:
             raise UserError("--val_file and --val_split both name held-out data; choose one")

@@ -108,6 +108,14 @@ def all_sum(value: float, device: torch.device) -> float:
     return total.item()
 
 
+def all_min(value: float, device: torch.device) -> float:
+    """The smallest `value` of all processes, in float64."""
+    least = torch.tensor(value, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return least.item()
+
+
 def rank_zero_first(work: Callable[[], object]) -> None:
     """Run `work` on rank 0 while the others wait; its failure becomes everyone's."""
     failure: list[Exception | None] = [None]

@@ -115,6 +115,8 @@ def _is_list(field: dataclasses.Field) -> bool:
 def _convert(field: dataclasses.Field, value: Any) -> Any:
     """A word (or words) from the command line -> the field's type."""
     name, choices = field.name, field.metadata["choices"]
+    if name == "micro_bsz" and value == "auto":
+        return 0  # settled when the device is known
     if _is_list(field):
         return _convert_list(name, value)
     kind: Any = field.type
@@ -129,6 +131,8 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
     except ValueError as error:
         what = {int: "a whole number", float: "a number"}[kind]
         raise UserError(f"--{name} takes {what}, not {value!r}") from error
+    if name == "micro_bsz" and converted == 0:
+        raise UserError("--micro_bsz must be at least 1, or auto, not 0")
     if choices and converted not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""

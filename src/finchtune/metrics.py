@@ -1,4 +1,4 @@
-"""What a run tells: a progress line, metrics.jsonl, and Weights & Biases when asked."""
+"""What a run tells: a progress line, metrics.jsonl; Weights & Biases and TensorBoard when asked."""
 
 import json
 import resource
@@ -35,14 +35,15 @@ class Metrics:
     """Takes one row a step. Only rank 0 makes one; the other ranks have none to report to."""
 
     def __init__(self, folder: Path, total: int, start: int, config: dict[str, Any]):
-        self.path, self.total = folder / "metrics.jsonl", total
+        self.path, self.total, self.start = folder / "metrics.jsonl", total, start
         kept = [row for row in self._earlier() if row["step"] <= start]
         self.file = self.path.open("w", buffering=1)
         self.file.writelines(json.dumps(row) + "\n" for row in kept)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not terminal)
         self.wandb = self._start_wandb(folder, config) if config.get("wandb") else None
-        self.started, self.start, self.last_line = time.monotonic(), start, 0.0
+        self.board = self._start_tensorboard(folder) if config.get("tensorboard") else None
+        self.started, self.last_line = time.monotonic(), 0.0
 
     def _earlier(self) -> list[dict[str, Any]]:
         return read_metrics(self.path) if self.path.exists() else []
@@ -52,12 +53,25 @@ class Metrics:
 
         return wandb.init(project=config["wandb"], dir=str(folder), config=config)
 
+    def _start_tensorboard(self, folder: Path):
+        from torch.utils.tensorboard import SummaryWriter
+
+        # What an interrupted run wrote of the steps that now come again is hidden.
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=self.start + 1)
+
     def log(self, row: dict[str, Any]) -> None:
-        """Record one step: row holds step (1-based), loss, lr, tokens_per_s and whatever else."""
+        """Record one step.
+
+        `row` holds step (1-based), epoch, loss, lr, tokens_per_s, memory_mb and whatever else.
+        """
         self.file.write(json.dumps(row) + "\n")
         if self.wandb:
             self.wandb.log(row, step=row["step"])
+        if self.board:
+            for name in row.keys() - {"step"}:
+                self.board.add_scalar(name, row[name], row["step"])
         text = (
+            f"epoch {row['epoch']}  "
             f"loss {row['loss']:.4f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tok/s  "
             f"{row['memory_mb']:,} MB"
         )
@@ -81,3 +95,5 @@ class Metrics:
         self.file.close()
         if self.wandb:
             self.wandb.finish()
+        if self.board:
+            self.board.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from finchtune.batch_size import rows_per_process, split
 from finchtune.checkpoint import model_sizes
 from finchtune.config import TrainConfig
 from finchtune.data import Data
@@ -48,6 +49,7 @@ def print_plan(config: TrainConfig) -> None:
     `config.load_model` is a weight file, or the name of a released size. Raises UserError for a
     model, data or values that would not train either.
     """
+    config = planned_batch(config)
     sizes = planned_sizes(config.load_model)
     dtype, device = planned_precision(config)
     for lines in (
@@ -56,6 +58,16 @@ def print_plan(config: TrainConfig) -> None:
         memory_lines(config, sizes, dtype, device),
     ):
         print("\n".join(lines) + "\n", flush=True)
+
+
+def planned_batch(config: TrainConfig) -> TrainConfig:
+    """The configuration with the accumulation that --global_bsz asks for."""
+    if not config.micro_bsz:
+        raise UserError("--plan needs a number for --micro_bsz; auto looks at a device at work")
+    if not config.global_bsz:
+        return config
+    rows = rows_per_process(config, config.devices * config.num_nodes)
+    return split(config, rows, config.micro_bsz)
 
 
 def planned_sizes(load_model: str) -> ModelConfig:
