@@ -20,7 +20,7 @@ def test_plain_flags_arrive_with_their_types():
         *"--peft bone --bone_r 8 --lr_init 2e-4 --grad_cp 0 --train_parts time ln".split()
     )
     assert (config.peft, config.bone_r, config.lr_init) == ("bone", 8, 2e-4)
-    assert config.grad_cp is False
+    assert config.grad_cp == 0
     assert config.train_parts == ["time", "ln"]
     assert config.adapter_hyperparameters == {"r": 8}
 
@@ -75,7 +75,8 @@ def test_json_spellings(words, expected):
         (["--lr_init", "-1"], "--lr_init must be zero or more"),
         (["--micro_bsz", "0"], "--micro_bsz must be at least 1"),
         (["--beta2", "1"], "--beta2 must be below 1"),
-        (["--grad_cp", "yes"], "--grad_cp takes 0 or 1"),
+        (["--grad_cp", "yes"], "--grad_cp takes a whole number"),
+        (["--grad_cp", "3"], "--grad_cp must be 0, 1 or 2"),
         (["--bone_r", "8"], "--bone_r goes with --peft bone, not --peft none"),
         (["--peft", "bone", "--lora_r", "8"], "--lora_r goes with --peft lora"),
         (["--peft", "bone", "--disha_r1", "8"], "--disha_r1 goes with --peft disha, not"),

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
     {"files"},
-    {"config", "distributed", "tokenizer", "binidx", "metrics"},
+    {"config", "distributed", "tokenizer", "binidx", "metrics", "measure"},
     {"flags", "data", "wkv", "loss", "adapters"},
     {"model", "optim"},
     {"memory"},

@@ -17,7 +17,7 @@ def plain(hidden, weight, labels):
 
 @pytest.mark.parametrize("chunk_elements", [1, 50 * 7, 1 << 24])
 def test_value_and_gradients_for_every_chunking(monkeypatch, chunk_elements):
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk_elements)
     hidden = torch.randn(3, 9, 16, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(0, 50, (3, 9))
@@ -69,3 +69,24 @@ def test_extreme_logits_stay_finite():
     total.backward()
     assert total.isfinite()
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk_elements", [50 * 7, 1 << 24])
+def test_l2wrap_is_the_gradient_of_the_squared_largest_logits(monkeypatch, chunk_elements):
+    """Scaled by the incoming gradient, absent where masked, and not part of the loss's value."""
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", chunk_elements)
+    hidden = torch.randn(3, 9, 16, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(50, 16, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(0, 50, (3, 9))
+    labels[1, 2:6] = -100
+    factor, upstream = 0.3, 0.37
+    found = cross_entropy_sum(hidden, weight, labels, factor)
+    assert torch.allclose(found, plain(hidden, weight, labels), rtol=1e-12)
+    largest = (hidden @ weight.T).amax(-1)[labels != -100]
+    expected = plain(hidden, weight, labels) + factor / 2 * largest.square().sum()
+    for a, b in zip(
+        torch.autograd.grad(found * upstream, (hidden, weight)),
+        torch.autograd.grad(expected * upstream, (hidden, weight)),
+        strict=True,
+    ):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)

@@ -1,12 +1,15 @@
 """The model against the independent `rwkv` package, its own other forms, and its formulas."""
 
+import itertools
+
 import pytest
 import torch
 from support import relative_error, rwkv_package_logits, save_model, small_model
 
 import finchtune
+from finchtune.adapters import attach
 from finchtune.errors import UserError
-from finchtune.model import RWKV6, ModelConfig, init_weights
+from finchtune.model import RWKV6, ModelConfig, fused, init_weights, recompute
 
 SHAPES = {
     "head size 8": {"n_layer": 2, "n_embd": 64, "head_size": 8},
@@ -59,14 +62,54 @@ def test_later_tokens_do_not_reach_earlier_logits():
     assert not torch.equal(a[:, 20:], b[:, 20:])
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory():
-    plain, frugal = small_model(), small_model()
-    frugal.grad_checkpoint = True
-    tokens, labels = torch.randint(0, 256, (2, 2, 20))
-    for model in (plain, frugal):
-        model.loss(tokens, labels).backward()
-    for (name, a), b in zip(plain.named_parameters(), frugal.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+METHODS = [
+    ("none", {}),
+    *(("bone", {"r": 8}), ("bat", {"r": 8}), ("lora", {"r": 4}), ("pissa", {"r": 4})),
+]
+
+
+@pytest.mark.parametrize(("peft", "settings"), METHODS)
+def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings):
+    monkeypatch.setattr(recompute, "THIN", 32)  # so that this small model has large products
+    tokens, labels = torch.randint(0, 256, (2, 4, 64))
+    gradients, kept = [], []
+    for mode in (0, 1, 2):
+        torch.manual_seed(1)
+        model = small_model(n_layer=3)
+        if peft != "none":
+            attach(model, peft, **settings)
+        for name, parameter in model.named_parameters():
+            if ".adapter." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.grad_checkpoint = mode
+        kept.append(peak_bytes(lambda model=model: model.loss(tokens, labels).backward()))
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for mode in (1, 2):
+        for name, gradient in gradients[0].items():
+            assert torch.equal(gradients[mode][name], gradient), (mode, name)
+    assert kept[1] < kept[2] < kept[0], "each mode keeps what it says"
+
+
+def peak_bytes(work):
+    """The peak of live tensor memory during `work`, by torch's own account."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in changes))
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (fused.Mixtures, [(6, 4), (6, 4), (4,), (5, 1, 4), (4, 15), (5, 3, 4)]),
+        (fused.Gate, [(6, 4), (6, 4)]),
+        (fused.SquaredReLU, [(6, 4)]),
+    ],
+)
+def test_written_out_gradients_are_those_of_the_function(function, shapes):
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(function.apply, inputs)
 
 
 def test_every_parameter_gets_a_gradient():

@@ -73,7 +73,7 @@ def load_model(
     path: str | Path,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    grad_checkpoint: bool = False,
+    grad_checkpoint: int = 0,
 ) -> RWKV6:
     """An RWKV-6 from an official weight file; every size is read off the tensors.
 

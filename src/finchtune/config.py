@@ -139,6 +139,7 @@ class TrainConfig:
     weight_decay: float = flag(0.0, "decoupled weight decay of weight matrices")
     decay_adapters: bool = flag(False, "apply --weight_decay to adapter matrices too")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping")
+    l2wrap: float = flag(0.0, "L2Wrap: pull on each token's largest logit; RWKV-LM's is 1e-4")
     random_seed: int = flag(42, "fixes initialisation, data order and dropout")
 
     # The machine
@@ -149,7 +150,9 @@ class TrainConfig:
     precision: str | None = flag(
         None, "default bf16 on a GPU, fp32 on a CPU", ("bf16", "fp32", "fp16", "tf32")
     )
-    grad_cp: bool = flag(True, "recompute activations in backward to save memory", free=True)
+    grad_cp: int = flag(
+        1, "recompute in backward: 0 nothing, 1 whole blocks, 2 their cheap parts only", free=True
+    )
 
     # What is kept and shown
     plan: bool = flag(False, "train nothing; print memory, steps, tokens and disk", free=True)
@@ -184,6 +187,8 @@ class TrainConfig:
                 raise UserError(f"--{name} is missing")
         for field in dataclasses.fields(self):
             self._validate_range(field.name, getattr(self, field.name))
+        if self.grad_cp not in (0, 1, 2):
+            raise UserError(f"--grad_cp must be 0, 1 or 2, not {self.grad_cp}")
         if self.lr_schedule == "exp" and self.lr_final == 0:
             raise UserError("--lr_schedule exp cannot reach --lr_final 0; give a small number")
         if self.lr_schedule == "constant" and self.lr_final not in (None, self.lr_init):

@@ -34,12 +34,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 class SummedLoss(nn.Module):
     """What DeepSpeed wraps: a micro batch -> the sum of the unmasked tokens' losses."""
 
-    def __init__(self, model: RWKV6):
+    def __init__(self, model: RWKV6, l2wrap: float):
         super().__init__()
-        self.model = model
+        self.model, self.l2wrap = model, l2wrap
 
     def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.model.loss(tokens, labels, cu_seqlens)
+        return self.model.loss(tokens, labels, cu_seqlens, self.l2wrap)
 
 
 @dataclass
@@ -78,7 +78,8 @@ class Engine:
         self.model, self.device = model, device
         self.accumulate = config.accumulate_grad_batches
         self.stage = config.stage
-        self.ds = _initialize(SummedLoss(model), optimizer, self._ds_config(config), device)
+        module = SummedLoss(model, config.l2wrap)
+        self.ds = _initialize(module, optimizer, self._ds_config(config), device)
 
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype

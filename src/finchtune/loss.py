@@ -1,11 +1,11 @@
 """Cross entropy over a large vocabulary without ever holding all logits."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
-CHUNK_ELEMENTS = 1 << 24  # logits held at once: 64 MB in fp32
+# Logits held at once. A CPU's caches like few; a GPU needs enough rows to be busy.
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -16,26 +16,27 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, l2wrap: float
+    ) -> Tensor:
         with_hidden, with_weight = ctx.needs_input_grad[:2]
-        d_hidden = torch.zeros_like(hidden) if with_hidden else None
+        d_hidden = torch.empty_like(hidden) if with_hidden else None
         precise = torch.promote_types(hidden.dtype, torch.float32)
         d_weight = torch.zeros_like(weight, dtype=precise) if with_weight else None
         total = hidden.new_zeros((), dtype=precise)
+        # One pair of buffers for all chunks: fresh memory of this size costs as much as its use.
+        low_buffer = hidden.new_empty(chunk, weight.shape[0])
+        buffer = low_buffer if precise == hidden.dtype else low_buffer.to(precise)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            valid = labels[rows] != IGNORE
-            logits = F.linear(hidden[rows], weight).to(precise)
-            log_z = torch.logsumexp(logits, dim=-1)
-            index = labels[rows].clamp_min(0).unsqueeze(-1)
-            picked = logits.gather(-1, index).squeeze(-1)
-            total += torch.where(valid, log_z - picked, 0).sum()
-            if d_hidden is None and d_weight is None:
-                continue
-            d_logits = logits.sub_(log_z.unsqueeze(-1)).exp_()
-            d_logits.scatter_add_(-1, index, torch.full_like(log_z, -1).unsqueeze(-1))
-            d_logits.mul_(valid.unsqueeze(-1))
-            low = d_logits.to(hidden.dtype)
+            n_rows = len(labels[rows])
+            low, logits = low_buffer[:n_rows], buffer[:n_rows]
+            torch.mm(hidden[rows], weight.T, out=low)
+            if logits is not low:
+                logits.copy_(low)
+            total += _losses_to_gradients(logits, labels[rows], l2wrap)
+            if low_buffer is not buffer:
+                low.copy_(logits)
             if d_hidden is not None:
                 torch.mm(low, weight, out=d_hidden[rows])
             if d_weight is not None:
@@ -52,15 +53,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             d_hidden = d_hidden * d_total.to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * d_total).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
-def cross_entropy_sum(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+def _losses_to_gradients(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
+    """Sum of the unmasked losses; turns `logits` (tokens, V) into their gradient, in place."""
+    valid = (labels != IGNORE).unsqueeze(-1)
+    index = labels.clamp_min(0).unsqueeze(-1)
+    largest = logits.amax(-1, keepdim=True)
+    where = logits.argmax(-1, keepdim=True) if l2wrap else None
+    picked = logits.gather(-1, index) - largest
+    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
+    logits.mul_(valid / sums)
+    logits.scatter_add_(-1, index, -valid.to(logits.dtype))
+    if where is not None:
+        logits.scatter_add_(-1, where, l2wrap * largest * valid)
+    return torch.where(valid, sums.log() - picked, 0).sum()
+
+
+def cross_entropy_sum(
+    hidden: Tensor, weight: Tensor, labels: Tensor, l2wrap: float = 0.0
+) -> Tensor:
     """Sum over all unmasked tokens of -log softmax(hidden @ weight.T)[label].
 
     hidden (..., C), weight (V, C), labels (...) int64 with -100 where the loss is masked.
     Returns a scalar, fp32 (float64 for float64 inputs). All masked: exactly 0.
+
+    With `l2wrap` the gradient, not the value, is that of the loss plus l2wrap / 2 times the
+    square of each unmasked token's largest logit (RWKV-LM's L2Wrap, which keeps logits from
+    growing without bound).
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    chunk = max(1, min(hidden.shape[0], CHUNK_ELEMENTS // weight.shape[0]))
-    return _ChunkedCrossEntropy.apply(hidden, weight, labels.reshape(-1), chunk)
+    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
+    chunk = max(1, min(hidden.shape[0], elements // weight.shape[0]))
+    return _ChunkedCrossEntropy.apply(hidden, weight, labels.reshape(-1), chunk, l2wrap)

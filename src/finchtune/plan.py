@@ -17,7 +17,7 @@ from finchtune.memory import Activations, Estimate, activations, estimate, meta_
 from finchtune.model import ModelConfig
 from finchtune.run import open_data
 
-GRAD_CP = (False, True)
+GRAD_CP = (0, 1, 2)
 RELEASED = {
     "1.6B": ModelConfig(n_layer=24, n_embd=2048, vocab_size=65536),
     "3B": ModelConfig(n_layer=32, n_embd=2560, vocab_size=65536),

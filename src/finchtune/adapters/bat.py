@@ -86,9 +86,8 @@ class BatRow(torch.autograd.Function):
             moved[:, part] = u.transpose(0, 1)
             moved[:, part] += x[:, part]
             sums += u.sum(0)
-        y = moved.flatten(1) @ W.T
-        y.unflatten(1, (-1, D.shape[1])).add_(sums.to(y.dtype).unsqueeze(1))
-        return y
+        # Not in place: selective recomputation keeps the product's result.
+        return torch.addmm(sums.to(x.dtype).repeat(1, len(W) // D.shape[1]), moved.flatten(1), W.T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from finchtune.loss import cross_entropy_sum
 from finchtune.model.config import ModelConfig
+from finchtune.model.fused import Gate, Mixtures, SquaredReLU
+from finchtune.model.recompute import recomputed
 from finchtune.wkv import wkv6
 
 
@@ -69,17 +70,24 @@ class TimeMix(nn.Module):
 
     def mixtures(self, x: Tensor, xx: Tensor) -> list[Tensor]:
         """The five inputs x_w, x_k, x_v, x_r, x_g, each (B, T, C): learnt blends with the past."""
-        B, T, C = x.shape
-        low = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1)
-        low = low.view(B * T, 5, -1).transpose(0, 1)
-        m_w, m_k, m_v, m_r, m_g = torch.bmm(low, self.time_maa_w2).view(5, B, T, C)
-        return [
-            x + xx * (self.time_maa_w + m_w),
-            x + xx * (self.time_maa_k + m_k),
-            x + xx * (self.time_maa_v + m_v),
-            x + xx * (self.time_maa_r + m_r),
-            x + xx * (self.time_maa_g + m_g),
-        ]
+        maa = torch.cat(
+            [
+                self.time_maa_w,
+                self.time_maa_k,
+                self.time_maa_v,
+                self.time_maa_r,
+                self.time_maa_g,
+            ]
+        )
+        mixed = Mixtures.apply(
+            x.flatten(0, 1),
+            xx.flatten(0, 1),
+            self.time_maa_x.flatten(),
+            maa,
+            self.time_maa_w1,
+            self.time_maa_w2,
+        )
+        return [y.view_as(x) for y in mixed]
 
     def forward(
         self,
@@ -92,13 +100,13 @@ class TimeMix(nn.Module):
         B, T, C = x.shape
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift_difference(x, shift, cu_seqlens))
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        g = F.silu(self.gate(x_g))
-        w = self.time_decay + torch.tanh(x_w @ self.time_decay_w1) @ self.time_decay_w2
+        low = torch.tanh(x_w.flatten(0, 1) @ self.time_decay_w1)
+        w = torch.addmm(self.time_decay.view(1, C), low, self.time_decay_w2)
         heads = (B, T, self.config.n_head, self.config.head_size)
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         y, state = wkv6(r, k, v, w, self.time_faaaa, state, cu_seqlens)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(y * g), x[:, -1], state
+        return self.output(Gate.apply(y, self.gate(x_g))), x[:, -1], state
 
 
 class ChannelMix(nn.Module):
@@ -117,8 +125,8 @@ class ChannelMix(nn.Module):
     def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
         """x (B, T, C) -> output (B, T, C), last input (B, C)."""
         xx = shift_difference(x, shift, cu_seqlens)
-        k = torch.relu(self.key(x + xx * self.time_maa_k)) ** 2
-        r = torch.sigmoid(self.receptance(x + xx * self.time_maa_r))
+        k = SquaredReLU.apply(self.key(torch.addcmul(x, xx, self.time_maa_k)))
+        r = torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r)))
         return r * self.value(k), x[:, -1]
 
 
@@ -150,20 +158,21 @@ class Block(nn.Module):
 class Head(nn.Linear):
     """Hidden states -> logits; with labels -> the summed loss, without holding all logits."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, l2wrap: float = 0.0) -> Tensor:
         if labels is None:
             return F.linear(hidden, self.weight)
-        return cross_entropy_sum(hidden, self.weight, labels)
+        return cross_entropy_sum(hidden, self.weight, labels, l2wrap)
 
 
 class RWKV6(nn.Module):
     """The language model. Parallel over T; feeding T = 1 with the state is the recurrent form.
 
-    A new model's tensors are uninitialised memory: call `init_weights` or load a file. With
-    `grad_checkpoint`, each block's activations are recomputed in backward instead of kept.
+    A new model's tensors are uninitialised memory: call `init_weights` or load a file.
+    `grad_checkpoint` says what of a block's activations backward computes again instead of having
+    them kept: 0 nothing, 1 everything, 2 all but large matrix products and WKV.
     """
 
-    def __init__(self, config: ModelConfig, grad_checkpoint: bool = False):
+    def __init__(self, config: ModelConfig, grad_checkpoint: int = 0):
         super().__init__()
         self.config, self.grad_checkpoint = config, grad_checkpoint
         self.emb = nn.Embedding(config.vocab_size, config.n_embd)
@@ -185,10 +194,7 @@ class RWKV6(nn.Module):
         new_state = []
         for layer, block in enumerate(self.blocks):
             block_state = state[layer] if state else None
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x, block_state = checkpoint(block, x, block_state, cu_seqlens, use_reentrant=False)
-            else:
-                x, block_state = block(x, block_state, cu_seqlens)
+            x, block_state = recomputed(self.grad_checkpoint, block, x, block_state, cu_seqlens)
             new_state.append(block_state)
         return self.ln_out(x), new_state
 
@@ -200,10 +206,16 @@ class RWKV6(nn.Module):
         hidden, state = self.hidden(tokens, state)
         return self.head(hidden), state
 
-    def loss(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None = None,
+        l2wrap: float = 0.0,
+    ) -> Tensor:
         """Sum of the cross entropy over the labels (B, T) that are not -100; a scalar, fp32.
 
-        `cu_seqlens` as in `hidden`.
+        `cu_seqlens` as in `hidden`, `l2wrap` as in `cross_entropy_sum`.
         """
         hidden, _ = self.hidden(tokens, cu_seqlens=cu_seqlens)
-        return self.head(hidden, labels)
+        return self.head(hidden, labels, l2wrap)

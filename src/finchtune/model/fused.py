@@ -1,0 +1,93 @@
+"""Element-wise parts of a block with their backward written out.
+
+Autograd would keep every intermediate result and walk through memory once for each operation;
+these keep what backward cannot cheaply make again, and work in place.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Mixtures(torch.autograd.Function):
+    """Data-dependent blends of a token with its predecessor. Keeps xx and the low-rank part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, xx: Tensor, maa_x: Tensor, maa: Tensor, w1: Tensor, w2: Tensor
+    ) -> tuple[Tensor, ...]:
+        """x_j = x + xx (maa_j + m_j), with m = tanh((x + xx maa_x) w1) w2.
+
+        x, xx (tokens, C), maa_x (C), maa (n, 1, C), w1 (C, n M), w2 (n, M, C) -> n of (tokens, C).
+        """
+        low = torch.tanh(torch.addcmul(x, xx, maa_x) @ w1)
+        ctx.save_for_backward(xx, low, maa_x, maa, w1, w2, x if ctx.needs_input_grad[4] else None)
+        return tuple(torch.addcmul(x, xx, blend) for blend in blends(low, maa, w2))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        xx, low, maa_x, maa, w1, w2, x = ctx.saved_tensors
+        of_maa_x, of_maa, of_w1, of_w2 = ctx.needs_input_grad[2:]
+        d_blend = blends(low, maa, w2)
+        dx, dxx = gradients[0].clone(), gradients[0] * d_blend[0]
+        for j, dy in enumerate(gradients):
+            if j > 0:
+                dx += dy
+                dxx.addcmul_(dy, d_blend[j])
+            torch.mul(dy, xx, out=d_blend[j])  # the blend itself is not needed any more
+        d_low = torch.empty_like(low)
+        torch.bmm(d_blend, w2.mT, out=by_mixture(d_low, len(maa)))
+        d_low = torch.ops.aten.tanh_backward(d_low, low)
+        d_input = d_low @ w1.T
+        dx += d_input
+        dxx.addcmul_(d_input, maa_x)
+        return (
+            dx,
+            dxx,
+            (d_input * xx).sum(0) if of_maa_x else None,
+            d_blend.sum(1, keepdim=True) if of_maa else None,
+            torch.addcmul(x, xx, maa_x).T @ d_low if of_w1 else None,
+            by_mixture(low, len(maa)).mT @ d_blend if of_w2 else None,
+        )
+
+
+def by_mixture(low: Tensor, count: int) -> Tensor:
+    """(tokens, count M) as a view (count, tokens, M)."""
+    return low.unflatten(-1, (count, -1)).transpose(0, 1)
+
+
+def blends(low: Tensor, maa: Tensor, w2: Tensor) -> Tensor:
+    """maa_j + low_j w2_j, (n, tokens, C)."""
+    return torch.baddbmm(maa, by_mixture(low, len(maa)), w2)
+
+
+class Gate(torch.autograd.Function):
+    """y silu(gate). Keeps its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(y, gate)
+        return F.silu(gate).mul_(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        y, gate = ctx.saved_tensors
+        (dy,) = gradients
+        return F.silu(gate).mul_(dy), torch.ops.aten.silu_backward(dy * y, gate)
+
+
+class SquaredReLU(torch.autograd.Function):
+    """relu(x)^2. Keeps relu(x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = torch.relu(x)
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return (gradients[0] * x).mul_(2)
