@@ -197,6 +197,7 @@ def table(found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]]) ->
     """Two Markdown tables: the learning rates tried, and each method at its own."""
     first = next(iter(best.values()))[0]["seed"]
     rates = sorted({r["lr"] for r in found})
+    third = max(10, len(found[0]["losses"]) // 3)
     lines = [
         f"Mean loss of the last {LAST} steps, seed {first}, by learning rate:\n",
         "| | " + " | ".join(f"{lr:g}" for lr in rates) + " |",
@@ -208,13 +209,13 @@ def table(found: list[dict[str, Any]], best: dict[str, list[dict[str, Any]]]) ->
         lines.append(f"| {method} | " + " | ".join(cells) + " |")
     lines += [
         "\nAt its own learning rate, one figure a seed:\n",
-        f"| | trained | lr | steps 1-10 | steps 91-100 | last {LAST} | held out |",
+        f"| | trained | lr | steps 1-10 | steps {third - 9}-{third} | last {LAST} | held out |",
         "|---|---|---|---|---|---|---|",
     ]
     for method, runs in best.items():
         parts = [
             [statistics.fmean(r["losses"][:10]) for r in runs],
-            [statistics.fmean(r["losses"][90:100]) for r in runs],
+            [statistics.fmean(r["losses"][third - 10 : third]) for r in runs],
             [final_loss(r) for r in runs],
             [r["held_out"] for r in runs],
         ]

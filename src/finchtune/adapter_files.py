@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finchtune import distributed
 from finchtune.adapters import get_method, hyperparameters_of
 from finchtune.checkpoint import adapter_keys, adapter_record, load_adapter, read_adapter
 from finchtune.config import HYPERPARAMETERS, TrainConfig
@@ -48,7 +49,7 @@ def detect_spec(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def start_from_file(model: RWKV6, config: TrainConfig) -> None:
-    """Fill an adapted model's trained tensors from --peft_load.
+    """Fill an adapted model's trained tensors from --peft_load. A collective call.
 
     Raises UserError, saying which flags to give, unless method, hyperparameters, trained
     parameters and base are those of the file.
@@ -56,7 +57,7 @@ def start_from_file(model: RWKV6, config: TrainConfig) -> None:
     path, initial = config.peft_load, config.pissa_init or None
     tensors, record = read_adapter(path, initial), adapter_record(path)
     if record:
-        check_base(record, config.load_model, path)
+        distributed.rank_zero_first(lambda: check_base(record, config.load_model, path))
     check_method(config, record["adapter"] if record else detect_spec(tensors))
     check_parts(model, set(tensors), path)
     load_adapter(model, path, initial)

@@ -25,6 +25,7 @@ SUFFIXES = {
     "bone": "miss_block",
 }
 RESIDUAL = ("pissa", "olora", "lora_ga")
+CHANGED_BASE = (*RESIDUAL, "loftq", "corda")  # starts for which peft itself changes the base
 # Settings of peft that do not change what a saved adapter computes. All others but those read
 # here must be off.
 HARMLESS = {
@@ -153,13 +154,16 @@ def spec_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind not in READ:
         raise UserError(f"{path}: peft_type {kind} is not known here; LORA and MISS are")
+    for key in ("r", "lora_alpha") if kind == "LORA" else ("r",):
+        if key not in config:
+            raise UserError(f"{path}: {key} is missing")
     for key, value in config.items():
         if key not in HARMLESS | READ[kind] and value and value != "none":
             raise UserError(f"{path}: {key} {value!r} is not available here")
     if kind == "MISS":
         return miss_spec(config, path)
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.split("_niter")[0] in ("pissa", "olora", "loftq", "corda"):
+    if isinstance(start, str) and start.split("_niter")[0] in CHANGED_BASE:
         raise UserError(
             f"{path}: an adapter that started by {start} stands on changed base weights; save it "
             "in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"

@@ -9,8 +9,8 @@ import pytest
 
 @pytest.fixture
 def run(request, monkeypatch, capsys):
-    """Run the test module's SCRIPT: its exit status, standard output and standard error."""
-    script = str(request.module.SCRIPT)
+    """Run the SCRIPT of the test's class or module: exit status, standard output and error."""
+    script = str((request.cls or request.module).SCRIPT)
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments) -> tuple[int, str, str]:
