@@ -84,6 +84,25 @@ def test_equals_a_plain_loop(stage, peft):
     engine.close()
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_gradients_add_up_in_fp32(stage):
+    """Sixteen times the same micro batch has the gradient of one, and moves the weights as one.
+
+    Adding up in bf16 would be wrong by some 1e-2: each sum is rounded to 8 bits.
+    """
+    (micro,) = batches(1)
+    norms, weights = [], []
+    for count in (1, 16):
+        config = settings(strategy=f"deepspeed_stage_{stage}", accumulate_grad_batches=count)
+        engine = Engine(attach(small_model().bfloat16(), "bone", r=8), config, CPU)
+        norms.append(engine.step(micro * count, 1e-2).grad_norm)
+        weights.append(engine.whole_tensors())
+        engine.close()
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+    for name, tensor in weights[0].items():
+        assert torch.allclose(tensor, weights[1][name], rtol=1e-6), name
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_method_learns_and_leaves_the_base_alone(method, dtype):

@@ -84,13 +84,18 @@ class Engine:
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        sums_in_fp32 = dtype == torch.bfloat16 and config.accumulate_grad_batches > 1
         return {
             "train_micro_batch_size_per_gpu": config.micro_bsz,
             "gradient_accumulation_steps": config.accumulate_grad_batches,
             "gradient_clipping": config.grad_clip,
             "zero_allow_untested_optimizer": True,
+            # In bf16 a sum of many gradients would stop growing long before it is complete.
+            **({"data_types": {"grad_accum_dtype": "fp32"}} if sums_in_fp32 else {}),
             "zero_optimization": {
-                "stage": config.stage,
+                # At stage 1 DeepSpeed has another optimizer for such sums; stage 2's differs from
+                # stage 1 in nothing else than exchanging gradients once for each micro batch.
+                "stage": max(2, config.stage) if sums_in_fp32 else config.stage,
                 "contiguous_gradients": True,
                 # DeepSpeed's default of half a billion elements would be allocated in any case.
                 "reduce_bucket_size": min(REDUCE_BUCKET, trained),
@@ -112,14 +117,14 @@ class Engine:
         # DeepSpeed averages over ranks and micro batches; this turns its mean into our sum.
         scale = world * self.accumulate / valid_everywhere
         set_learning_rate(self.ds.optimizer.param_groups, lr)
-        loss_sum = 0.0
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             loss = self.ds(*batch.to(self.device))
             self.ds.backward(loss * scale)
             self.ds.step()
-            loss_sum += loss.item()
+            loss_sum += loss.detach()  # read once, below: reading waits for the GPU
         return StepResult(
-            loss=distributed.all_sum(loss_sum, self.device) / valid_everywhere,
+            loss=distributed.all_sum(loss_sum.item(), self.device) / valid_everywhere,
             grad_norm=float(self.ds.get_global_grad_norm()),
             tokens=int(
                 distributed.all_sum(sum(b.tokens.numel() for b in micro_batches), self.device)
