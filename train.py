@@ -7,6 +7,7 @@ or deepspeed. What a step does, in order: draw its rows, forward, backward, upda
 """
 
 import math
+import sys
 import time
 
 import torch
@@ -15,32 +16,31 @@ from finchtune import distributed
 from finchtune.batch_size import settle_batch
 from finchtune.data import prefetch
 from finchtune.engine import Engine, choose_precision
-from finchtune.errors import UserError, run_cli
+from finchtune.errors import INTERRUPTED, run_cli
+from finchtune.faults import StepWatch, explain
 from finchtune.flags import parse_train_flags
+from finchtune.folder import choose_checkpoint
+from finchtune.launch import run_processes
 from finchtune.metrics import peak_memory_mb
 from finchtune.optim import learning_rate
 from finchtune.plan import print_plan
 from finchtune.report import plot_loss, write_report
-from finchtune.run import (
-    Run,
-    build_model,
-    choose_checkpoint,
-    open_data,
-    restore_tensors,
-    start_from_data,
-)
+from finchtune.run import Run, build_model, open_data, restore_tensors, start_from_data
 from finchtune.samples import Samples
+from finchtune.signals import StopRequest
 from finchtune.validation import Validation
 
 
-def main() -> None:
+def main() -> int:
     config = parse_train_flags()
     if config.plan:
         print_plan(config)
-        return
-    distributed.ensure_launched(config.devices, config.num_nodes)
+        return 0
+    n_processes = distributed.processes_to_start(config.devices, config.num_nodes)
+    if n_processes:
+        return run_processes(n_processes, sys.argv)
     device = distributed.pick_device(config.accelerator)
-    distributed.init_process_group(device)
+    distributed.init_process_group(device, config.timeout_minutes)
     checkpoint = choose_checkpoint(config)
 
     # The model, and what of it is trained.
@@ -61,7 +61,7 @@ def main() -> None:
     if not checkpoint:
         start_from_data(model, config, data, device)
     engine = Engine(model, config, device)
-    run = Run(config, engine, data.describe())
+    run = Run(config, engine, data.describe(), manifest)
     epoch_steps = config.epoch_steps or math.ceil(data.n_rows / run.global_batch)
     total = epoch_steps * config.epoch_count
     distributed.say(
@@ -71,10 +71,10 @@ def main() -> None:
 
     start = 0
     if checkpoint:
-        run.check_resumable(manifest)
         engine.load_state(state)
         start = manifest["step"]
-        distributed.say(f"resumed from {checkpoint} at step {start}")
+        done = "; this run is finished, nothing is left to do" if start >= total else ""
+        distributed.say(f"resumed from {checkpoint} at step {start} of {total}{done}")
 
     lr_final = config.lr_init if config.lr_final is None else config.lr_final
     validation = Validation(config, engine, data.validation, epoch_steps, manifest)
@@ -87,6 +87,9 @@ def main() -> None:
         config.accumulate_grad_batches,
     )
     rows_ahead = prefetch(data.rows(step, *sharding) for step in range(start, total))
+    watch = StepWatch(config, run.folder, data, run.global_batch, start)
+    stop = StopRequest()  # by SIGTERM or SIGINT
+    status = 0
     for step in range(start, total):
         if validation.exhausted:
             distributed.say(f"no better validation loss than step {validation.best[0]}'s: stopped")
@@ -99,17 +102,13 @@ def main() -> None:
         lr = learning_rate(
             step, total, config.lr_init, lr_final, config.lr_schedule, config.warmup_steps
         )
-        result = engine.step(rows, lr)
-        if not math.isfinite(result.loss):
-            raise UserError(
-                f"the loss is {result.loss} at step {step + 1}; nothing was saved after the last "
-                "checkpoint; try a lower --lr_init, some --warmup_steps, or --precision fp32"
-            )
+        result = engine.step(rows, lr, bool(stop))
+        watch.check(step, result)
 
         seconds = time.perf_counter() - began
         last = step + 1 == total
         val_loss = validation.loss(step + 1, last)
-        if metrics:
+        if metrics and not result.skipped:
             metrics.log(
                 {
                     "step": step + 1,
@@ -131,15 +130,21 @@ def main() -> None:
         if (step + 1) % epoch_steps == 0 and ((epoch + 1) % config.epoch_save == 0 or last):
             path = run.save_epoch(epoch, step + 1)
             distributed.say(f"saved {path}")
-        if config.save_every and ((step + 1) % config.save_every == 0 or last):
+        due = config.save_every and ((step + 1) % config.save_every == 0 or last)
+        if due or result.stopping:
             run.save_checkpoint(step + 1, {"validation": validation.history})
+        if result.stopping and not last:
+            distributed.say(f"stopped after step {step + 1}, saved; go on with --resume auto")
+            status = INTERRUPTED
+            break
 
     if metrics:
         metrics.close()
         print(f"loss picture: {plot_loss(run.folder, run.folder / 'loss.png')}")
         print(f"report: {write_report([run.folder], run.folder / 'report.html')}", flush=True)
     distributed.shutdown()
+    return status
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, explain)

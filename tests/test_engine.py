@@ -78,7 +78,7 @@ def test_equals_a_plain_loop(stage, peft):
     engine = Engine(model(), config, CPU)
     results = run(engine, steps)
     losses, norms = plain_torch_losses(model(), steps, clip=0.5)
-    assert [r.loss for r in results] == pytest.approx(losses, rel=1e-5)
+    assert [r.loss for r in results] == pytest.approx(losses, rel=3e-5)
     assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-3)
     assert losses[-1] < losses[0]
     engine.close()

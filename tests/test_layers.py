@@ -9,12 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
     {"files"},
-    {"config", "distributed", "tokenizer", "binidx", "metrics", "measure"},
-    {"flags", "data", "wkv", "loss", "adapters"},
+    {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals"},
+    {"launch", "flags", "data", "wkv", "loss", "adapters"},
     {"model", "optim"},
     {"memory"},
     {"checkpoint", "engine", "generate"},
-    {"adapter_files"},
+    {"adapter_files", "faults", "folder"},
     {"merging", "hf_peft", "run", "evaluate", "report", "validation", "samples", "batch_size"},
     {"plan"},
 ]

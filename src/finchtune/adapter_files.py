@@ -57,7 +57,7 @@ def start_from_file(model: RWKV6, config: TrainConfig) -> None:
     path, initial = config.peft_load, config.pissa_init or None
     tensors, record = read_adapter(path, initial), adapter_record(path)
     if record:
-        distributed.rank_zero_first(lambda: check_base(record, config.load_model, path))
+        distributed.from_rank_zero(lambda: check_base(record, config.load_model, path))
     check_method(config, record["adapter"] if record else detect_spec(tensors))
     check_parts(model, set(tensors), path)
     load_adapter(model, path, initial)

@@ -31,7 +31,7 @@ def settle_batch(config: TrainConfig, model: RWKV6, device: torch.device) -> Tra
     first = bisect_left(choices, True, key=lambda one: need_of(one, model, device) <= free)
     for chosen in choices[first:]:
         fits = device.type == "cpu" or trial(chosen, model, estimate_of(chosen, model, device))
-        if distributed.all_sum(float(fits), device) == distributed.world_size():
+        if distributed.all_sum([fits], device)[0] == distributed.world_size():
             distributed.say(
                 f"micro batch: {chosen.micro_bsz} x {chosen.accumulate_grad_batches} accumulated"
             )

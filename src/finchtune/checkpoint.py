@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from finchtune.adapters import file_key
-from finchtune.errors import UserError
-from finchtune.files import atomic_path, read_json, remove, sha256, write_json
+from finchtune.errors import NotFinite, UserError
+from finchtune.files import atomic_path, discard, read_json, require_space, sha256, write_json
 from finchtune.model import RWKV6, ModelConfig
 
+STATE = "state.pth"
+SPARE_BYTES = 1 << 20  # what a checkpoint takes besides its tensors, amply
 SHIFT_VECTOR = re.compile(r"time_(maa_[xwkvrg]|decay)$")
 
 
@@ -172,25 +175,68 @@ def adapter_record(path: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
-def save_checkpoint(folder: Path, step: int, state: dict[str, Any], record: dict[str, Any]) -> Path:
-    """Write `folder`/step-N atomically: state.pth, and the manifest that vouches for it."""
+def save_checkpoint(
+    folder: Path, step: int, state: dict[str, Any], record: dict[str, Any], keep_last: int = 0
+) -> Path:
+    """Write `folder`/step-N atomically: state.pth, and the manifest that vouches for it.
+
+    With `keep_last` all but the newest so many are removed then; the one just written stays.
+    Raises UserError, and leaves the earlier ones as they are, if a tensor is not finite or there
+    is no room.
+    """
     path = folder / f"step-{step}"
-    remove(path)
+    check_finite(state, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    require_space(folder, state_bytes(state) + SPARE_BYTES)
     with atomic_path(path) as temporary:
         temporary.mkdir()
-        torch.save(state, temporary / "state.pth")
-        manifest = record | {"step": step, "sha256": {"state.pth": sha256(temporary / "state.pth")}}
+        torch.save(state, temporary / STATE)
+        manifest = record | {"step": step, "sha256": {STATE: sha256(temporary / STATE)}}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    others = [other for other in checkpoints(folder) if other != path]
+    for other in others[keep_last - 1 :] if keep_last else ():
+        discard(other)
     return path
+
+
+def state_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of every tensor in a state, e.g. exp_avg of blocks.0.att.key.weight."""
+    for part, tensors in state.items():
+        for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
+            if isinstance(tensor, Tensor):
+                yield f"{part} of {name}", tensor
+
+
+def state_bytes(state: dict[str, Any]) -> int:
+    """Size of all tensors of a state, which is about the size of its file."""
+    return sum(tensor.nbytes for _, tensor in state_tensors(state))
+
+
+def check_finite(state: dict[str, Any], path: Path) -> None:
+    """Raise NotFinite, naming the tensor, if a checkpoint would hold NaN or infinity."""
+    for name, tensor in state_tensors(state):
+        if not torch.isfinite(tensor).all():
+            raise NotFinite(
+                f"{name} holds NaN or infinity; {path} is not written, earlier checkpoints stay; "
+                "go on from one of them with a lower --lr_init or --grad_clip"
+            )
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The step-N under `folder`, newest first, intact or not."""
+    found = [path for path in folder.glob("step-*") if path.name[5:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def checkpoint_problem(path: Path) -> str | None:
     """Why a checkpoint folder cannot be trusted, or None if it is intact."""
     try:
-        manifest = read_json(path / "manifest.json")
-        for name, digest in manifest["sha256"].items():
-            if sha256(path / name) != digest:
-                return f"{name} does not match its checksum"
+        digests = read_json(path / "manifest.json")["sha256"]
+        if set(digests) != {STATE}:
+            return f"its manifest vouches for {sorted(digests)} instead of {STATE}"
+        if sha256(path / STATE) != digests[STATE]:
+            size = (path / STATE).stat().st_size
+            return f"{STATE} ({size:,} bytes) does not match its checksum"
     except (UserError, OSError, KeyError, TypeError, AttributeError) as error:
         return f"no usable manifest ({error})"
     return None
@@ -198,9 +244,8 @@ def checkpoint_problem(path: Path) -> str | None:
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest intact step-N under `folder`, and a line for each damaged one passed over."""
-    found = [p for p in folder.glob("step-*") if p.name[5:].isdigit()]
     skipped: list[str] = []
-    for path in sorted(found, key=lambda p: int(p.name[5:]), reverse=True):
+    for path in checkpoints(folder):
         problem = checkpoint_problem(path)
         if problem is None:
             return path, skipped
@@ -209,9 +254,15 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(state, manifest) of an intact checkpoint folder. Raises UserError if it is damaged."""
-    problem = checkpoint_problem(path)
-    if problem is not None:
-        raise UserError(f"--resume {path}: {problem}; use --resume auto or an earlier checkpoint")
-    state = torch.load(path / "state.pth", map_location="cpu", weights_only=True)
+    """(state, manifest) of an intact checkpoint folder, its tensors mapped, not read.
+
+    `choose_checkpoint` has checked it. Raises UserError if it holds anything but tensors.
+    """
+    try:
+        state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, OSError) as error:
+        raise UserError(
+            f"{path / STATE}: refused, it is no checkpoint of finchtune or is damaged; "
+            "use --resume auto or an earlier checkpoint"
+        ) from error
     return state, read_json(path / "manifest.json")

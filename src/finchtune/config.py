@@ -39,11 +39,13 @@ STAGES = {
     "deepspeed_stage_1": 1,
     "deepspeed_stage_2": 2,
     "deepspeed_stage_3": 3,
+    "deepspeed_stage_2_offload": 2,
+    "deepspeed_stage_3_offload": 3,
 }
 AT_LEAST_ONE = {
     *("bone_r", "bat_r", "disha_r1", "disha_r2", "lora_r", "pissa_r", "lora_ga_batches"),
     *("ctx_len", "accumulate_grad_batches"),
-    *("epoch_count", "epoch_save", "devices", "num_nodes", "sample_tokens"),
+    *("epoch_count", "epoch_save", "devices", "num_nodes", "sample_tokens", "max_skips"),
     *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
 }
 
@@ -140,16 +142,23 @@ class TrainConfig:
     decay_adapters: bool = flag(False, "apply --weight_decay to adapter matrices too")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping")
     l2wrap: float = flag(0.0, "L2Wrap: pull on each token's largest logit; RWKV-LM's is 1e-4")
+    max_skips: int = flag(3, "stop after so many steps in a row with NaN or infinity", free=True)
     random_seed: int = flag(42, "fixes initialisation, data order and dropout")
 
     # The machine
     accelerator: str = flag("auto", "auto = a GPU if there is one", ("auto", "gpu", "cpu"), True)
     devices: int = flag(1, "processes on this machine, one per GPU", free=True)
     num_nodes: int = flag(1, "machines; more than one needs torchrun or deepspeed", free=True)
-    strategy: str = flag("deepspeed_stage_1", "ZeRO stage", tuple(STAGES), free=True)
+    strategy: str = flag(
+        "deepspeed_stage_1",
+        "ZeRO stage; offload keeps the optimizer (3: the weights too) in the host's memory",
+        tuple(STAGES),
+        free=True,
+    )
     precision: str | None = flag(
         None, "default bf16 on a GPU, fp32 on a CPU", ("bf16", "fp32", "fp16", "tf32")
     )
+    timeout_minutes: float = flag(30, "how long to wait for a process that hangs", free=True)
     grad_cp: int = flag(
         1, "recompute in backward: 0 nothing, 1 whole blocks, 2 their cheap parts only", free=True
     )
@@ -158,6 +167,7 @@ class TrainConfig:
     plan: bool = flag(False, "train nothing; print memory, steps, tokens and disk", free=True)
     proj_dir: str = flag("out", "folder of everything the run writes", free=True)
     save_every: int = flag(0, "steps between resumable checkpoints; 0 = none", free=True)
+    keep_last: int = flag(0, "checkpoints to keep, the newest; 0 = all", free=True)
     resume: str = flag("", "auto, or a checkpoint folder, to go on from", free=True)
     overwrite: bool = flag(False, "throw away an earlier run in proj_dir", free=True)
     wandb: str = flag("", "Weights & Biases project to log to", free=True)
@@ -234,3 +244,5 @@ class TrainConfig:
             raise UserError("--lr_init 0 would train nothing")
         if name in ("lora_alpha", "lora_plus_ratio", "lora_ga_gamma") and value == 0:
             raise UserError(f"--{name} must be above zero")
+        if name == "timeout_minutes" and value == 0:
+            raise UserError("--timeout_minutes 0 would wait for nobody")

@@ -3,14 +3,17 @@
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from finchtune.errors import UserError
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -33,8 +36,8 @@ def launched() -> bool:
     return "RANK" in os.environ
 
 
-def ensure_launched(devices: int, num_nodes: int) -> None:
-    """See that as many processes run as were asked for; may replace this process by torchrun.
+def processes_to_start(devices: int, num_nodes: int) -> int:
+    """How many processes this one has to start for the run; 0: it is one of the run's own.
 
     A launcher's own count wins where --devices was left at 1. Raises UserError where the two
     contradict each other, or where several machines are asked for without a launcher.
@@ -47,20 +50,10 @@ def ensure_launched(devices: int, num_nodes: int) -> None:
             )
     elif num_nodes > 1:
         raise UserError(
-            "--num_nodes needs a launcher: run torchrun --nnodes N --nproc_per_node M "
-            "--rdzv_backend c10d --rdzv_endpoint HOST:PORT train.py ... on every machine"
+            "--num_nodes needs a launcher: see scripts/run_multinode.sh (torchrun) and "
+            "scripts/run_slurm.sh, and drop the flag"
         )
-    elif devices > 1:
-        _relaunch_with_torchrun(devices)
-
-
-def _relaunch_with_torchrun(n_processes: int) -> None:
-    arguments = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    arguments += ["--nproc_per_node", str(n_processes), *sys.argv]
-    # torchrun's default of one thread per process starves a CPU run.
-    threads = max(1, (os.cpu_count() or 1) // n_processes)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    os.execv(sys.executable, arguments)
+    return 0 if launched() or devices == 1 else devices
 
 
 def free_port() -> int:
@@ -77,13 +70,17 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cuda", local_rank())
 
 
-def init_process_group(device: torch.device, timeout: timedelta = timedelta(minutes=30)) -> None:
-    """Join the other processes (nccl on GPUs, gloo on CPUs); a lone process gets a group of one."""
+def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
+    """Join the other processes (nccl on GPUs, gloo on CPUs); a lone process gets a group of one.
+
+    A collective call that waits longer than `timeout_minutes` for another rank fails.
+    """
     lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if not launched():
         os.environ.update(lone, MASTER_PORT=str(free_port()))
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
 
@@ -100,12 +97,12 @@ def shutdown() -> None:
         dist.destroy_process_group()
 
 
-def all_sum(value: float, device: torch.device) -> float:
-    """Sum of `value` over all processes, in float64."""
-    total = torch.tensor(value, dtype=torch.float64, device=device)
+def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
+    """Sums of `values` over all processes, in float64, by one collective."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
-    return total.item()
+    return total.tolist()
 
 
 def all_min(value: float, device: torch.device) -> float:
@@ -116,18 +113,25 @@ def all_min(value: float, device: torch.device) -> float:
     return least.item()
 
 
-def rank_zero_first(work: Callable[[], object]) -> None:
-    """Run `work` on rank 0 while the others wait; its failure becomes everyone's."""
-    failure: list[Exception | None] = [None]
+def from_rank_zero(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 while the others wait; its result, or its failure, is everyone's.
+
+    A user's mistake is told by rank 0 alone: the others leave with its exit status.
+    """
+    outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
-            work()
+            outcome[0] = work()
         except Exception as error:  # handed on to every rank below
-            failure[0] = error
+            outcome[1] = error
     if dist.is_initialized():
-        dist.broadcast_object_list(failure)
-    if failure[0] is not None:
-        raise failure[0]
+        dist.broadcast_object_list(outcome)
+    result, failure = outcome
+    if isinstance(failure, UserError) and rank() != 0:
+        sys.exit(failure.status)
+    if failure is not None:
+        raise failure
+    return result
 
 
 def broadcast(tensors: Iterable[Tensor]) -> None:

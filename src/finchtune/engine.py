@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -49,6 +50,9 @@ class StepResult:
     loss: float
     grad_norm: float
     tokens: int  # positions fed to the model, padding included
+    targets: int  # unmasked tokens
+    skipped: bool  # the gradient was not finite: nothing was updated
+    stopping: bool  # some rank asked to stop
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -79,12 +83,15 @@ class Engine:
         self.accumulate = config.accumulate_grad_batches
         self.stage = config.stage
         module = SummedLoss(model, config.l2wrap)
-        self.ds = _initialize(module, optimizer, self._ds_config(config), device)
+        timeout = timedelta(minutes=config.timeout_minutes)
+        self.ds = _initialize(module, optimizer, self._ds_config(config), device, timeout)
 
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         sums_in_fp32 = dtype == torch.bfloat16 and config.accumulate_grad_batches > 1
+        on_gpu = self.device.type == "cuda"
+        memory = {"device": "cpu" if config.offload else "none", "pin_memory": on_gpu}
         return {
             "train_micro_batch_size_per_gpu": config.micro_bsz,
             "gradient_accumulation_steps": config.accumulate_grad_batches,
@@ -92,6 +99,8 @@ class Engine:
             "zero_allow_untested_optimizer": True,
             # In bf16 a sum of many gradients would stop growing long before it is complete.
             **({"data_types": {"grad_accum_dtype": "fp32"}} if sums_in_fp32 else {}),
+            # torch's fused AdamW runs on a CPU too, without half a minute of compiling.
+            "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
                 # At stage 1 DeepSpeed has another optimizer for such sums; stage 2's differs from
                 # stage 1 in nothing else than exchanging gradients once for each micro batch.
@@ -99,36 +108,45 @@ class Engine:
                 "contiguous_gradients": True,
                 # DeepSpeed's default of half a billion elements would be allocated in any case.
                 "reduce_bucket_size": min(REDUCE_BUCKET, trained),
-                "overlap_comm": self.device.type == "cuda",
+                "overlap_comm": on_gpu,
+                "offload_optimizer": memory,
+                **({"offload_param": memory} if config.stage == 3 else {}),
             },
             "bf16": {"enabled": dtype == torch.bfloat16},
             "fp16": {"enabled": dtype == torch.float16},
             "steps_per_print": 2**31,
         }
 
-    def step(self, micro_batches: list[Batch], lr: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], lr: float, stop: bool = False) -> StepResult:
         """One optimizer step over this rank's micro batches.
 
         The loss is the mean over the unmasked tokens of all ranks and micro batches together.
+        Where it or the gradient's norm is not finite on any rank, no rank updates anything.
+        `stop`: this rank wants to stop; the result tells every rank whether one does.
         """
         world = distributed.world_size()
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches)
-        valid_everywhere = max(1.0, distributed.all_sum(valid, self.device))
+        (targets,) = distributed.all_sum([valid], self.device)
         # DeepSpeed averages over ranks and micro batches; this turns its mean into our sum.
-        scale = world * self.accumulate / valid_everywhere
+        scale = world * self.accumulate / max(1.0, targets)
         set_learning_rate(self.ds.optimizer.param_groups, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
             loss = self.ds(*batch.to(self.device))
-            self.ds.backward(loss * scale)
+            # DeepSpeed skips a step whose gradient norm is not finite, on all ranks alike. A loss
+            # of infinity may have a finite gradient; 0 * inf is NaN and makes it bad as well.
+            self.ds.backward(loss * (scale + 0 * loss.detach()))
             self.ds.step()
             loss_sum += loss.detach()  # read once, below: reading waits for the GPU
+        fed = sum(batch.tokens.numel() for batch in micro_batches)
+        sums = distributed.all_sum([loss_sum.item(), fed, stop], self.device)
         return StepResult(
-            loss=distributed.all_sum(loss_sum.item(), self.device) / valid_everywhere,
+            loss=sums[0] / max(1.0, targets),
             grad_norm=float(self.ds.get_global_grad_norm()),
-            tokens=int(
-                distributed.all_sum(sum(b.tokens.numel() for b in micro_batches), self.device)
-            ),
+            tokens=int(sums[1]),
+            targets=int(targets),
+            skipped=bool(self.ds.optimizer.overflow),
+            stopping=sums[2] > 0,
         )
 
     @torch.no_grad()
@@ -143,8 +161,8 @@ class Engine:
             loss_sum += self.ds(*batch.to(self.device)).item()
             valid += int((batch.labels != IGNORE).sum())
         self.ds.train()
-        targets = distributed.all_sum(valid, self.device)
-        return distributed.all_sum(loss_sum, self.device) / max(1.0, targets)
+        loss_sum, targets = distributed.all_sum([loss_sum, valid], self.device)
+        return loss_sum / max(1.0, targets)
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""
@@ -177,6 +195,9 @@ class Engine:
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        inner = self.ds.optimizer.optimizer
+        if not inner.state:  # no step was taken yet, or every one was skipped
+            self._set_moments_to_zero(adam_step=0)
         keep = distributed.rank() == 0
         state: dict[str, Any] = {moment: {} for moment in MOMENTS}
         state["trained"] = self.whole_tensors()
@@ -184,7 +205,6 @@ class Engine:
             for moment in MOMENTS if parameter.requires_grad else ():
                 tensor = safe_get_full_optimizer_state(parameter, moment).cpu()
                 state[moment].update({name: tensor} if keep else {})
-        inner = self.ds.optimizer.optimizer
         # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
         state["frozen"] = {n: b.cpu() for n, b in self.model.named_buffers()} if keep else {}
         state["adam_step"] = int(next(iter(inner.state.values()))["step"])
@@ -197,6 +217,17 @@ class Engine:
 
         The model's parameters must hold state["trained"] already, since DeepSpeed copied them.
         """
+        self._set_moments_to_zero(state["adam_step"])
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                self._set_whole(parameter, state["trained"][name], None)
+                for moment in MOMENTS:
+                    self._set_whole(parameter, state[moment][name], moment)
+        if "loss_scale" in state:
+            vars(self.ds.optimizer.loss_scaler).update(state["loss_scale"])
+
+    def _set_moments_to_zero(self, adam_step: int) -> None:
+        """Make AdamW's state, which it would make itself in its first step."""
         zero = self.ds.optimizer
         flats = (
             zero.fp32_partitioned_groups_flat
@@ -204,18 +235,11 @@ class Engine:
             else zero.single_partition_of_fp32_groups
         )
         for flat in flats:
-            step = torch.tensor(float(state["adam_step"]), device=flat.device)
+            step = torch.tensor(float(adam_step), device=flat.device)
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             zero.optimizer.state[flat] = {"step": step, **moments}
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                self._set_whole(parameter, state["trained"][name], None)
-                for moment in MOMENTS:
-                    self._set_whole(parameter, state[moment][name], moment)
-        if "loss_scale" in state:
-            vars(zero.loss_scaler).update(state["loss_scale"])
 
     def _set_whole(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
         """Copy this rank's share of a whole tensor into the sharded state."""
@@ -238,7 +262,13 @@ class Engine:
             utils.safe_set_local_optimizer_state(parameter, mine, moment)
 
 
-def _initialize(module: nn.Module, optimizer, ds_config: dict[str, Any], device: torch.device):
+def _initialize(
+    module: nn.Module,
+    optimizer,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    timeout: timedelta,
+):
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # spares a warning that it guessed so
     import deepspeed
@@ -254,6 +284,8 @@ def _initialize(module: nn.Module, optimizer, ds_config: dict[str, Any], device:
     deepspeed.init_distributed(
         dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False
     )
+    # DeepSpeed's own copy of the world group would wait torch's half hour for a hung rank.
+    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
     engine, _, _, _ = deepspeed.initialize(
         model=module, optimizer=optimizer, model_parameters=trainable, config=ds_config
     )

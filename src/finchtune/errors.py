@@ -3,22 +3,55 @@
 import sys
 from collections.abc import Callable
 
+# Exit statuses of train.py, besides 0 (done) and 1 (a fault of finchtune, with its traceback).
+USER_ERROR = 2
+NOT_FINITE = 3
+OUT_OF_MEMORY = 4
+LOST_RANK = 5
+INTERRUPTED = 75  # sysexits.h: a temporary failure, try again
+
 
 class UserError(ValueError):
     """Something the user can mend. The message is one line: what, where, what to do."""
 
+    status = USER_ERROR
 
-def run_cli(main: Callable[[], int | None]) -> None:
-    """Run a command's `main`; a UserError becomes one line on stderr and exit status 2.
 
-    Anything else is a fault of finchtune itself and keeps its traceback.
+class NotFinite(UserError):
+    """The loss or the gradient was NaN or infinite too often."""
+
+    status = NOT_FINITE
+
+
+class OutOfMemory(UserError):
+    """The machine or the GPU has no memory left."""
+
+    status = OUT_OF_MEMORY
+
+
+class LostRank(UserError):
+    """Another process of the run died or hangs."""
+
+    status = LOST_RANK
+
+
+def run_cli(
+    main: Callable[[], int | None], explain: Callable[[Exception], UserError | None] | None = None
+) -> None:
+    """Run a command's `main`; a UserError becomes one line on stderr and its exit status.
+
+    `explain` may turn other exceptions into one. Anything else is a fault of finchtune itself and
+    keeps its traceback.
     """
     try:
         status = main()
-    except UserError as error:
-        line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        told = error if isinstance(error, UserError) else explain(error) if explain else None
+        if told is None:
+            raise
+        line = " ".join(str(told).split())
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        sys.exit(told.status)
     sys.exit(status or 0)

@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from finchtune.errors import UserError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # what temporary_beside names, and whose it is
 
 
 @contextmanager
@@ -21,20 +25,65 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     raises UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    temporary = temporary_beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         sync_tree(temporary)
+        if path.is_dir():
+            discard(path)  # only an empty folder can be replaced
         os.replace(temporary, path)
         sync_tree(path.parent, deep=False)
     except BaseException as error:
         remove(temporary)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: the disk is full; nothing was written there") from error
+        if is_disk_full(error):
+            raise UserError(
+                f"{path}: the disk is full (or a quota or size limit reached); nothing was "
+                "written there, and what was there stays"
+            ) from error
         if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
         raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space; torch.save hides the system's own error."""
+    hidden = isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error)
+    return hidden or (isinstance(error, OSError) and error.errno in FULL)
+
+
+def require_space(folder: Path, n_bytes: int) -> None:
+    """Raise UserError unless that much can be written into a folder that exists."""
+    free = shutil.disk_usage(folder).free
+    if free < n_bytes:
+        raise UserError(
+            f"{folder}: {n_bytes / 1e6:,.1f} MB are needed but only {free / 1e6:,.1f} MB are free; "
+            "nothing was written there; make room, or keep fewer checkpoints with --keep_last"
+        )
+
+
+def temporary_beside(path: Path) -> Path:
+    """A name in the same folder, which says which process it belongs to."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def discard(path: Path) -> None:
+    """Remove a file or folder that is there; killed half-way, nothing half stays at `path`."""
+    aside = temporary_beside(path.with_name(path.name + ".old"))
+    remove(aside)
+    os.replace(path, aside)
+    remove(aside)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders that killed processes left in `folder`.
+
+    To be called before this process writes there: one of its own number is an earlier one's.
+    """
+    for path in folder.glob(".*.tmp-*"):
+        match = LEFTOVER.fullmatch(path.name)
+        if match and (int(match[1]) == os.getpid() or not Path("/proc", match[1]).exists()):
+            remove(path)
 
 
 def remove(path: Path) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from finchtune.files import atomic_path
+
 LINE_SECONDS = 2.0  # between two progress lines where there is no terminal
 
 
@@ -31,22 +33,27 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def rewind(path: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the rows after `step` from a .jsonl, atomically; returns the others. For one process."""
+    rows = read_metrics(path) if path.exists() else []
+    kept = [row for row in rows if row["step"] <= step]
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
 class Metrics:
     """Takes one row a step. Only rank 0 makes one; the other ranks have none to report to."""
 
     def __init__(self, folder: Path, total: int, start: int, config: dict[str, Any]):
         self.path, self.total, self.start = folder / "metrics.jsonl", total, start
-        kept = [row for row in self._earlier() if row["step"] <= start]
-        self.file = self.path.open("w", buffering=1)
-        self.file.writelines(json.dumps(row) + "\n" for row in kept)
+        rewind(self.path, start)
+        self.file = self.path.open("a", buffering=1)
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not terminal)
         self.wandb = self._start_wandb(folder, config) if config.get("wandb") else None
         self.board = self._start_tensorboard(folder) if config.get("tensorboard") else None
         self.started, self.last_line = time.monotonic(), 0.0
-
-    def _earlier(self) -> list[dict[str, Any]]:
-        return read_metrics(self.path) if self.path.exists() else []
 
     def _start_wandb(self, folder: Path, config: dict[str, Any]):
         import wandb

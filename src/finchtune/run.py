@@ -15,7 +15,6 @@ from finchtune.checkpoint import (
     adapter_keys,
     load_checkpoint,
     load_model,
-    newest_checkpoint,
     save_adapter,
     save_checkpoint,
 )
@@ -23,49 +22,12 @@ from finchtune.config import TrainConfig
 from finchtune.data import Data, load_data
 from finchtune.engine import Engine
 from finchtune.errors import UserError
-from finchtune.files import remove, sha256, write_json
+from finchtune.files import sha256, write_json
+from finchtune.folder import clean_folder
 from finchtune.loss import IGNORE
 from finchtune.metrics import Metrics
 from finchtune.model import RWKV6
 from finchtune.tokenizer import load_tokenizer
-
-
-def choose_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to go on from; None to start anew. Changes nothing on the disk.
-
-    Raises UserError for a proj_dir that holds a run, unless --resume or --overwrite asks for it.
-    """
-    if config.resume and config.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite throws it away; choose one")
-    folder = Path(config.proj_dir)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--proj_dir {folder} is a file, not a folder")
-    if config.resume == "auto":
-        checkpoint, skipped = newest_checkpoint(checkpoints_folder(config))
-        for line in skipped:
-            distributed.say(f"warning: {line}")
-        return checkpoint
-    if config.resume:
-        if not Path(config.resume).is_dir():
-            raise UserError(f"--resume {config.resume}: no such checkpoint folder")
-        return Path(config.resume)
-    if run_files(folder) and not config.overwrite:
-        raise UserError(
-            f"--proj_dir {folder} already holds a run; go on with --resume auto, throw it away "
-            "with --overwrite 1, or choose another folder"
-        )
-    return None
-
-
-def run_files(folder: Path) -> list[Path]:
-    """What an earlier run left in its folder."""
-    names = ("rwkv-*.pth", "rwkv-*.json", "metrics.jsonl", "samples.jsonl", "checkpoints")
-    return [path for name in names for path in folder.glob(name)]
-
-
-def checkpoints_folder(config: TrainConfig) -> Path:
-    """Where the resumable checkpoints of a run lie."""
-    return Path(config.proj_dir) / "checkpoints"
 
 
 def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> RWKV6:
@@ -107,7 +69,7 @@ def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch
 
         start_from_gradients(model, loss, config.lora_ga_batches)
 
-    distributed.rank_zero_first(compute)
+    distributed.from_rank_zero(compute)
     distributed.broadcast(adapter_state(model).values())
 
 
@@ -165,7 +127,13 @@ def open_data(config: TrainConfig, vocab_size: int) -> Data:
 class Run:
     """Saves what a run makes: adapter or model files by epoch, checkpoints that resume."""
 
-    def __init__(self, config: TrainConfig, engine: Engine, data: dict[str, Any]):
+    def __init__(
+        self, config: TrainConfig, engine: Engine, data: dict[str, Any], manifest: dict[str, Any]
+    ):
+        """`manifest` is that of the checkpoint to go on from, empty for a new run.
+
+        A collective call. Raises UserError if the checkpoint is another run's.
+        """
         self.config, self.engine, self.data = config, engine, data
         self.folder = Path(config.proj_dir)
         self.base_dtype = next(engine.model.parameters()).dtype
@@ -173,11 +141,12 @@ class Run:
         self._base_sha256: Future[str] | None = None
         if distributed.rank() == 0:
             self._base_sha256 = ThreadPoolExecutor(1).submit(sha256, config.load_model)
-        distributed.rank_zero_first(self._prepare_folder)
+        distributed.from_rank_zero(lambda: self._prepare_folder(manifest))
 
-    def _prepare_folder(self) -> None:
-        for path in run_files(self.folder) if self.config.overwrite else ():
-            remove(path)
+    def _prepare_folder(self, manifest: dict[str, Any]) -> None:
+        if manifest:
+            self.check_resumable(manifest)
+        clean_folder(self.folder, self.config.overwrite)
         write_json(self.folder / "config.json", dataclasses.asdict(self.config))
 
     def base_sha256(self) -> str:
@@ -226,7 +195,7 @@ class Run:
         def write() -> None:
             save_adapter(self._file_tensors(whole), self.record() | more, path)
 
-        distributed.rank_zero_first(write)
+        distributed.from_rank_zero(write)
         return path
 
     def _file_tensors(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -243,25 +212,25 @@ class Run:
         state = self.engine.state()
 
         def write() -> None:
-            save_checkpoint(checkpoints_folder(self.config), step, state, self.record() | more)
+            folder = self.folder / "checkpoints"
+            save_checkpoint(folder, step, state, self.record() | more, self.config.keep_last)
 
-        distributed.rank_zero_first(write)
+        distributed.from_rank_zero(write)
 
     def check_resumable(self, manifest: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless the checkpoint continues this very run.
-
-        A collective call: rank 0 compares, its verdict is everyone's.
-        """
-        distributed.rank_zero_first(lambda: self._check_resumable(manifest))
-
-    def _check_resumable(self, manifest: dict[str, Any]) -> None:
+        """Raise UserError, naming what differs, unless the checkpoint continues this very run."""
         old, new = manifest["config"], dataclasses.asdict(self.config)
         free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
         changed = [k for k in new if k not in free and old.get(k) != new[k]]
         differing = [f"--{k} {old.get(k)} -> {new[k]}" for k in changed]
-        for what, mine in (("global_batch", self.global_batch), ("data", self.data)):
-            if manifest[what] != mine:
-                differing.append(f"{what} {manifest[what]} -> {mine}")
+        if manifest["global_batch"] != self.global_batch:
+            differing.append(
+                f"global_batch {manifest['global_batch']} -> {self.global_batch}: choose "
+                "--micro_bsz and --accumulate_grad_batches so that their product, times "
+                f"{distributed.world_size()} processes, is {manifest['global_batch']} again"
+            )
+        if manifest["data"] != self.data:
+            differing.append(f"data {manifest['data']} -> {self.data}")
         if manifest["base"]["sha256"] != self.base_sha256():
             differing.append(f"--load_model is not the same file as {manifest['base']['file']}")
         if differing:
@@ -272,7 +241,7 @@ def restore_tensors(model: RWKV6, checkpoint: Path) -> tuple[dict[str, Any], dic
     """Put a checkpoint's trained tensors into the model; return its (state, manifest)."""
     state, manifest = load_checkpoint(checkpoint)
     own = model.state_dict()
-    if set(state["trained"]) != {n for n, p in model.named_parameters() if p.requires_grad}:
+    if set(state.get("trained", {})) != {n for n, p in model.named_parameters() if p.requires_grad}:
         raise UserError(f"--resume {checkpoint}: it trains other parameters than this run")
     with torch.no_grad():
         for name, tensor in (state["trained"] | state["frozen"]).items():

@@ -6,7 +6,7 @@ from pathlib import Path
 from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.generate import generate
-from finchtune.metrics import read_metrics
+from finchtune.metrics import rewind
 from finchtune.model import RWKV6
 from finchtune.tokenizer import load_tokenizer
 
@@ -24,8 +24,7 @@ class Samples:
             return
         self.tokenizer = load_tokenizer(config.tokenizer, model.config.vocab_size)
         if distributed.rank() == 0 and self.path.exists():
-            kept = [row for row in read_metrics(self.path) if row["step"] <= start]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            rewind(self.path, start)
 
     def write(self, step: int, last: bool) -> None:
         """Sample after `step` steps, where it is time to. A collective call.

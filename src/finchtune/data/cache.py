@@ -26,7 +26,7 @@ def read_cached(
     recipe = Recipe(layout, tokenizer.name, token_dtype(tokenizer.vocab_size).str, on_bad=on_bad)
     paths = find_inputs([source])
     prefix = Path(cache_dir) / f"{paths[0].name}-{_key(paths, recipe)}"
-    distributed.rank_zero_first(lambda: _make(source, prefix, recipe, tokenizer.vocab_size))
+    distributed.from_rank_zero(lambda: _make(source, prefix, recipe, tokenizer.vocab_size))
     return _make(source, prefix, recipe, tokenizer.vocab_size)
 
 
