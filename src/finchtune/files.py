@@ -48,8 +48,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space; torch.save hides the system's own error."""
-    hidden = isinstance(error, RuntimeError) and "PytorchStreamWriter failed" in str(error)
-    return hidden or (isinstance(error, OSError) and error.errno in FULL)
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    writer = ("inline_container.cc", "iostream error")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in writer)
 
 
 def require_space(folder: Path, n_bytes: int) -> None:
