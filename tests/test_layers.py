@@ -9,6 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
     {"files"},
+    {"world_trie"},
     {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals"},
     {"launch", "flags", "data", "wkv", "loss", "adapters"},
     {"model", "optim"},

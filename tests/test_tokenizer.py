@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import rwkv
 from hypothesis import given, settings
@@ -12,16 +13,20 @@ from hypothesis import strategies as st
 from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from finchtune.errors import UserError
-from finchtune.tokenizer import BytesTokenizer, Decoder, load_tokenizer
+from finchtune.tokenizer import BytesTokenizer, Decoder, WorldTokenizer, load_tokenizer
+from finchtune.world_trie import WorldTrie, load_library
 
 TEXT = "Finch 芬奇 🐦\n\n\tdef f(x):\n        return x ** 2  # naïve  \r\n"
 VOCABULARY = Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt"
+U2 = np.dtype("<u2")
 any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 @pytest.fixture(scope="module")
 def world():
-    return load_tokenizer("world")
+    tokenizer = load_tokenizer("world")
+    assert tokenizer.encode("") == tokenizer.encode_array("", U2).tolist() == []
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +56,38 @@ def byte_level_bpe(tmp_path_factory) -> str:
 @given(text=any_text)
 @settings(max_examples=200)
 def test_world_encodes_like_the_published_trie(world, trie, text):
-    assert world.encode(text) == trie.encode(text)
+    assert world.encode(text) == world.encode_array(text, U2).tolist() == trie.encode(text)
+
+
+def test_long_and_repeated_text_encodes_like_the_published_trie(world, trie):
+    text = TEXT * 50 + " " * 300 + "\0" * 9 + "=" * 200 + "aaab" * 40
+    assert world.encode_array(text, U2).tolist() == trie.encode(text)
+
+
+def test_every_world_token_is_one_token(world):
+    table = [world.id_bytes(id) for id in range(65536)]
+    compiled = WorldTrie(load_library(), table)
+    for id, token in enumerate(table):
+        if token:
+            assert compiled.encode(token).tolist() == [id]
+
+
+def test_a_byte_outside_a_vocabulary_is_named():
+    trie = WorldTrie(load_library(), [b"", b"a", b"ab", b"abc"])
+    assert trie.encode(b"ababcaab").tolist() == [2, 3, 1, 2]
+    with pytest.raises(ValueError, match="no token begins with the byte 0x62 at 3"):
+        trie.encode(b"aabba")
+
+
+def test_without_a_compiler_arrays_are_the_same_and_a_warning_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    load_library.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match="twice as long without g"):
+            assert WorldTokenizer().encode_array(TEXT, U2).tolist() == WorldTokenizer().encode(TEXT)
+    finally:
+        load_library.cache_clear()
 
 
 def test_world_tokens_have_the_published_bytes(world, trie):
@@ -80,6 +116,27 @@ def test_streamed_text_is_complete_characters_and_adds_up(spec, byte_level_bpe):
     assert "\ufffd" not in "".join(parts)
     assert "".join(parts) + decoder.finish() == tokenizer.decode(ids)
     assert tokenizer.decode(ids).endswith("\ufffd")
+
+
+@pytest.mark.parametrize("spec", ["world", "bytes"])
+def test_a_character_cut_anywhere_waits_for_its_rest(spec):
+    """At every split point of the bytes: what is complete is given at once, and nothing else."""
+    tokenizer = load_tokenizer(spec)
+    raw = "aé芬🐦\u0301z".encode()
+    ids = [next(id for id in range(257) if tokenizer.id_bytes(id) == bytes([b])) for b in raw]
+    for cut in range(len(raw) + 1):
+        decoder = Decoder(tokenizer)
+        first = decoder.feed(*ids[:cut])
+        assert first == raw[:cut].decode(errors="ignore")
+        assert first + decoder.feed(*ids[cut:]) == raw.decode()
+        assert decoder.finish() == ""
+
+
+def test_every_world_id_decodes_alone_as_it_streams(world):
+    for id in range(65536):
+        decoder = Decoder(world)
+        text = decoder.feed(id) + decoder.finish()
+        assert text == world.decode([id]) == world.id_bytes(id).decode(errors="replace")
 
 
 @given(ids=st.lists(st.integers(0, 65535), max_size=20))
@@ -133,6 +190,8 @@ def test_lone_surrogates_are_refused_with_their_place(spec, byte_level_bpe):
     tokenizer = load_tokenizer(byte_level_bpe if spec == "bpe" else spec)
     with pytest.raises(UserError, match="lone surrogate at character 2"):
         tokenizer.encode("ab\ud800c")
+    with pytest.raises(UserError, match="lone surrogate at character 2"):
+        tokenizer.encode_array("ab\ud800c", U2)
 
 
 @pytest.mark.parametrize("id", [-1, 256])

@@ -17,6 +17,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LEFTOVER = re.compile(r"\..+\.tmp-(\d+)")  # what temporary_beside names, and whose it is
 
 
+def cache_folder() -> Path:
+    """Where what was compiled is kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finchtune"
+
+
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (a file or folder to be); rename it there on success.

@@ -2,15 +2,34 @@
 
 import ast
 import codecs
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from finchtune.errors import UserError
+from finchtune.world_trie import WorldTrie, load_library
 
 END_OF_DOCUMENT = 0
 WORLD_VOCAB_SIZE = 65536
 BYTES_VOCAB_SIZE = 256
+PLAIN_LITERAL = re.compile(r"'[^'\\]*'")
+
+
+@contextmanager
+def naming_lone_surrogates() -> Iterator[None]:
+    """Raise UserError for a text that cannot be UTF-8."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the text holds a lone surrogate at character {error.start}, "
+            "which no UTF-8 text can contain; repair or drop it"
+        ) from None
 
 
 class Tokenizer:
@@ -24,13 +43,13 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added. UserError if it holds a lone surrogate."""
-        try:
+        with naming_lone_surrogates():
             return self._encode(text)
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"the text holds a lone surrogate at character {error.start}, "
-                "which no UTF-8 text can contain; repair or drop it"
-            ) from None
+
+    def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
+        """`encode`, as an array (n,)."""
+        ids = self.encode(text)
+        return np.fromiter(ids, dtype, len(ids))
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -68,8 +87,9 @@ class BytesTokenizer(Tokenizer):
 class WorldTokenizer(Tokenizer):
     """The vocabulary of the released RWKV-6 models: greedy longest match over 65,529 strings.
 
-    Encoding runs in Rust. Decoding joins the vocabulary's own bytes, since a token may end in the
-    middle of a character. Ids 0 and 65530 to 65535 stand for no bytes.
+    Single texts are encoded in Rust; arrays, which whole corpora become, in C++ at twice the speed
+    where there is a compiler. Decoding joins the vocabulary's own bytes, since a token may end in
+    the middle of a character. Ids 0 and 65530 to 65535 stand for no bytes.
     """
 
     vocab_size = WORLD_VOCAB_SIZE
@@ -78,14 +98,33 @@ class WorldTokenizer(Tokenizer):
         import pyrwkv_tokenizer
 
         self.name = vocab_file or "world"
-        self._tokenizer = pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=vocab_file)
+        shipped = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
+        self._vocab_file = Path(vocab_file or shipped)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        import pyrwkv_tokenizer
+
+        return pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(self._vocab_file))
+
+    @cached_property
+    def _trie(self) -> WorldTrie | None:
+        library = load_library()
+        return None if library is None else WorldTrie(library, self._bytes_of)
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
+    def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
+        """`encode`, as an array (n,)."""
+        if self._trie is None:
+            return super().encode_array(text, dtype)
+        with naming_lone_surrogates():
+            return self._trie.encode(text.encode()).astype(dtype)
+
     @cached_property
     def _bytes_of(self) -> list[bytes]:
-        return _read_world_vocabulary(Path(self._tokenizer.vocab_filepath))
+        return _read_world_vocabulary(self._vocab_file)
 
     def id_bytes(self, id: int) -> bytes:
         self.check_id(id)
@@ -99,8 +138,11 @@ def _read_world_vocabulary(path: Path) -> list[bytes]:
         for line in path.read_text(encoding="utf-8").splitlines():
             id, rest = line.split(" ", 1)
             literal, length = rest.rsplit(" ", 1)
-            token = ast.literal_eval(literal)
-            token = token.encode() if isinstance(token, str) else token
+            if PLAIN_LITERAL.fullmatch(literal):
+                token = literal[1:-1].encode()
+            else:
+                token = ast.literal_eval(literal)
+                token = token.encode() if isinstance(token, str) else token
             if len(token) != int(length):
                 raise ValueError(f"token {id} has {len(token)} bytes, not {length}")
             table[int(id)] = token

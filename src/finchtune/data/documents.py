@@ -67,27 +67,23 @@ def encode_records(
     With `end`, token 0 closes each document, trained on where the last piece is. An empty plain
     text gives no document. Bad records, or the BadRecord in their place, go to `bad`.
     """
-    arrays: list[np.ndarray] = []
-    sizes, lengths, flags = [], [], []
+    arrays, flags, sizes = [], [], []
+    ending = [np.full(1, END_OF_DOCUMENT, dtype)] if end else []
     for where, record in records:
         try:
             if isinstance(record, BadRecord):
                 raise record
-            pieces = [(tokenizer.encode(text), train) for text, train in layout.pieces(record)]
+            pieces = layout.pieces(record)
+            encoded = [tokenizer.encode_array(text, dtype) for text, _ in pieces]
         except (BadRecord, UserError) as error:
             bad.add(where, str(error))
             continue
-        if not pieces:
-            continue
-        if end:
-            pieces[-1][0].append(END_OF_DOCUMENT)
-        for piece, train in pieces:
-            # One by one, while the integers are still in the processor's cache.
-            arrays.append(np.fromiter(piece, dtype, len(piece)))
-            lengths.append(len(piece))
-            flags.append(train)
-        sizes.append(sum(lengths[-len(pieces) :]))
-    trained = np.repeat(np.array(flags, np.uint8), lengths)
+        if pieces:
+            encoded += ending
+            flags += [train for _, train in pieces] + [pieces[-1][1]] * end
+            arrays += encoded
+            sizes.append(sum(map(len, encoded)))
+    trained = np.repeat(np.array(flags, np.uint8), [len(piece) for piece in arrays])
     tokens = np.concatenate([np.empty(0, dtype), *arrays])
     return Encoded(tokens, np.array(sizes, np.int64), trained)
 

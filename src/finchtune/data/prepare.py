@@ -216,7 +216,8 @@ def prepare(
     """
     paths = find_inputs(inputs)
     output = strip_extension(output)
-    load_tokenizer(recipe.tokenizer)
+    # Encoding once makes the tables here, which workers that are forked then share.
+    load_tokenizer(recipe.tokenizer).encode_array("", np.dtype(recipe.dtype))
     totals = Totals()
     prefixes = [output] + ([output + VALIDATION_SUFFIX] if recipe.val_split else [])
     with ExitStack() as stack:

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from finchtune.files import cache_folder
+
 SOURCE_FOLDER = Path(__file__).parents[3] / "cuda"
 C_FLAGS = ["-O3", "-fopenmp"]
 NEEDS = "install g++ and ninja (apt install g++; pip install ninja)"
@@ -23,11 +25,6 @@ NEEDS = "install g++ and ninja (apt install g++; pip install ninja)"
 
 class BuildError(RuntimeError):
     """The kernels cannot be had here; the message says why and what to install."""
-
-
-def cache_folder() -> Path:
-    """Where compiled kernels are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finchtune"
 
 
 @contextlib.contextmanager

@@ -1,0 +1,61 @@
+"""The World vocabulary's greedy longest match in C++ (world_trie.cpp), compiled on first use."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import warnings
+from pathlib import Path
+
+import numpy as np
+
+from finchtune.files import atomic_path, cache_folder
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
+
+
+class WorldTrie:
+    """UTF-8 bytes -> token ids. `table` holds the bytes of each id, empty where it has none."""
+
+    def __init__(self, library: ctypes.CDLL, table: list[bytes]):
+        tokens = sorted({token: id for id, token in enumerate(table) if token}.items())
+        ends = np.cumsum([len(token) for token, _ in tokens], dtype=np.int64)
+        ids = np.array([id for _, id in tokens], np.int32)
+        build, self._encode = library.world_trie, library.world_encode
+        build.restype, build.argtypes = ctypes.c_void_p, [ctypes.c_char_p, *[ctypes.c_void_p] * 2,
+                                                          ctypes.c_int64]  # fmt: skip
+        self._encode.restype, self._encode.argtypes = (
+            ctypes.c_int64,
+            [*(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p)],
+        )
+        joined = b"".join(token for token, _ in tokens)
+        self._trie = build(joined, ends.ctypes.data, ids.ctypes.data, len(ids))
+
+    def encode(self, text: bytes) -> np.ndarray:
+        """Token ids (n,) int32. ValueError for a byte that no token begins with."""
+        ids = np.empty(len(text), np.int32)
+        n = self._encode(self._trie, text, len(text), ids.ctypes.data)
+        if n < 0:
+            raise ValueError(f"no token begins with the byte 0x{text[-1 - n]:02x} at {-1 - n}")
+        return ids[:n]
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | None:
+    """The compiled world_trie.cpp; None, with a warning, where it cannot be compiled."""
+    key = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode()).hexdigest()[:16]
+    library = cache_folder() / f"finchtune_world_trie_{key}.so"
+    compiler = os.environ.get("CXX", "c++")
+    try:
+        if not library.exists():
+            with atomic_path(library) as temporary:
+                command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
+                subprocess.run(command, check=True, capture_output=True, text=True)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        warnings.warn(f"tokenising takes twice as long without g++: {reason}", stacklevel=2)
+        return None
