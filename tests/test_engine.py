@@ -11,6 +11,8 @@ from finchtune import distributed
 from finchtune.adapters import attach
 from finchtune.config import TrainConfig
 from finchtune.data import Batch
+from finchtune.data.batch import packed, padded
+from finchtune.data.sampling import Segment
 from finchtune.engine import Engine
 
 CPU = torch.device("cpu")
@@ -141,6 +143,17 @@ def test_state_goes_out_and_in_exactly(stage, dtype):
     assert again.state()["adam_step"] == 6
     whole.close()
     again.close()
+
+
+def test_packed_documents_give_the_step_of_padded_ones():
+    documents = [torch.randint(0, 256, (n + 1,)) for n in (5, 12, 1, 30)]
+    segments = [Segment(ids.numpy(), None, i) for i, ids in enumerate(documents)]
+    results = []
+    for batch in (padded(segments, 30), packed(segments)):
+        engine = Engine(attach(small_model(), "bone", r=8), settings(), CPU)
+        results.append([engine.step([batch], 1e-2).loss for _ in range(3)])
+        engine.close()
+    assert results[1] == pytest.approx(results[0], rel=1e-5)
 
 
 def test_a_fully_masked_step_is_zero_and_harmless():

@@ -225,3 +225,26 @@ def test_lora_ga_starts_alike_in_one_process_and_in_two(folder, tmp_path, stage)
         words += ["--strategy", f"deepspeed_stage_{stage}", "--lora_plus_ratio", "4"]
         train(*flags(folder, tmp_path / str(devices), *words))
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_on_a_packed_mixture_of_text_from_one_cache(folder, tmp_path):
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text((folder / "text.jsonl").read_text() + '{"question": 1}\n')
+    words = [
+        *("--data_file", f"{folder / 'text.jsonl'}:0.7,{pairs}:0.3", "--data_type", "sft"),
+        *"--sft_field question answer --loss_mask qa --dataload pack --on_bad skip".split(),
+        *"--sft_split train --data_shuffle 1 --peft bone --bone_r 8 --devices 2".split(),
+        *("--micro_bsz 2 --ctx_len 512 --epoch_steps 4 --data_cache".split()),
+        tmp_path / "cache",
+    ]
+    train(*flags(folder, tmp_path / "first", *words))
+    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert len(entries) == 10
+    train(*flags(folder, tmp_path / "second", *words))
+    assert entries == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert losses(tmp_path / "first")[-1] < losses(tmp_path / "first")[0]
+    record = json.loads((tmp_path / "first" / "rwkv-0.json").read_text())
+    assert record["data"]["skipped_records"] == 1
+    assert record["data"]["padding_waste"] < 0.2

@@ -43,7 +43,7 @@ def padded(segments: list[Segment], length: int) -> Batch:
     for b, segment in enumerate(segments):
         n = len(segment.ids) - 1
         tokens[b, :n] = segment.ids[:-1]
-        labels[b, :n] = _targets(segment)
+        _set_targets(labels[b, :n], segment)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels))
 
 
@@ -55,15 +55,15 @@ def packed(segments: list[Segment]) -> Batch:
     labels = np.full((1, length), IGNORED, np.int64)
     for segment, start, stop in zip(segments, bounds[:-1], bounds[1:], strict=True):
         tokens[0, start:stop] = segment.ids[:-1]
-        labels[0, start:stop] = _targets(segment)
+        _set_targets(labels[0, start:stop], segment)
     if length > bounds[-1]:
         bounds = np.append(bounds, length)
     cu_seqlens = torch.from_numpy(bounds.astype(np.int32))
     return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), cu_seqlens)
 
 
-def _targets(segment: Segment) -> np.ndarray:
-    labels = segment.ids[1:].astype(np.int64)
+def _set_targets(labels: np.ndarray, segment: Segment) -> None:
+    """Fill labels (L,) with the segment's targets, -100 where one does not count."""
+    labels[:] = segment.ids[1:]
     if segment.trained is not None:
         labels[segment.trained[1:] == 0] = IGNORED
-    return labels
