@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"files", "pth"},
     {"world_trie"},
     {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals"},
     {"launch", "flags", "data", "wkv", "loss", "adapters"},
@@ -17,7 +17,7 @@ LAYERS = [
     {"checkpoint", "engine", "generate"},
     {"adapter_files", "faults", "folder"},
     {"merging", "hf_peft", "run", "evaluate", "report", "validation", "samples", "batch_size"},
-    {"plan"},
+    {"merge_commands", "plan"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

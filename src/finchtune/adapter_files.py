@@ -3,11 +3,18 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.adapters import get_method, hyperparameters_of
-from finchtune.checkpoint import adapter_keys, adapter_record, load_adapter, read_adapter
+from finchtune.adapters import attach, get_method, hyperparameters_of, load_adapter_state
+from finchtune.checkpoint import (
+    adapter_keys,
+    adapter_record,
+    load_adapter,
+    load_model,
+    read_adapter,
+)
 from finchtune.config import HYPERPARAMETERS, TrainConfig
 from finchtune.errors import UserError
 from finchtune.files import sha256
@@ -107,3 +114,21 @@ def check_parts(model: RWKV6, found: set[str], path: str) -> None:
             f"--peft_load {path} does not hold {missing[0]} ({len(missing)} such tensors), which "
             "--train_parts trains; drop what the file lacks from --train_parts"
         )
+
+
+def adapted_model(base: str | Path, tensors: dict[str, Tensor], spec: dict[str, Any]) -> RWKV6:
+    """The model, in float32, that an adapter file's `tensors` make of a base file.
+
+    `spec` is {} for a fully tuned model. Raises UserError for tensors that do not fit.
+    """
+    model = load_model(base, torch.float32)
+    own = model.state_dict()
+    trained = {key: tensor for key, tensor in tensors.items() if key in own}
+    with torch.no_grad():
+        for key, tensor in trained.items():
+            own[key].copy_(tensor)
+    if spec:
+        attach(model, init=False, **spec)
+        rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
+        load_adapter_state(model, rest)
+    return model.eval()

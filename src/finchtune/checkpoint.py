@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from finchtune.adapters import file_key
 from finchtune.errors import NotFinite, UserError
 from finchtune.files import atomic_path, discard, read_json, require_space, sha256, write_json
 from finchtune.model import RWKV6, ModelConfig
+from finchtune.pth import write_pth
 
 STATE = "state.pth"
 SPARE_BYTES = 1 << 20  # what a checkpoint takes besides its tensors, amply
@@ -56,11 +57,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return content
 
 
-def write_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     """Write a flat dict of tensors atomically; each tensor is stored by itself, contiguous."""
     with atomic_path(path) as temporary:
-        torch.save({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()},
-                   temporary)  # fmt: skip
+        write_pth(tensors, tensors.__getitem__, temporary)
 
 
 def read_base(path: str | Path) -> dict[str, Tensor]:

@@ -43,6 +43,14 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def unmerged(self, W: Tensor) -> Tensor:
+        """The base weight (out, in) that `merged` would turn into W; the precision is the same.
+
+        This form holds for methods that add something which does not depend on the base.
+        """
+        W = W.to(merge_precision(W))
+        return W - self.merged(torch.zeros_like(W))
+
 
 def merge_precision(W: Tensor) -> torch.dtype:
     """The dtype to merge in: float32, or float64 if W has it."""

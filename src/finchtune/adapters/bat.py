@@ -58,9 +58,23 @@ class Bat(Adapter):
         if self.mode == "col":
             return changed(W, D)
         blocks = W.reshape(-1, self.r, self.in_features // self.r, self.r)
-        return (blocks + torch.einsum("aibl,blj->aibj", blocks, D) + D.transpose(0, 1)).reshape(
-            W.shape
+        moved = torch.einsum("aibl,blj->aibj", blocks, D)
+        return moved.add_(blocks).add_(D.transpose(0, 1)).reshape(W.shape)
+
+    def unmerged(self, W: Tensor) -> Tensor:
+        """Solves W'_ab = W_ab (1 + D) + D for W_ab."""
+        dtype = merge_precision(W)
+        W, D = W.detach().to(dtype), self.bone.detach().to(W.device, dtype)
+        blocks = (W - self.merged(torch.zeros_like(W))).reshape(
+            -1, self.r, self.in_features // self.r, self.r
         )
+        # One block row or column of blocks to each D, its rows one below the other.
+        shared, each = (2, 0) if self.mode == "row" else (0, 2)
+        stacked = blocks.movedim((shared, each), (0, 1)).flatten(1, 2)
+        solved = torch.linalg.solve(torch.eye(self.r, dtype=dtype, device=W.device) + D, stacked,
+                                    left=False)  # fmt: skip
+        back = solved.unflatten(1, (-1, self.r)).movedim((0, 1), (shared, each))
+        return back.reshape(W.shape)
 
 
 class BatRow(torch.autograd.Function):

@@ -32,8 +32,8 @@ class Bone(Adapter):
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
         blocks = -(-self.in_features // self.r)
-        rows = self.bone.detach().to(W.device, dtype).repeat(blocks, 1)[: self.in_features]
-        return W.detach().to(dtype) + rows.T
+        tiled = self.bone.detach().to(W.device, dtype).T.repeat(1, blocks)
+        return tiled[:, : self.in_features].add_(W.detach())
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:

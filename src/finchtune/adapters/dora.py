@@ -55,6 +55,9 @@ class DoRA(Adapter):
         V = torch.addmm(W.detach().to(dtype), B, A, alpha=self.scale)
         return V * (magnitude / V.norm(dim=1)).unsqueeze(1)
 
+    def unmerged(self, W: Tensor) -> Tensor:
+        raise UserError("dora cannot be unmerged: the lengths of the base's rows are lost")
+
     @torch.no_grad()
     def row_norms(self, W: Tensor) -> Tensor:
         """||V_o|| for each output o (d), from ||W_o||^2 + 2 s B_o A W_o + s^2 B_o A A^T B_o."""

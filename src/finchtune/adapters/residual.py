@@ -63,7 +63,8 @@ class ResidualLoRA(Adapter):
             tensor.detach().to(W.device, dtype)
             for tensor in (self.lora_A, self.lora_B, self.init_lora_A, self.init_lora_B)
         )
-        return W.detach().to(dtype) + self.scale * (B @ A - B0 @ A0)
+        # In place, to need no more than two tensors of W's size.
+        return (B @ A).sub_(B0 @ A0).mul_(self.scale).add_(W.detach())
 
 
 def low_rank(linear: Linear, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
