@@ -272,6 +272,7 @@ def test_verifying_compares_logits_and_undoes_what_is_wrong(tmp_path):
     assert not list(tmp_path.glob("*wrong*"))
 
 
+@pytest.mark.slow
 def test_scripts_verify_and_unmerge(tmp_path):
     base, _, adapter = make_adapter(tmp_path, "lora", METHODS["lora"])
     merged, back = tmp_path / "m.pth", tmp_path / "back.pth"
