@@ -18,7 +18,7 @@ from finchtune.errors import UserError
 from finchtune.files import atomic_path, read_json, sha256, write_json
 from finchtune.pth import write_pth
 
-CHUNK = 2**22  # elements compared at a time
+CHUNK = 2**18  # elements compared at a time
 
 Changes = Mapping[str, dict[str, Tensor]]
 """Base name -> what changes it: {adapter tensor name: tensor}, or {"": the new weight}."""
