@@ -6,10 +6,12 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 
 // Only GCC switches the instruction set inside a file; other compilers get the portable form,
 // which is the compiler's default target (on Arm, that has vectors).
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#include <immintrin.h>
 #define FINCHTUNE_X86_PATHS 1
 #endif
 

@@ -1,0 +1,96 @@
+// Token rows: where those of a head lie, and the way into fp32 and back. Part of wkv6_cpu_kernel.h.
+
+constexpr int kTokens = 8;  // tokens of a chunk
+// Floats from one row to the next. At a power of two, the rows would share few sets of the cache.
+constexpr int kRowStride = kMaxHeadSize + 16;
+
+struct alignas(64) Row {
+  float at[kRowStride];
+  Vec& vec(int64_t n) { return *reinterpret_cast<Vec*>(at + n); }
+  const Vec& vec(int64_t n) const { return *reinterpret_cast<const Vec*>(at + n); }
+};
+
+// n is a multiple of 8.
+static inline void copy(float* to, const float* from, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES)
+    *reinterpret_cast<UnalignedVec*>(to + i) = *reinterpret_cast<const UnalignedVec*>(from + i);
+  if (i < n) std::memcpy(to + i, from + i, 8 * sizeof(float));
+}
+
+// In memory a row is fp32 or bf16, the upper half of an fp32.
+static inline void load_row(float* row, const void* data, Element element, int64_t at, int64_t n) {
+  if (element == Element::kFloat32) {
+    copy(row, static_cast<const float*>(data) + at, n);
+    return;
+  }
+  const uint16_t* source = static_cast<const uint16_t*>(data) + at;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits = static_cast<uint32_t>(source[i]) << 16;
+    std::memcpy(row + i, &bits, sizeof bits);
+  }
+}
+
+static inline void store_row(const float* row, void* data, Element element, int64_t at, int64_t n) {
+  if (element == Element::kFloat32) {
+    copy(static_cast<float*>(data) + at, row, n);
+    return;
+  }
+  uint16_t* target = static_cast<uint16_t*>(data) + at;
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, row + i, sizeof bits);
+    bool nan = (bits & 0x7fffffff) > 0x7f800000;
+    uint32_t nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    target[i] = nan ? 0x7fc0 : nearest_even;
+  }
+}
+
+// A head's row in whole vectors. Lanes past head_size hold zeros, so that no loop needs a tail.
+static inline int64_t padded_width(int64_t head_size) {
+  return (head_size + LANES - 1) / LANES * LANES;
+}
+
+// One head of one sequence: where its tokens lie.
+struct Head {
+  int64_t sequence, head_size, width, first_token, n_tokens, token_stride, offset;
+  Element element;
+
+  Head(const Wkv6Shape& shape, int64_t index)
+      : sequence(index / shape.n_heads),
+        head_size(shape.head_size),
+        width(padded_width(shape.head_size)),
+        first_token(shape.bounds[sequence]),
+        n_tokens(shape.bounds[sequence + 1] - first_token),
+        token_stride(shape.n_heads * shape.head_size),
+        offset(index % shape.n_heads * shape.head_size),
+        element(shape.element) {}
+
+  int64_t position(int64_t token) const { return (first_token + token) * token_stride + offset; }
+  int64_t rows(int64_t token) const { return std::min<int64_t>(kTokens, n_tokens - token); }
+
+  void load(Row* rows_out, const void* data, int64_t token) const {
+    for (int64_t i = 0; i < kTokens; ++i) {
+      const int64_t loaded = i < rows(token) ? head_size : 0;
+      load_row(rows_out[i].at, data, element, position(token + i), loaded);
+      for (int64_t n = loaded; n < width; n += 8) std::memset(rows_out[i].at + n, 0, 32);
+    }
+  }
+
+  void store(const Row* rows_in, void* data, int64_t token) const {
+    for (int64_t i = 0; i < rows(token); ++i)
+      store_row(rows_in[i].at, data, element, position(token + i), head_size);
+  }
+
+  // Asks for the rows of a chunk ahead of their use; rows lie too far apart for the processor to
+  // see them coming. Into the second-level cache: the first holds the state and little more.
+  void prefetch(const void* data, int64_t token) const {
+    if (token < 0) return;
+    const int64_t size = element == Element::kFloat32 ? 4 : 2;
+    for (int64_t i = 0; i < rows(token); ++i) {
+      const char* row = static_cast<const char*>(data) + position(token + i) * size;
+      for (int64_t byte = 0; byte < head_size * size; byte += 64)
+        __builtin_prefetch(row + byte, 0, 2);
+    }
+  }
+};
