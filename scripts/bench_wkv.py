@@ -4,24 +4,34 @@
     python scripts/bench_wkv.py --shapes 2,512,8,64 --dtypes fp32 --json out.json
 
 For each shape B,T,H,N: the median time of a forward, and of a forward with backward, of the
-recurrence in torch, of the chunked form in torch, of the kernel, and of flash-linear-attention's
-chunk_rwkv6 where it is installed (GPU only). The times of all forms are taken in turns, so that a
-busy machine slows all of them alike. GB/s counts each tensor read or written once, GFLOP/s the
-recurrence's own arithmetic; "of floor" is the time that a copy of these bytes, or a matrix product
-of these operations, whichever is longer, would take, over the time measured.
+recurrence in torch, of the chunked form in torch and of the kernel; on a GPU with a head size of
+64 also of sequential kernels in the style of the official ones (sequential_wkv6.cu, compiled with
+nvcc), and of flash-linear-attention's chunk_rwkv6 where it is installed. The times of all forms are
+taken in turns, so that a busy machine slows all of them alike. GB/s counts each tensor read or
+written once, GFLOP/s the recurrence's own arithmetic; "of floor" is the time that a copy of these
+bytes, or a matrix product of these operations, whichever is longer, would take, over the time
+measured.
 """
 
 import argparse
+import ctypes
+import functools
+import platform
+import shutil
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
-from finchtune.wkv import native, wkv6, wkv6_chunked, wkv6_reference
+from finchtune.wkv import build, native, wkv6, wkv6_chunked, wkv6_reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SHAPES = ["2,512,8,64", "2,1,8,64", "2,64,8,64", "1,4096,8,64", "2,512,64,8"]
@@ -57,16 +67,31 @@ def medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def machine_floor(device: torch.device) -> dict[str, float]:
-    """Bytes per second of a large copy and operations per second of a large fp32 matmul, here."""
+def machine_floor(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes per second of a large copy and operations per second of a large matmul, here.
+
+    The matmul is in `dtype` on a GPU, in fp32 on a CPU, where the kernel computes in fp32 always.
+    """
     n = 1 << (28 if device.type == "cuda" else 25)
     source = torch.ones(n, device=device)
     target = torch.empty_like(source)
     side = 4096 if device.type == "cuda" else 1024
     a, b = torch.randn(2, side, side, device=device).unbind()
+    if device.type == "cuda":
+        a, b = a.to(dtype), b.to(dtype)
     works = {"copy": lambda: target.copy_(source), "matmul": lambda: a @ b}
     found = medians(works, device, budget=1.0)
     return {"bytes": 2 * 4 * n / found["copy"], "flops": 2 * side**3 / found["matmul"]}
+
+
+def processor_name(device: torch.device) -> str:
+    """What the machine calls its GPU, or its processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def make_inputs(shape: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -110,14 +135,82 @@ def flash_linear_attention() -> Form | None:
     return form
 
 
-def forms_for(shape: list[int], device: torch.device) -> dict[str, Form]:
+class SequentialProblem(ctypes.Structure):
+    """Wkv6Problem of cuda/wkv6.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in "BTHN"),
+        ("dtype", ctypes.c_int32),
+        ("n_seq", ctypes.c_int64),
+        ("cu_seqlens", ctypes.c_void_p),
+    )
+
+
+class SequentialWkv6(torch.autograd.Function):
+    """The kernels of sequential_wkv6.cu; all of r, k, v, w in fp32 or in bf16, no states."""
+
+    @staticmethod
+    def call(function: Any, tensors: list[Tensor | None]) -> None:
+        r = tensors[0]
+        assert r is not None
+        assert r.dtype in (torch.float32, torch.bfloat16)
+        problem = SequentialProblem(*r.shape, int(r.dtype == torch.bfloat16), len(r), None)
+        pointers = (ctypes.c_void_p * 14)(*(None if x is None else x.data_ptr() for x in tensors))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream if r.is_cuda else None)
+        assert function(ctypes.byref(problem), pointers, stream) == 0, "the launch failed"
+
+    @staticmethod
+    def forward(ctx: Any, library: ctypes.CDLL, *inputs: Tensor) -> Tensor:
+        *rows, u = inputs
+        y = torch.empty_like(rows[0])
+        SequentialWkv6.call(library.sequential_forward, [*rows, None, u, y, *7 * [None]])
+        ctx.save_for_backward(*inputs)
+        ctx.library = library
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *rows, u = ctx.saved_tensors
+        B, T, H, N = dy.shape
+        gradients = [torch.empty_like(x) for x in rows]
+        du = u.new_empty(B, H, N)
+        scratch = u.new_empty(2, B, T, H, N).unbind()
+        tensors = [*rows, dy.contiguous(), u, None, *gradients, du, *scratch]
+        SequentialWkv6.call(ctx.library.sequential_backward, tensors)
+        return None, *gradients, du.sum(0)
+
+
+def sequential_form(library: ctypes.CDLL) -> Form:
+    """The sequential kernels behind our signature; the state passes unused."""
+
+    def form(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor):
+        return SequentialWkv6.apply(library, r, k, v, w, u), state.view_as(state)
+
+    return form
+
+
+@functools.cache
+def compiled_sequential_kernels() -> ctypes.CDLL:
+    """sequential_wkv6.cu for the GPU of this machine."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    source = Path(__file__).with_name("sequential_wkv6.cu")
+    library = Path(tempfile.mkdtemp()) / "sequential_wkv6.so"
+    flags = ["-O3", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC"]
+    subprocess.run([nvcc, *flags, f"-I{build.SOURCE_FOLDER}", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def forms_for(shape: list[int], dtype: torch.dtype, device: torch.device) -> dict[str, Form]:
     """The forms worth timing at this shape."""
     forms: dict[str, Form] = {"kernel": wkv6, "chunked torch": wkv6_chunked}
     if shape[1] <= RECURRENCE_LIMIT:
         forms["recurrence"] = wkv6_reference
-    fla = flash_linear_attention() if device.type == "cuda" else None
-    if fla is not None:
-        forms["fla"] = fla
+    if device.type == "cuda":
+        if shape[3] == 64 and dtype != torch.float16:
+            forms["sequential"] = sequential_form(compiled_sequential_kernels())
+        fla = flash_linear_attention()
+        if fla is not None:
+            forms["fla"] = fla
     return forms
 
 
@@ -141,7 +234,7 @@ def with_backward(form: Form, inputs: list[Tensor]) -> Callable[[], object]:
 def measure(shape: list[int], dtype: torch.dtype, device: torch.device, budget: float) -> dict:
     """Median milliseconds of every form and pass at one shape."""
     inputs = make_inputs(shape, dtype, device)
-    forms = forms_for(shape, device)
+    forms = forms_for(shape, dtype, device)
     passes = {"forward": forward_only, "forward+backward": with_backward}
     return {
         name: medians({f: make(form, inputs) for f, form in forms.items()}, device, budget)
@@ -208,18 +301,22 @@ def main() -> None:
     shapes = args.shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
     parsed = [parse_shape(text) for text in shapes]
     torch.set_num_threads(args.threads)
-    floor = machine_floor(device)
-    about = {"device": args.device, "threads": args.threads, "torch": torch.__version__, **floor}
+    floors = {dtype: machine_floor(device, DTYPES[dtype]) for dtype in args.dtypes}
+    about = {"device": args.device, "threads": args.threads, "torch": torch.__version__}
+    about |= {"processor": processor_name(device), "floors": floors}
     if device.type == "cpu" and native.has_kernels("cpu"):
         about["cpu_path"] = native.cpu_paths()[0]
-    print(f"copy {floor['bytes'] / 1e9:.1f} GB/s, fp32 matmul {floor['flops'] / 1e9:.0f} GFLOP/s")
+    print(about["processor"])
+    for dtype, floor in floors.items():
+        copy, matmul = floor["bytes"] / 1e9, floor["flops"] / 1e9
+        print(f"floor of {dtype}: copy {copy:.1f} GB/s, matmul {matmul:.0f} GFLOP/s")
     print(f"{'shape':20} {'dtype':5} {'pass':17} {'form':14} {'median ms':>10} {'x kernel':>9} "
           f"{'GB/s':>8} {'GFLOP/s':>9} {'of floor':>8}")  # fmt: skip
     records = []
     for shape in parsed:
         for dtype in args.dtypes:
             found = measure(shape, DTYPES[dtype], device, args.seconds)
-            records += rows(shape, dtype, found, floor)
+            records += rows(shape, dtype, found, floors[dtype])
             print_rows(records[-sum(map(len, found.values())) :])
     if args.json:
         write_json(args.json, {"machine": about, "results": records})

@@ -218,8 +218,9 @@ def max_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def check(case: Case, outputs: dict[str, Tensor], error, tolerance: float) -> None:
-    """Every output within the tolerance; a NaN fails."""
+    """Every output within the tolerance; a NaN fails. `pytest -s` shows the errors."""
     errors = {name: error(outputs[name], x) for name, x in case.expected.items()}
+    print(error.__name__, *(f"{name} {x:.1e}" for name, x in errors.items()))
     assert all(x <= tolerance for x in errors.values()), errors
 
 
