@@ -35,8 +35,8 @@ class WorldTrie:
         self._trie = build(joined, ends.ctypes.data, ids.ctypes.data, len(ids))
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids (n,) int32. ValueError for a byte that no token begins with."""
-        ids = np.empty(len(text), np.int32)
+        """Token ids (n,) uint16. ValueError for a byte that no token begins with."""
+        ids = np.empty(len(text), np.uint16)
         n = self._encode(self._trie, text, len(text), ids.ctypes.data)
         if n < 0:
             raise ValueError(f"no token begins with the byte 0x{text[-1 - n]:02x} at {-1 - n}")

@@ -44,8 +44,9 @@ def parse_line(line: bytes) -> Any:
 def _parse_flat(line: bytes) -> dict[str, Any] | None:
     """A plain object without inner lists or objects, by a fast parser; None for all else.
 
-    The fast parser keeps the last of two equal keys. There are none if the line has no more ends
-    of keys than the object has keys; a text that holds such an end is left to the strict parser.
+    The fast parser keeps the last of two equal keys. There are none if the line has no more quotes
+    than the object needs, or no more ends of keys than it has keys; a text that holds such an end
+    is left to the strict parser.
     """
     import orjson
 
@@ -53,9 +54,15 @@ def _parse_flat(line: bytes) -> dict[str, Any] | None:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    if type(record) is not dict or line.count(b'":') != len(record) or SPACED_COLON.search(line):
+    if type(record) is not dict:
         return None
-    return None if any(type(v) in (dict, list) for v in record.values()) else record
+    kinds = [type(value) for value in record.values()]
+    if dict in kinds or list in kinds:
+        return None
+    if line.count(b'"') == 2 * (len(kinds) + kinds.count(str)):
+        return record
+    unique = line.count(b'":') == len(kinds) and not SPACED_COLON.search(line)
+    return record if unique else None
 
 
 def _parse_strictly(line: bytes) -> Any:
