@@ -24,6 +24,7 @@ from finchtune.data.render import Layout
 from finchtune.errors import UserError, run_cli
 from finchtune.tokenizer import load_tokenizer
 
+JSON2BINIDX_WIDE_FROM = 65500  # tokens of a vocabulary that it writes in int32
 JSON2BINIDX_TOKENIZERS = ("RWKVTokenizer", "HFTokenizer")
 
 
@@ -111,7 +112,7 @@ def own_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
 
 
 def json2binidx_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
-    """As json2binidx writes: int32 from 65536 tokens on, and an end only where asked for."""
+    """As json2binidx writes: its own choice of dtype, and an end only where asked for."""
     unfit = [
         name
         for name in ("output", "tokenizer", "field", "sft_field", "no_eod", "val_split")
@@ -124,7 +125,7 @@ def json2binidx_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
     if flags.tokenizer_type == "HFTokenizer" and flags.vocab is None:
         raise UserError("--tokenizer-type HFTokenizer needs --vocab with its tokenizer.json")
     name = flags.vocab or "world"
-    dtype = "<u2" if load_tokenizer(name).vocab_size < 65536 else "<i4"
+    dtype = "<u2" if load_tokenizer(name).vocab_size < JSON2BINIDX_WIDE_FROM else "<i4"
     recipe = Recipe(Layout(), name, dtype, end=flags.append_eod, on_bad=flags.on_bad)
     return f"{flags.output_prefix}_text_document", recipe
 

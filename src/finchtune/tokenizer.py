@@ -3,8 +3,7 @@
 import ast
 import codecs
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,12 @@ BYTES_VOCAB_SIZE = 256
 PLAIN_LITERAL = re.compile(r"'[^'\\]*'")
 
 
-@contextmanager
-def naming_lone_surrogates() -> Iterator[None]:
-    """Raise UserError for a text that cannot be UTF-8."""
-    try:
-        yield
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"the text holds a lone surrogate at character {error.start}, "
-            "which no UTF-8 text can contain; repair or drop it"
-        ) from None
+def lone_surrogate(error: UnicodeEncodeError) -> UserError:
+    """What to say of a text that cannot be UTF-8."""
+    return UserError(
+        f"the text holds a lone surrogate at character {error.start}, "
+        "which no UTF-8 text can contain; repair or drop it"
+    )
 
 
 class Tokenizer:
@@ -43,8 +38,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added. UserError if it holds a lone surrogate."""
-        with naming_lone_surrogates():
+        try:
             return self._encode(text)
+        except UnicodeEncodeError as error:
+            raise lone_surrogate(error) from None
 
     def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
         """`encode`, as an array (n,)."""
@@ -119,8 +116,11 @@ class WorldTokenizer(Tokenizer):
         """`encode`, as an array (n,)."""
         if self._trie is None:
             return super().encode_array(text, dtype)
-        with naming_lone_surrogates():
-            return self._trie.encode(text.encode()).astype(dtype)
+        try:
+            raw = text.encode()
+        except UnicodeEncodeError as error:
+            raise lone_surrogate(error) from None
+        return self._trie.encode(raw).astype(dtype, copy=False)
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:

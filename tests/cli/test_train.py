@@ -247,4 +247,4 @@ def test_two_processes_train_on_a_packed_mixture_of_text_from_one_cache(folder, 
     assert losses(tmp_path / "first")[-1] < losses(tmp_path / "first")[0]
     record = json.loads((tmp_path / "first" / "rwkv-0.json").read_text())
     assert record["data"]["skipped_records"] == 1
-    assert record["data"]["padding_waste"] < 0.2
+    assert record["data"]["padding_waste"] < 0.3

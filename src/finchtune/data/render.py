@@ -49,9 +49,10 @@ class Layout:
         if not isinstance(record, dict):
             raise BadRecord(f"a JSON object is needed, but this is {_kind(record)}")
         if len(self.fields) == 1:
-            chat = next((key for key in CHAT_KEYS if key in record), None)
-            if chat is not None and self.fields[0] not in record:
-                return _chat(record[chat], chat)
+            if self.fields[0] not in record:
+                for key in CHAT_KEYS:
+                    if key in record:
+                        return _chat(record[key], key)
             return self._plain(_string(record, self.fields[0]))
         *parts, answer = [_string(record, name) for name in self.fields]
         if not answer.strip():
