@@ -158,6 +158,16 @@ def test_other_content_and_other_fields_are_other_entries(questions, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 15
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_folder_is_read_file_by_file(questions, tmp_path, cached):
+    (tmp_path / "in").mkdir()
+    lines = questions.read_text().splitlines(keepends=True)
+    (tmp_path / "in" / "a.jsonl").write_text("".join(lines[:7]))
+    (tmp_path / "in" / "b.jsonl").write_text("".join(lines[7:]))
+    data = load_cached(tmp_path / "in", tmp_path / "cache" if cached else None)
+    assert labels_of(data) == labels_of(load_cached(questions, None))
+
+
 def test_a_damaged_entry_is_made_anew(questions, tmp_path):
     load_cached(questions, tmp_path / "cache")
     for path in (tmp_path / "cache").glob("*.idx"):
