@@ -177,7 +177,7 @@ def table_line(name: str, grad_cp: int, found: Estimate) -> str:
     cells = [sum(found.parts.get(part, 0) for part in parts) for parts in COLUMNS.values()]
     numbers = "".join(f"{value / MIB:12,.0f}" for value in (*cells, found.total))
     host = f"  {found.host / MIB:,.0f} on the host" if found.host else ""
-    return f"{name:15}{int(grad_cp):8}{numbers}  {found.moment}{host}"
+    return f"{name:15}{grad_cp:8}{numbers}  {found.moment}{host}"
 
 
 def activation_lines(made: Activations, tokens: int) -> Iterator[str]:

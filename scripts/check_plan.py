@@ -1,0 +1,153 @@
+"""Hold the memory that --plan foretells against what training steps really take.
+
+    python scripts/check_plan.py                # one process
+    python scripts/check_plan.py --devices 2    # ZeRO 1 to 3 among two
+
+Every row builds a small model, takes three optimizer steps under DeepSpeed, and reads the highest
+sum of bytes that torch's CPU allocator had handed out at a time: the same for every run, to the
+byte, and the CPU's counterpart of torch.cuda.max_memory_allocated. Resident memory would add the
+interpreter, its libraries and whatever the C library keeps for later.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from finchtune import distributed
+from finchtune.checkpoint import write_tensors
+from finchtune.config import TrainConfig
+from finchtune.data import Batch
+from finchtune.engine import Engine, choose_precision
+from finchtune.errors import run_cli
+from finchtune.memory import Estimate, estimate
+from finchtune.model import RWKV6, ModelConfig
+from finchtune.run import build_model
+
+SMALL = ModelConfig(n_layer=4, n_embd=256, vocab_size=4096)
+DEEP = ModelConfig(n_layer=12, n_embd=128, vocab_size=512)
+LARGE_VOCABULARY = ModelConfig(n_layer=2, n_embd=256, vocab_size=65536)
+METHODS = ("none", "bone", "bat", "lora", "pissa")
+TOLERANCE = 0.10
+STEPS = 3
+
+
+def rows(devices: int) -> Iterator[tuple[ModelConfig, TrainConfig]]:
+    """Sizes and configurations to measure."""
+    common = {"load_model": "-", "micro_bsz": 2, "ctx_len": 256, "devices": devices}
+    if devices > 1:
+        for peft, stage, precision in itertools.product(
+            ("none", "bone"), (1, 2, 3), ("fp32", "bf16")
+        ):
+            strategy = {"strategy": f"deepspeed_stage_{stage}", "precision": precision}
+            yield SMALL, TrainConfig(**common, peft=peft, **strategy)
+        return
+    for precision, peft, grad_cp in itertools.product(("fp32", "bf16"), METHODS, (0, 1, 2)):
+        yield SMALL, TrainConfig(**common, peft=peft, grad_cp=grad_cp, precision=precision)
+    for sizes, peft, grad_cp in itertools.product(
+        (DEEP, LARGE_VOCABULARY), ("none", "bone"), (0, 1)
+    ):
+        yield sizes, TrainConfig(**common, peft=peft, grad_cp=grad_cp, precision="bf16")
+    for peft in ("none", "bone"):
+        more = {"precision": "bf16", "accumulate_grad_batches": 2}
+        yield SMALL, TrainConfig(**common, peft=peft, **more)
+        yield (
+            SMALL,
+            TrainConfig(**common | {"ctx_len": 2048, "micro_bsz": 1}, peft=peft, precision="bf16"),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--devices", type=int, default=1, help="processes [1]")
+    devices = parser.parse_args().devices
+    distributed.ensure_launched(devices, 1)
+    distributed.say(
+        f"{'model':18}{'method':8}{'precision':>10}{'cp':>4}{'ZeRO':>6}{'rows x T':>12}"
+        f"{'measured':>12}{'foretold':>12}{'ratio':>8}   MiB of one process, {devices} in all"
+    )
+    ratios = []
+    for (sizes, config), (measured, found) in zip(rows(devices), measure_all(devices), strict=True):
+        ratios.append(found.total / measured)
+        distributed.say(line(sizes, config, measured, found))
+    worst = max(ratios, key=lambda ratio: abs(ratio - 1))
+    distributed.say(f"worst of {len(ratios)} rows: {worst:.3f}; allowed 1 +- {TOLERANCE}")
+    return int(abs(worst - 1) > TOLERANCE)
+
+
+def measure_all(devices: int) -> Iterator[tuple[int, Estimate]]:
+    """Measure every row, in order."""
+    if devices > 1:
+        yield from itertools.starmap(measure, rows(devices))
+        distributed.shutdown()
+        return
+    # torch's profiler goes blind after some twenty sessions in one process.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, max_tasks_per_child=10) as pool:
+        yield from pool.map(measure, *zip(*rows(devices), strict=True))
+
+
+def line(sizes: ModelConfig, config: TrainConfig, measured: int, found: Estimate) -> str:
+    """One row of the table."""
+    name = f"L{sizes.n_layer} C{sizes.n_embd} V{sizes.vocab_size}"
+    shape = f"{config.accumulate_grad_batches}x{config.micro_bsz} x {config.ctx_len}"
+    return (
+        f"{name:18}{config.peft:8}{config.precision:>10}{int(config.grad_cp):4}{config.stage:6}"
+        f"{shape:>12}{measured / 2**20:12.1f}{found.total / 2**20:12.1f}"
+        f"{found.total / measured:8.3f}   {found.moment}"
+    )
+
+
+def measure(sizes: ModelConfig, config: TrainConfig) -> tuple[int, Estimate]:
+    """(highest bytes of this process during three steps, what was foretold)."""
+    device = torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        distributed.init_process_group(device)
+    dtype = choose_precision(config, device)
+    with tempfile.TemporaryDirectory() as folder:
+        config.load_model = str(weight_file(sizes, dtype, Path(folder)))
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model = build_model(config, dtype, device)
+            engine = Engine(model, config, device)
+            shape = (config.accumulate_grad_batches, config.micro_bsz, config.ctx_len)
+            with record_function("steps"):
+                for _ in range(STEPS):
+                    draws = torch.randint(1, sizes.vocab_size, shape)
+                    engine.step([Batch(tokens, tokens) for tokens in draws], 1e-3)
+        engine.close()
+    return highest(profiler), estimate(config, sizes, dtype, distributed.world_size())
+
+
+def weight_file(sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> Path:
+    """A weight file of random numbers in another dtype, so that loading it allocates memory."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in RWKV6(sizes).state_dict().items()}
+    path = folder / "base.pth"
+    write_tensors({n: torch.randn(shape, dtype=other) * 0.02 for n, shape in shapes.items()}, path)
+    return path
+
+
+def highest(profiler: profile) -> int:
+    """The highest sum of live bytes while the steps ran."""
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    (steps,) = (e for e in events if e.name() == "steps")
+    live = peak = 0
+    for event in events:
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            if steps.start_ns() <= event.start_ns() <= steps.end_ns():
+                peak = max(peak, live)
+    return peak
+
+
+if __name__ == "__main__":
+    run_cli(main)
