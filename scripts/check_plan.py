@@ -15,10 +15,11 @@ import multiprocessing
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 from finchtune import distributed
 from finchtune.checkpoint import write_tensors
@@ -100,7 +101,7 @@ def line(sizes: ModelConfig, config: TrainConfig, measured: int, found: Estimate
     name = f"L{sizes.n_layer} C{sizes.n_embd} V{sizes.vocab_size}"
     shape = f"{config.accumulate_grad_batches}x{config.micro_bsz} x {config.ctx_len}"
     return (
-        f"{name:18}{config.peft:8}{config.precision:>10}{int(config.grad_cp):4}{config.stage:6}"
+        f"{name:18}{config.peft:8}{config.precision:>10}{config.grad_cp:4}{config.stage:6}"
         f"{shape:>12}{measured / 2**20:12.1f}{found.total / 2**20:12.1f}"
         f"{found.total / measured:8.3f}   {found.moment}"
     )
@@ -114,16 +115,28 @@ def measure(sizes: ModelConfig, config: TrainConfig) -> tuple[int, Estimate]:
     dtype = choose_precision(config, device)
     with tempfile.TemporaryDirectory() as folder:
         config.load_model = str(weight_file(sizes, dtype, Path(folder)))
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with allocations() as built:
             model = build_model(config, dtype, device)
             engine = Engine(model, config, device)
-            shape = (config.accumulate_grad_batches, config.micro_bsz, config.ctx_len)
-            with record_function("steps"):
-                for _ in range(STEPS):
-                    draws = torch.randint(1, sizes.vocab_size, shape)
-                    engine.step([Batch(tokens, tokens) for tokens in draws], 1e-3)
+        shape = (config.accumulate_grad_batches, config.micro_bsz, config.ctx_len)
+        with allocations() as stepped:
+            for _ in range(STEPS):
+                draws = torch.randint(1, sizes.vocab_size, shape)
+                engine.step([Batch(tokens, tokens) for tokens in draws], 1e-3)
         engine.close()
-    return highest(profiler), estimate(config, sizes, dtype, distributed.world_size())
+    measured = sum(built) + max(itertools.accumulate(stepped))
+    return measured, estimate(config, sizes, dtype, distributed.world_size())
+
+
+@contextmanager
+def allocations() -> Iterator[list[int]]:
+    """Bytes taken (above zero) and given back (below) by torch's CPU allocator, in their order."""
+    changes: list[int] = []
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        yield changes
+    events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    changes += [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+    assert changes, "the profiler saw no allocation"
 
 
 def weight_file(sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> Path:
@@ -134,19 +147,6 @@ def weight_file(sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> Path:
     path = folder / "base.pth"
     write_tensors({n: torch.randn(shape, dtype=other) * 0.02 for n, shape in shapes.items()}, path)
     return path
-
-
-def highest(profiler: profile) -> int:
-    """The highest sum of live bytes while the steps ran."""
-    events = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    (steps,) = (e for e in events if e.name() == "steps")
-    live = peak = 0
-    for event in events:
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            if steps.start_ns() <= event.start_ns() <= steps.end_ns():
-                peak = max(peak, live)
-    return peak
 
 
 if __name__ == "__main__":

@@ -102,9 +102,11 @@ def test_damaged_and_unfinished_runs_are_shown_as_far_as_they_can_be_read(tmp_pa
 
 
 def test_skipped_steps_are_counted(tmp_path):
-    folder = make_run(tmp_path / "run", steps=5, skipped=True)
+    folder = make_run(tmp_path / "run", steps=5)
+    rows = [{"step": step, "loss": "nan", "documents": [1, 2]} for step in (6, 7)]
+    (folder / "skipped.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     text = write_report([folder], tmp_path / "report.html").read_text()
-    assert "<dt>Skipped steps</dt><dd>5</dd>" in text
+    assert "<dt>Skipped steps</dt><dd>2</dd>" in text
 
 
 def test_a_curve_goes_where_its_values_are():

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from finchtune import distributed
+from finchtune.checkpoint import model_sizes
 from finchtune.config import TrainConfig
 from finchtune.data import Data
-from finchtune.engine import StepResult
+from finchtune.engine import DTYPES, StepResult
 from finchtune.errors import LOST_RANK, LostRank, NotFinite, OutOfMemory, UserError
 from finchtune.flags import parse_train_flags
+from finchtune.memory import estimate
 from finchtune.metrics import peak_memory_mb, rewind
 
 SKIPPED = "skipped.jsonl"
@@ -99,8 +101,18 @@ def out_of_memory_message(config: TrainConfig, error: Exception) -> str:
     asked = " ".join(str(error).split())[:160]
     return (
         f"out of memory on rank {distributed.rank()}, which has used up to {peak_memory_mb():,} MB "
-        f"({asked}); lower it with {', or '.join(flags_that_lower_memory(config))}"
+        f"({asked}){estimated(config)}; "
+        f"lower it with {', or '.join(flags_that_lower_memory(config))}"
     )
+
+
+def estimated(config: TrainConfig) -> str:
+    """What the run should take, for a message; nothing where the micro batch is not known."""
+    if not config.micro_bsz:
+        return ""
+    dtype = DTYPES[config.precision or ("bf16" if torch.cuda.is_available() else "fp32")]
+    found = estimate(config, model_sizes(config.load_model), dtype, distributed.world_size())
+    return f"; a step takes {found.total >> 20:,} MB by --plan's estimate"
 
 
 def flags_that_lower_memory(config: TrainConfig) -> list[str]:

@@ -212,9 +212,11 @@ def estimate(
     model = meta_model(config, sizes, dtype)
     stage = config.stage if stage is None else stage
     offload = config.offload if offload is None else offload
-    state = zero_state(model, dtype, stage, world, offload, overlap=device == "cuda")
+    accumulates = config.accumulate_grad_batches > 1
+    sums_in_fp32 = accumulates and dtype == torch.bfloat16
+    state = zero_state(model, dtype, stage, world, offload, device == "cuda", sums_in_fp32)
     standing = {k: state[k] for k in ("weights", "masters", "moments")}
-    held = state["gradients"] if config.accumulate_grad_batches > 1 or stage == 3 else 0
+    held = state["gradients"] if accumulates or stage == 3 else 0
     moments = {
         "forward and backward": [
             {"activations": made.kept, "loss": made.loss, "gradients": held},
@@ -235,13 +237,22 @@ def estimate(
 
 
 def zero_state(
-    model: nn.Module, dtype: torch.dtype, stage: int, world: int, offload: bool, overlap: bool
+    model: nn.Module,
+    dtype: torch.dtype,
+    stage: int,
+    world: int,
+    offload: bool = False,
+    overlap: bool = False,
+    sums_in_fp32: bool = False,
 ) -> dict[str, int]:
     """Bytes per device of what DeepSpeed's ZeRO `stage` 0 to 3 keeps, as its code allocates it.
 
     Stage 1 shares fp32 masters and Adam's two moments among the ranks, 2 the gradients too, 3 the
     weights too. "update" is what the optimizer step adds, "host" what offloading moves away.
+    `overlap`: gradients are exchanged during backward, from two buffers in turn. `sums_in_fp32`:
+    as `Engine` accumulates bf16 gradients, for which it takes stage 2 at least.
     """
+    stage = max(2, stage) if sums_in_fp32 and stage else stage
     tensors = [*model.parameters(), *model.buffers()]
     whole = sum(t.numel() * t.element_size() for t in tensors)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -249,20 +260,21 @@ def zero_state(
     width = dtype.itemsize
     share = -(-trained // world)
     sharded = share if stage else trained
-    masters = 0 if stage == 0 and width == 4 else 4 * sharded
-    gradients = width * (share if stage >= 2 else trained)
-    update = 4 * sharded if width < 4 else 0
+    wide = 4 if sums_in_fp32 else width
     state = {
         "weights": whole if stage < 3 else whole // world + width * small,
-        "masters": masters,
+        "masters": 0 if stage == 0 and width == 4 else 4 * sharded,
         "moments": 8 * sharded,
-        "gradients": gradients,
+        "gradients": wide * (share if stage >= 2 else trained),
         "buffers": width * min(trained, REDUCE_BUCKET) * (2 if overlap else 1) if stage else 0,
         "gathered weights": min(whole, width * LIVE_ELEMENTS) if stage == 3 else 0,
-        "update": update + (width * sharded if stage in (1, 2) else 0),
+        "update": (4 * sharded if wide < 4 else 0) + (wide * sharded if stage in (1, 2) else 0),
         "host": 0,
     }
     if offload:
         state["host"] = state["masters"] + state["moments"] + 4 * sharded
         state |= {"masters": 0, "moments": 0, "update": 0}
+        if stage == 3:
+            state["host"] += whole // world
+            state["weights"] = width * small
     return state

@@ -95,7 +95,7 @@ def facts(run: RunLog) -> dict[str, str]:
         "Tokens per second": _or_dash(statistics.median(speed) if speed else None),
         "Peak memory": f"{last['memory_mb']:,.0f} MiB" if last["memory_mb"] else "-",
         "Training time": _duration(seconds) if seconds else "-",
-        "Skipped steps": f"{run.skipped:,}",
+        "Skipped steps": f"{len(run.skipped):,}",
     }
 
 

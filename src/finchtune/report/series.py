@@ -15,6 +15,7 @@ MAX_POINTS = 800  # drawn of one series; more would be finer than a screen's pix
 class RunLog:
     """A run's rows of metrics (dicts with `step`), configuration and samples, as far as readable.
 
+    `skipped` are the steps left out because something was not finite, with their documents.
     `problems` has a line for everything that was missing or damaged.
     """
 
@@ -22,6 +23,7 @@ class RunLog:
     rows: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     def points(self, key: str) -> Points:
@@ -30,11 +32,6 @@ class RunLog:
 
     def values(self, key: str) -> list[float]:
         return [value for _, value in self.points(key)]
-
-    @property
-    def skipped(self) -> int:
-        """Steps that were left out because something was not finite."""
-        return sum(bool(row.get("skipped")) for row in self.rows)
 
 
 def is_number(value: Any) -> bool:
@@ -48,6 +45,8 @@ def read_run(folder: str | Path) -> RunLog:
     log.rows = [row for row in _lines(folder / "metrics.jsonl", log) if is_number(row.get("step"))]
     if (folder / "samples.jsonl").exists():
         log.samples = _lines(folder / "samples.jsonl", log)
+    if (folder / "skipped.jsonl").exists():
+        log.skipped = _lines(folder / "skipped.jsonl", log)
     try:
         config = json.loads((folder / "config.json").read_text(errors="replace"))
         log.config = config if isinstance(config, dict) else {}
