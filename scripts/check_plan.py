@@ -12,6 +12,7 @@ interpreter, its libraries and whatever the C library keeps for later.
 import argparse
 import itertools
 import multiprocessing
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -27,6 +28,7 @@ from finchtune.config import TrainConfig
 from finchtune.data import Batch
 from finchtune.engine import Engine, choose_precision
 from finchtune.errors import run_cli
+from finchtune.launch import run_processes
 from finchtune.memory import Estimate, estimate
 from finchtune.model import RWKV6, ModelConfig
 from finchtune.run import build_model
@@ -64,13 +66,14 @@ def rows(devices: int) -> Iterator[tuple[ModelConfig, TrainConfig]]:
         )
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", type=int, default=1, help="processes [1]")
     devices = parser.parse_args().devices
-    distributed.ensure_launched(devices, 1)
+    if distributed.processes_to_start(devices, 1):
+        return run_processes(devices, sys.argv)
     distributed.say(
         f"{'model':18}{'method':8}{'precision':>10}{'cp':>4}{'ZeRO':>6}{'rows x T':>12}"
         f"{'measured':>12}{'foretold':>12}{'ratio':>8}   MiB of one process, {devices} in all"

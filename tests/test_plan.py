@@ -4,10 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from support import run_script, save_model, small_model
 
+from finchtune.checkpoint import model_sizes
 from finchtune.errors import UserError
+from finchtune.faults import estimated
 from finchtune.flags import parse_train_flags
+from finchtune.memory import estimate
 from finchtune.plan import planned_sizes, print_plan
 from finchtune.run import open_data
 
@@ -64,6 +68,13 @@ def test_one_pass_reads_every_document(folder, capsys):
 def test_an_unknown_model_is_refused_with_the_known_names():
     with pytest.raises(UserError, match=r"--plan also takes 1\.6B, 3B, 7B, 14B"):
         planned_sizes("5B")
+
+
+def test_a_message_about_memory_gives_the_estimate(folder):
+    words = list(map(str, data_flags(folder, "--micro_bsz", 3, "--precision", "fp32")))
+    config = parse_train_flags(words)
+    found = estimate(config, model_sizes(config.load_model), torch.float32)
+    assert f"a step takes {found.total >> 20:,} MB" in estimated(config)
 
 
 @pytest.mark.slow

@@ -107,8 +107,8 @@ def out_of_memory_message(config: TrainConfig, error: Exception) -> str:
 
 
 def estimated(config: TrainConfig) -> str:
-    """What the run should take, for a message; nothing where the micro batch is not known."""
-    if not config.micro_bsz:
+    """What the run should take, for a message; nothing where that cannot be told."""
+    if not config.micro_bsz or not Path(config.load_model).is_file():
         return ""
     dtype = DTYPES[config.precision or ("bf16" if torch.cuda.is_available() else "fp32")]
     found = estimate(config, model_sizes(config.load_model), dtype, distributed.world_size())
