@@ -49,13 +49,19 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 REPOSITORY = Path(__file__).parents[1]
 
 
-def run_script(script: str, *arguments, launcher=(), timeout: float = 300, **environment: str):
-    """Run a script of the repository with this Python; returns the finished process.
+def script_command(script: str, *arguments, launcher=()) -> tuple[list[str], dict[str, str]]:
+    """How to run a script of the repository with this Python: the command and its environment.
 
     `launcher` goes between Python and the script, e.g. -m torch.distributed.run.
     """
     command = [sys.executable, *launcher, str(REPOSITORY / script), *map(str, arguments)]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return command, env
+
+
+def run_script(script: str, *arguments, launcher=(), timeout: float = 300, **environment: str):
+    """Run a script of the repository with this Python; returns the finished process."""
+    command, env = script_command(script, *arguments, launcher=launcher)
     return subprocess.run(
         command, env=env | environment, capture_output=True, text=True, timeout=timeout
     )

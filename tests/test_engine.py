@@ -1,11 +1,13 @@
 """DeepSpeed's step against a plain torch loop, and its whole state out and in, in one process."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from support import small_model
+from torch import nn
 
 from finchtune import distributed
 from finchtune.adapters import attach
@@ -154,6 +156,57 @@ def test_packed_documents_give_the_step_of_padded_ones():
         results.append([engine.step([batch], 1e-2).loss for _ in range(3)])
         engine.close()
     assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+STRATEGIES = ["_1", "_2", "_3", "_2_offload", "_3_offload"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_bad_steps_are_skipped_without_a_trace(strategy, dtype):
+    """A run with bad steps ends in the state of one that never had them, first steps included."""
+    good = [[b._replace(tokens=b.tokens.clamp_min(1)) for b in step] for step in batches(3, 2)]
+    bad = [good[0][0], good[0][1]._replace(tokens=torch.zeros_like(good[0][1].tokens))]
+    config = settings(
+        strategy=f"deepspeed_stage{strategy}", accumulate_grad_batches=2, grad_clip=0.0
+    )
+    states = []
+    for steps in (good, [bad, *good[:2], bad, good[2], bad]):
+        model = attach(small_model().to(dtype), "bone", r=8)
+        with torch.no_grad():
+            model.emb.weight[0] = torch.inf
+        engine = Engine(model, config, CPU)
+        before = engine.state()
+        assert before["adam_step"] == 0
+        results = run(engine, steps)
+        assert [r.skipped for r in results] == [step is bad for step in steps]
+        assert all(math.isfinite(r.loss) != r.skipped for r in results)
+        states.append(engine.state())
+        engine.close()
+    for part in ("trained", "exp_avg", "exp_avg_sq"):
+        for name, tensor in states[0][part].items():
+            assert tensor.dtype == torch.float32
+            assert torch.equal(tensor, states[1][part][name]), (part, name)
+    assert states[0]["adam_step"] == states[1]["adam_step"] == 3
+
+
+class Forward(nn.Module):
+    """A model whose loss is infinite with a finite gradient."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch):
+        return self.model(*batch) + torch.inf
+
+
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped():
+    engine = Engine(attach(small_model(), "bone", r=8), settings(), CPU)
+    (micro,) = batches(1)
+    engine.ds.module = Forward(engine.ds.module)
+    assert run(engine, [micro])[0].skipped
+    engine.close()
 
 
 def test_a_fully_masked_step_is_zero_and_harmless():

@@ -15,9 +15,10 @@ LAYERS = [
     {"model", "optim"},
     {"memory"},
     {"checkpoint", "engine", "generate"},
-    {"adapter_files", "faults", "folder"},
+    {"adapter_files", "folder"},
     {"merging", "hf_peft", "run", "evaluate", "report", "validation", "samples", "batch_size"},
     {"merge_commands", "plan"},
+    {"faults"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

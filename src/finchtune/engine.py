@@ -138,6 +138,10 @@ class Engine:
             self.ds.backward(loss * (scale + 0 * loss.detach()))
             self.ds.step()
             loss_sum += loss.detach()  # read once, below: reading waits for the GPU
+        zero = self.ds.optimizer
+        if zero.overflow and self.stage < 3:
+            # Under offload DeepSpeed 0.19 would add the next gradient to the bad one.
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
         fed = sum(batch.tokens.numel() for batch in micro_batches)
         sums = distributed.all_sum([loss_sum.item(), fed, stop], self.device)
         return StepResult(
@@ -145,7 +149,7 @@ class Engine:
             grad_norm=float(self.ds.get_global_grad_norm()),
             tokens=int(sums[1]),
             targets=int(targets),
-            skipped=bool(self.ds.optimizer.overflow),
+            skipped=bool(zero.overflow),
             stopping=sums[2] > 0,
         )
 

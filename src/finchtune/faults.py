@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 
 from finchtune import distributed
-from finchtune.checkpoint import model_sizes
 from finchtune.config import TrainConfig
 from finchtune.data import Data
-from finchtune.engine import DTYPES, StepResult
+from finchtune.engine import StepResult
 from finchtune.errors import LOST_RANK, LostRank, NotFinite, OutOfMemory, UserError
 from finchtune.flags import parse_train_flags
 from finchtune.memory import estimate
 from finchtune.metrics import peak_memory_mb, rewind
+from finchtune.plan import planned_precision, planned_sizes
 
 SKIPPED = "skipped.jsonl"
 ROLL_CALL_SECONDS = 5.0
@@ -97,22 +97,26 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def out_of_memory_message(config: TrainConfig, error: Exception) -> str:
-    """What was asked for, what this process has used, and flags that lower it."""
+    """The estimate, what this process has used, what it asked for, and flags that lower it."""
     asked = " ".join(str(error).split())[:160]
     return (
-        f"out of memory on rank {distributed.rank()}, which has used up to {peak_memory_mb():,} MB "
-        f"({asked}){estimated(config)}; "
-        f"lower it with {', or '.join(flags_that_lower_memory(config))}"
+        f"out of memory on rank {distributed.rank()}: {estimated_need(config)}it has used up to "
+        f"{peak_memory_mb():,} MB when this failed: {asked}; lower it with "
+        f"{', or '.join(flags_that_lower_memory(config))}"
     )
 
 
-def estimated(config: TrainConfig) -> str:
-    """What the run should take, for a message; nothing where that cannot be told."""
-    if not config.micro_bsz or not Path(config.load_model).is_file():
+def estimated_need(config: TrainConfig) -> str:
+    """What --plan says of one device, largest parts first; empty where there is no plan."""
+    try:
+        sizes = planned_sizes(config.load_model)
+        dtype, device = planned_precision(config)
+        need = estimate(config, sizes, dtype, distributed.world_size(), device)
+    except (RuntimeError, MemoryError, UserError):  # there may be no memory left for this either
         return ""
-    dtype = DTYPES[config.precision or ("bf16" if torch.cuda.is_available() else "fp32")]
-    found = estimate(config, model_sizes(config.load_model), dtype, distributed.world_size())
-    return f"; a step takes {found.total >> 20:,} MB by --plan's estimate"
+    parts = sorted(need.parts.items(), key=lambda part: -part[1])
+    shown = ", ".join(f"{name} {n_bytes / 2**20:,.0f}" for name, n_bytes in parts if n_bytes)
+    return f"{need.total / 2**20:,.0f} MiB are estimated ({shown}), "
 
 
 def flags_that_lower_memory(config: TrainConfig) -> list[str]:

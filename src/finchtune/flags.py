@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from finchtune.config import METHOD_FLAGS, TrainConfig
-from finchtune.errors import UserError
+from finchtune.errors import (
+    INTERRUPTED,
+    LOST_RANK,
+    NOT_FINITE,
+    OUT_OF_MEMORY,
+    USER_ERROR,
+    UserError,
+)
 
 # RWKV-PEFT's flags that cannot be honoured (yet), and what to do instead.
 REFUSED = {
@@ -43,6 +50,12 @@ JSON_FLAGS: dict[str, dict[str, str]] = {
         "svd_niter": "svd_niter",
     },
 }
+EXIT_STATUSES = (
+    f"Exit status: 0 done; {USER_ERROR} a mistake in flags, files or data, or a full disk; "
+    f"{NOT_FINITE} too many steps with NaN or infinity; {OUT_OF_MEMORY} out of memory; {LOST_RANK} "
+    f"another process died or hangs; {INTERRUPTED} stopped by SIGTERM or SIGINT after saving a "
+    "checkpoint (go on with --resume auto); 1 a fault of finchtune itself."
+)
 LIST_HINT = "words, or a JSON list"
 
 
@@ -71,7 +84,12 @@ def parse_train_flags(arguments: list[str] | None = None) -> TrainConfig:
 
 
 def _build_parser() -> tuple[argparse.ArgumentParser, dict[str, dataclasses.Field]]:
-    parser = _Parser(prog="train.py", description="Fine-tune an RWKV-6 model.", allow_abbrev=False)
+    parser = _Parser(
+        prog="train.py",
+        description="Fine-tune an RWKV-6 model.",
+        epilog=EXIT_STATUSES,
+        allow_abbrev=False,
+    )
     fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
     for name, field in fields.items():
         choices = "|".join(field.metadata["choices"])

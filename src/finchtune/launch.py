@@ -12,7 +12,7 @@ from finchtune.errors import LOST_RANK
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20.0  # for the others to notice a dead one, say so, and leave
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_processes(n_processes: int, command: list[str]) -> int:

@@ -1,0 +1,300 @@
+"""train.py killed, interrupted, starved and cut off: what it says, and that nothing is lost."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from support import metrics, run_script, save_model, script_command, small_model, train
+
+from finchtune.errors import INTERRUPTED, LOST_RANK, NOT_FINITE, OUT_OF_MEMORY
+from finchtune.files import sha256
+
+BONE = "--peft bone --bone_r 8".split()
+ONE, TWO = "--micro_bsz 4".split(), "--micro_bsz 2 --devices 2".split()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model and a small corpus, of which one document spoils every number."""
+    path = tmp_path_factory.mktemp("interrupted")
+    model = small_model(head_size=16)
+    save_model(model, path / "base.pth")
+    with torch.no_grad():
+        model.emb.weight[ord("~")] = torch.inf
+    save_model(model, path / "spoilt.pth")
+    rng = random.Random(0)
+    texts = [f"What is {rng.randrange(10)} plus {rng.randrange(10)}?" for _ in range(40)]
+    for name, documents in {
+        "good": texts,
+        "one_bad": [*texts[:-1], "~"],
+        "bad": ["~~"] * 8,
+    }.items():
+        lines = [json.dumps({"text": text}) + "\n" for text in documents]
+        (path / f"{name}.jsonl").write_text("".join(lines))
+    return path
+
+
+def flags(folder, proj, *more, base="base.pth", data="good.jsonl"):
+    return [
+        *("--load_model", folder / base, "--data_file", folder / data, "--data_type", "jsonl"),
+        *("--ctx_len", 32, "--lr_init", 1e-2, "--proj_dir", folder / proj, *more),
+    ]
+
+
+def start(*arguments, **environment):
+    """Start train.py in the background, its output in pipes."""
+    command, env = script_command("train.py", *arguments)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=env | environment, start_new_session=True, **pipes)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def steps_done(proj):
+    path = proj / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def final_state(proj):
+    """Hashes of the last checkpoint and of the trained weights."""
+    newest = max((proj / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
+    return newest.name, sha256(newest / "state.pth"), sha256(proj / "rwkv-0.pth")
+
+
+def descendants(process):
+    """Ids of the processes that a launcher started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def interrupt(process, number, proj, whom="all"):
+    wait_for(lambda: steps_done(proj) >= 3, process)
+    ranks = descendants(process)
+    os.kill(ranks[-1] if whom == "last rank" else process.pid, number)
+    return process.communicate(timeout=120)
+
+
+def test_a_signal_saves_and_resuming_ends_like_no_signal(folder):
+    """Also: metrics go on without a gap or a repetition, and a finished run says that it is."""
+    words = [*BONE, *ONE, "--epoch_steps", 60]
+    train(*flags(folder, "whole", *words, "--save_every", 60))
+    process = start(*flags(folder, "stopped", *words))
+    out, err = interrupt(process, signal.SIGTERM, folder / "stopped")
+    assert process.returncode == INTERRUPTED, out + err
+    assert "SIGTERM: stopping after this step" in err
+    assert "go on with --resume auto" in out
+    done = train(*flags(folder, "stopped", *words, "--save_every", 60, "--resume", "auto"))
+    assert "resumed from" in done.stdout
+    assert final_state(folder / "stopped") == final_state(folder / "whole")
+    rows, expected = metrics(folder / "stopped"), metrics(folder / "whole")
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        (row["step"], row["loss"]) for row in expected
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", ["all", "last rank"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_agree_to_stop(folder, number, whom):
+    proj = f"agree-{number}-{whom}"
+    process = start(*flags(folder, proj, *BONE, *TWO, "--epoch_steps", 5000))
+    out, err = interrupt(process, number, folder / proj, whom)
+    assert process.returncode == INTERRUPTED, out + err
+    (checkpoint,) = (folder / proj / "checkpoints").iterdir()
+    assert int(checkpoint.name[5:]) == metrics(folder / proj)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_torchrun_passes_a_signal_on(folder):
+    arguments = flags(folder, "torchrun", *BONE, "--micro_bsz", 2, "--epoch_steps", 5000)
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    command, env = script_command("train.py", *arguments, launcher=launcher)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env, **pipes)
+    out, err = interrupt(process, signal.SIGTERM, folder / "torchrun")
+    assert process.returncode != 0
+    assert "saved; go on with --resume auto" in out, out + err
+    assert len(list((folder / "torchrun" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whom", [0, 1])
+def test_a_killed_rank_is_named(folder, whom):
+    proj = f"killed-{whom}"
+    process = start(*flags(folder, proj, *BONE, *TWO, "--epoch_steps", 5000))
+    wait_for(lambda: steps_done(folder / proj) >= 3, process)
+    os.kill(descendants(process)[whom], signal.SIGKILL)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == LOST_RANK, out + err
+    assert f"lost rank {whom} of 2" in err
+    assert f"rank {whom} was ended by SIGKILL" in err
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named_after_the_timeout(folder):
+    words = [*BONE, *TWO, "--epoch_steps", 5000, "--timeout_minutes", 0.1]
+    process = start(*flags(folder, "hung", *words))
+    wait_for(lambda: steps_done(folder / "hung") >= 3, process)
+    os.kill(descendants(process)[1], signal.SIGSTOP)
+    began = time.monotonic()
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == LOST_RANK, out + err
+    assert "lost rank 1 of 2" in err
+    assert time.monotonic() - began > 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [ONE, TWO])
+def test_bad_documents_are_skipped_and_named(folder, more):
+    proj = f"skips-{len(more)}"
+    words = [*BONE, *more, "--epoch_steps", 20]
+    done = train(*flags(folder, proj, *words, base="spoilt.pth", data="one_bad.jsonl"))
+    rows = [json.loads(line) for line in (folder / proj / "skipped.jsonl").open()]
+    assert rows
+    assert all(39 in row["documents"] for row in rows)
+    assert len(rows) + len(metrics(folder / proj)) == 20
+    assert f"step {rows[0]['step']} is skipped" in done.stdout
+    tensors = torch.load(folder / proj / "rwkv-0.pth", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+
+
+@pytest.mark.slow
+def test_nothing_but_bad_documents_stops_the_run(folder):
+    words = [*BONE, *TWO, "--epoch_steps", 20, "--save_every", 1, "--max_skips", 2]
+    done = run_script(
+        "train.py", *flags(folder, "bad", *words, base="spoilt.pth", data="bad.jsonl")
+    )
+    assert done.returncode == NOT_FINITE, done.stdout + done.stderr
+    assert done.stderr.count("error: 2 steps in a row had NaN") == 1
+    assert [p.name for p in (folder / "bad" / "checkpoints").iterdir()] == ["step-1"]
+
+
+LIMITED = """
+import resource, runpy, sys
+import torch, finchtune.engine, deepspeed, finchtune.plan
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_no_memory_is_told_with_remedies(folder):
+    big = small_model(n_layer=1, n_embd=512, head_size=64)
+    save_model(big, folder / "big.pth")
+    text = json.dumps({"text": "memory " * 1000})
+    (folder / "long.jsonl").write_text(f"{text}\n" * 64)
+    words = ["--micro_bsz", 64, "--ctx_len", 4096, "--grad_cp", 0, "--accelerator", "cpu"]
+    arguments = flags(folder, "oom", *words, base="big.pth", data="long.jsonl")
+    done = run_script("train.py", *arguments, launcher=["-c", LIMITED])
+    assert done.returncode == OUT_OF_MEMORY, done.stdout + done.stderr
+    for part in (
+        "out of memory on rank 0",
+        "MiB are estimated",
+        "--micro_bsz 32 --accumulate_grad_batches 2",
+    ):
+        assert part in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints(folder):
+    small = folder / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    try:
+        words = [*BONE, *ONE, "--epoch_steps", 200, "--save_every", 1]
+        done = run_script("train.py", *flags(folder, "small/run", *words))
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "MB are free" in done.stderr or "the disk is full" in done.stderr
+        saved = len(list((small / "run" / "checkpoints").iterdir()))
+        assert saved >= 1
+        train(*flags(folder, "small/run", *words[:-4], "--epoch_steps", 200, "--save_every", 50,
+                     "--keep_last", 1, "--resume", "auto"))  # fmt: skip
+        assert [p.name for p in (small / "run" / "checkpoints").iterdir()] == ["step-200"]
+    finally:
+        subprocess.run(["umount", "--lazy", str(small)], check=True)
+
+
+METHODS = {"bone": BONE, "full": []}
+RESUMES = [
+    (method, precision, processes)
+    for method in METHODS
+    for precision in ("fp32", "bf16")
+    for processes in (1, 2)
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "precision", "processes"), RESUMES)
+def test_n_is_k_and_n_minus_k(folder, method, precision, processes):
+    """Equal sha256 of weights and optimizer, and checkpoints that hold fp32 masters."""
+    proj = folder / f"n-{method}-{precision}-{processes}"
+    words = [*METHODS[method], *(ONE if processes == 1 else TWO), "--precision", precision]
+    words += ["--epoch_steps", 9, "--save_every", 4, "--grad_cp", 1]
+    train(*flags(folder, proj.name, *words))
+    whole = final_state(proj)
+    state = torch.load(proj / "checkpoints/step-4/state.pth", weights_only=True)
+    assert {t.dtype for t in state["trained"].values()} == {torch.float32}
+    for step in (8, 9):
+        shutil.rmtree(proj / "checkpoints" / f"step-{step}")
+    (proj / "rwkv-0.pth").unlink()
+    done = train(*flags(folder, proj.name, *words, "--resume", "auto"))
+    assert "step-4 at step 4" in done.stdout
+    assert final_state(proj) == whole
+
+
+KILLS = 32
+
+
+def live_and_die(folder, proj, words, lives, seed):
+    """Start a run `lives` times and kill it each time: in its start-up, in a step, or in a save."""
+    rng = random.Random(seed)
+    saving = 0
+    for life in range(lives):
+        process = start(*flags(folder, proj.name, *words, "--resume", "auto"))
+        before, kind = steps_done(proj), life % 4
+        if kind == 0:
+            time.sleep(rng.uniform(0.5, 4))
+        else:
+            target = before + rng.randrange(1, 5)
+            wait_for(lambda: steps_done(proj) >= target, process)  # noqa: B023
+        if kind == 3:
+            wait_for(lambda: list((proj / "checkpoints").glob(".step-*.tmp-*")), process)
+            saving += 1
+        else:
+            time.sleep(rng.uniform(0, 0.05))
+        assert process.poll() is None, process.communicate()
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    return saving
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [ONE, TWO], ids=["one process", "two processes"])
+def test_killed_at_any_moment_it_ends_like_an_uninterrupted_run(folder, more):
+    """At least 30 kills in both cases together, a quarter of them while a checkpoint is written."""
+    proj, whole = folder / f"mortal-{len(more)}", folder / f"immortal-{len(more)}"
+    words = [*BONE, *more, "--epoch_steps", 150, "--keep_last", 2]
+    train(*flags(folder, whole.name, *words, "--save_every", 150))
+    every = [*words, "--save_every", 1]
+    assert live_and_die(folder, proj, every, KILLS // 2, seed=len(more)) >= KILLS // 8
+    train(*flags(folder, proj.name, *every, "--resume", "auto"))
+    assert final_state(proj) == final_state(whole)
+    assert [row["loss"] for row in metrics(proj)] == [row["loss"] for row in metrics(whole)]
+    assert sorted(p.name for p in (proj / "checkpoints").iterdir()) == ["step-149", "step-150"]
