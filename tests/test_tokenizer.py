@@ -75,7 +75,7 @@ def test_every_world_token_is_one_token(world):
 def test_a_byte_outside_a_vocabulary_is_named():
     trie = WorldTrie(load_library(), [b"", b"a", b"ab", b"abc"])
     assert trie.encode(b"ababcaab").tolist() == [2, 3, 1, 2]
-    with pytest.raises(ValueError, match="no token begins with the byte 0x62 at 3"):
+    with pytest.raises(UserError, match="no token of the vocabulary begins with byte 0x62 at 3"):
         trie.encode(b"aabba")
 
 

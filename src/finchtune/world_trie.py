@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from finchtune.errors import UserError
 from finchtune.files import atomic_path, cache_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
@@ -24,22 +25,20 @@ class WorldTrie:
         tokens = sorted({token: id for id, token in enumerate(table) if token}.items())
         ends = np.cumsum([len(token) for token, _ in tokens], dtype=np.int64)
         ids = np.array([id for _, id in tokens], np.int32)
+        pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
         build, self._encode = library.world_trie, library.world_encode
-        build.restype, build.argtypes = ctypes.c_void_p, [ctypes.c_char_p, *[ctypes.c_void_p] * 2,
-                                                          ctypes.c_int64]  # fmt: skip
-        self._encode.restype, self._encode.argtypes = (
-            ctypes.c_int64,
-            [*(ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64, ctypes.c_void_p)],
-        )
+        build.restype, build.argtypes = pointer, [text, pointer, pointer, number]
+        self._encode.restype, self._encode.argtypes = number, [pointer, text, number, pointer]
         joined = b"".join(token for token, _ in tokens)
         self._trie = build(joined, ends.ctypes.data, ids.ctypes.data, len(ids))
 
     def encode(self, text: bytes) -> np.ndarray:
-        """Token ids (n,) uint16. ValueError for a byte that no token begins with."""
+        """Token ids (n,) uint16. UserError for a byte that no token begins with."""
         ids = np.empty(len(text), np.uint16)
         n = self._encode(self._trie, text, len(text), ids.ctypes.data)
         if n < 0:
-            raise ValueError(f"no token begins with the byte 0x{text[-1 - n]:02x} at {-1 - n}")
+            byte = text[-1 - n]
+            raise UserError(f"no token of the vocabulary begins with byte 0x{byte:02x} at {-1 - n}")
         return ids[:n]
 
 
@@ -55,7 +54,7 @@ def load_library() -> ctypes.CDLL | None:
                 command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, UserError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"tokenising takes twice as long without g++: {reason}", stacklevel=2)
         return None

@@ -5,8 +5,8 @@ from hashlib import blake2b
 from pathlib import Path
 
 from finchtune import distributed
-from finchtune.binidx import remove, token_dtype
-from finchtune.data.documents import MASK_SUFFIX, Documents, read_binidx
+from finchtune.binidx import token_dtype
+from finchtune.data.documents import Documents, read_binidx
 from finchtune.data.inputs import find_inputs
 from finchtune.data.prepare import Recipe, prepare
 from finchtune.data.render import PROMPT, Layout
@@ -26,20 +26,16 @@ def read_cached(
     recipe = Recipe(layout, tokenizer.name, token_dtype(tokenizer.vocab_size).str, on_bad=on_bad)
     paths = find_inputs([source])
     prefix = Path(cache_dir) / f"{paths[0].name}-{_key(paths, recipe)}"
-    distributed.from_rank_zero(lambda: _make(source, prefix, recipe, tokenizer.vocab_size))
-    return _make(source, prefix, recipe, tokenizer.vocab_size)
 
+    def make() -> None:
+        try:
+            _read(source, prefix, tokenizer.vocab_size)
+        except UserError:  # missing or damaged
+            write_json(_note(prefix), asdict(prepare([source], str(prefix), recipe)))
 
-def _make(source: str, prefix: Path, recipe: Recipe, vocab_size: int) -> Documents:
-    """Read the entry; tokenise where it is missing or damaged."""
-    try:
-        return _read(source, prefix, vocab_size)
-    except UserError:
-        _note(prefix).unlink(missing_ok=True)
-        remove(prefix)
-        remove(f"{prefix}{MASK_SUFFIX}")
-    write_json(_note(prefix), asdict(prepare([source], str(prefix), recipe)))
-    return _read(source, prefix, vocab_size)
+    distributed.from_rank_zero(make)
+    make()
+    return _read(source, prefix, tokenizer.vocab_size)
 
 
 def _read(source: str, prefix: Path, vocab_size: int) -> Documents:
