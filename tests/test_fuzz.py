@@ -68,6 +68,7 @@ def test_a_made_up_pair_is_refused_or_read_right(folder, code, sizes, extra, bod
 
 @given(st.lists(st.tuples(spaces, keys, spaces, scalars), max_size=4))
 @example([("", "a", "", "1"), ("", "a", " ", "2")])
+@example([("", "a", "", '"\\\\"'), ("", "a", "", '"\\""')])
 @settings(max_examples=300)
 def test_a_line_is_refused_or_read_as_json_reads_it(members):
     line = ",".join(f'{before}"{key}"{after}:{value}' for before, key, after, value in members)

@@ -13,7 +13,6 @@ BOM = b"\xef\xbb\xbf"
 MAX_REASON = 300
 MAX_DEPTH = 200
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
-SPACED_COLON = re.compile(rb'"[ \t\r]+:')
 
 
 class BadRecords:
@@ -44,9 +43,9 @@ def parse_line(line: bytes) -> Any:
 def _parse_flat(line: bytes) -> dict[str, Any] | None:
     """A plain object without inner lists or objects, by a fast parser; None for all else.
 
-    The fast parser keeps the last of two equal keys. There are none if the line has no more quotes
-    than the object needs, or no more ends of keys than it has keys; a text that holds such an end
-    is left to the strict parser.
+    The fast parser keeps the last of two equal keys. There are none if the line has just the quotes
+    around its keys and strings; those within a string come after a backslash, which is itself the
+    second of two only where the line is left to the strict parser.
     """
     import orjson
 
@@ -59,10 +58,13 @@ def _parse_flat(line: bytes) -> dict[str, Any] | None:
     kinds = [type(value) for value in record.values()]
     if dict in kinds or list in kinds:
         return None
-    if line.count(b'"') == 2 * (len(kinds) + kinds.count(str)):
-        return record
-    unique = line.count(b'":') == len(kinds) and not SPACED_COLON.search(line)
-    return record if unique else None
+    expected = 2 * (len(kinds) + kinds.count(str))
+    quotes = line.count(b'"')
+    if quotes != expected:
+        if b"\\\\" in line:
+            return None
+        quotes -= line.count(b'\\"')
+    return record if quotes == expected else None
 
 
 def _parse_strictly(line: bytes) -> Any:
