@@ -102,3 +102,14 @@ def test_gradients_are_shared_from_stage_two_on(stage, share):
     K = sum(p.numel() for p in model.parameters())
     state = zero_state(model, torch.bfloat16, stage, 4, offload=False, overlap=False)
     assert state["gradients"] == pytest.approx(2 * K / share, abs=8)
+
+
+@pytest.mark.parametrize("grad_cp", [0, 1, 2])
+def test_a_blocks_new_state_keeps_no_more_alive_than_itself(grad_cp):
+    """While the loss is computed every block's state is there, but not what it was cut from."""
+    config = run_config("bone", {"bone_r": 16}, grad_cp)
+    two, three = (
+        simulate(config, ModelConfig(n, 64, 512, head_size=16), torch.float32) for n in (2, 3)
+    )
+    B, C = TOKENS[0], 64
+    assert 0 < three.loss - two.loss <= 4 * (2 * B * C + B * C * 16)

@@ -41,6 +41,11 @@ def shift_difference(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None =
     return previous - x
 
 
+def last_of(x: Tensor) -> Tensor:
+    """The last token of x (B, T, C): a copy, for a view in the state would keep all of x alive."""
+    return x[:, -1].clone()
+
+
 class TimeMix(nn.Module):
     """Attention's stand-in: data-dependent token shift, decay, and the WKV recurrence."""
 
@@ -106,7 +111,7 @@ class TimeMix(nn.Module):
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         y, state = wkv6(r, k, v, w, self.time_faaaa, state, cu_seqlens)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(Gate.apply(y, self.gate(x_g))), x[:, -1], state
+        return self.output(Gate.apply(y, self.gate(x_g))), last_of(x), state
 
 
 class ChannelMix(nn.Module):
@@ -127,7 +132,7 @@ class ChannelMix(nn.Module):
         xx = shift_difference(x, shift, cu_seqlens)
         k = SquaredReLU.apply(self.key(torch.addcmul(x, xx, self.time_maa_k)))
         r = torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r)))
-        return r * self.value(k), x[:, -1]
+        return r * self.value(k), last_of(x)
 
 
 class Block(nn.Module):
