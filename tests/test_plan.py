@@ -4,14 +4,10 @@ import json
 import math
 
 import pytest
-import torch
 from support import run_script, save_model, small_model
 
-from finchtune.checkpoint import model_sizes
 from finchtune.errors import UserError
-from finchtune.faults import estimated
 from finchtune.flags import parse_train_flags
-from finchtune.memory import estimate
 from finchtune.plan import planned_sizes, print_plan
 from finchtune.run import open_data
 
@@ -55,6 +51,7 @@ def test_steps_and_documents_never_read_are_those_of_the_data(folder, capsys):
     visited = {d for step in range(10) for d in data.document_ids(step, 0, 1, 3, 1)}
     assert f"never read   {50 - len(visited)} documents" in text
     assert "steps        10 = 5 x 2 epochs" in text
+    assert f"2 rwkv-N.pth, 0 resumable checkpoints: {2 * 4 * 198_912 / 2**20:.2f} MiB" in text
     places = sum(min(16, 4 * (1 + i % 7)) for i in range(50))
     assert f"{1 - places / (50 * 16):.1%} of the positions" in text
 
@@ -68,13 +65,6 @@ def test_one_pass_reads_every_document(folder, capsys):
 def test_an_unknown_model_is_refused_with_the_known_names():
     with pytest.raises(UserError, match=r"--plan also takes 1\.6B, 3B, 7B, 14B"):
         planned_sizes("5B")
-
-
-def test_a_message_about_memory_gives_the_estimate(folder):
-    words = list(map(str, data_flags(folder, "--micro_bsz", 3, "--precision", "fp32")))
-    config = parse_train_flags(words)
-    found = estimate(config, model_sizes(config.load_model), torch.float32)
-    assert f"a step takes {found.total >> 20:,} MB" in estimated(config)
 
 
 @pytest.mark.slow

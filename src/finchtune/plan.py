@@ -14,7 +14,7 @@ from finchtune.data import Data
 from finchtune.engine import DTYPES
 from finchtune.errors import UserError
 from finchtune.memory import Activations, Estimate, activations, estimate, meta_model
-from finchtune.model import ModelConfig
+from finchtune.model import RWKV6, ModelConfig
 from finchtune.run import open_data
 
 GRAD_CP = (0, 1, 2)
@@ -54,7 +54,7 @@ def print_plan(config: TrainConfig) -> None:
     dtype, device = planned_precision(config)
     for lines in (
         model_lines(config, sizes, dtype),
-        data_lines(config, sizes),
+        data_lines(config, sizes, dtype),
         memory_lines(config, sizes, dtype, device),
     ):
         print("\n".join(lines) + "\n", flush=True)
@@ -93,19 +93,26 @@ def model_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> 
     model = meta_model(config, sizes, dtype)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(b.numel() * b.element_size() for b in model.buffers())
-    width = dtype.itemsize if config.peft == "none" else 4
     yield (
         f"model        L{sizes.n_layer} C{sizes.n_embd} F{sizes.dim_ffn} V{sizes.vocab_size}, "
         f"{sizes.n_head} heads of {sizes.head_size}, {str(dtype).removeprefix('torch.')}"
     )
     yield f"parameters   {total:,}"
     yield f"trained      {trained:,} ({trained / total:.2%}; --peft {config.peft})"
-    yield f"disk         {size(width * trained + frozen)} for each rwkv-N.pth"
-    yield f"             {size(12 * trained + frozen)} for each resumable checkpoint"
+    weights, checkpoint = file_bytes(config, model)
+    yield f"disk         {size(weights)} for each rwkv-N.pth"
+    yield f"             {size(checkpoint)} for each resumable checkpoint"
 
 
-def data_lines(config: TrainConfig, sizes: ModelConfig) -> Iterator[str]:
+def file_bytes(config: TrainConfig, model: RWKV6) -> tuple[int, int]:
+    """Bytes of a rwkv-N.pth, and of a checkpoint: fp32 weights and moments of what is trained."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(b.numel() * b.element_size() for b in model.buffers())
+    width = model.emb.weight.element_size() if config.peft == "none" else 4
+    return width * trained + frozen, 12 * trained + frozen
+
+
+def data_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> Iterator[str]:
     """Steps and tokens, documents that are never visited, padding, and the disk that it all takes.
 
     Without --data_file only what the flags say.
@@ -125,7 +132,12 @@ def data_lines(config: TrainConfig, sizes: ModelConfig) -> Iterator[str]:
     yield f"steps        {total:,} = {epoch_steps:,} x {config.epoch_count} epochs"
     files = math.ceil(config.epoch_count / config.epoch_save)
     checkpoints = math.ceil(total / config.save_every) if config.save_every else 0
-    yield f"files        {files:,} rwkv-N.pth, {checkpoints:,} resumable checkpoints"
+    kept = min(checkpoints, config.keep_last or checkpoints)
+    weights, checkpoint = file_bytes(config, meta_model(config, sizes, dtype))
+    yield (
+        f"files        {files:,} rwkv-N.pth, {kept:,} resumable checkpoints: "
+        f"{size(files * weights + kept * checkpoint)} in all"
+    )
     if data:
         yield from visit_lines(data, total * rows)
 
@@ -158,9 +170,10 @@ def memory_lines(
         cp: activations(dataclasses.replace(config, grad_cp=cp), sizes, dtype, fakes)
         for cp in GRAD_CP
     }
+    whose = "GPU" if device == "cuda" else "process"
     yield (
-        f"memory of one of {world} {'GPU' if device == 'cuda' else 'process'}s at the highest "
-        f"moment, {config.micro_bsz} x {config.ctx_len} tokens, in MiB"
+        f"memory of one {whose} of {world} at the highest moment of a step, "
+        f"{config.micro_bsz} x {config.ctx_len} tokens, in MiB"
     )
     yield f"{'':15}{'grad_cp':>8}" + "".join(f"{name:>12}" for name in (*COLUMNS, "total"))
     for name, (stage, offload) in STRATEGIES.items():
