@@ -18,11 +18,15 @@ namespace wkv6 {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504f;
 
-// -exp(w): the logarithm of the decay.
+// -exp(w): the logarithm of the decay. Kept finite for any w, as the gradient of w is a multiple of
+// it; the comparison lets NaN pass.
 __device__ __forceinline__ Leaf log_decay(const Leaf& w) {
   Leaf result;
 #pragma unroll
-  for (int i = 0; i < 8; i++) result.x[i / 4][i % 4] = -exp2_approx(LOG2_E * w.x[i / 4][i % 4]);
+  for (int i = 0; i < 8; i++) {
+    const float exponent = LOG2_E * w.x[i / 4][i % 4];
+    result.x[i / 4][i % 4] = -exp2_approx(exponent > 115.0f ? 115.0f : exponent);
+  }
   return result;
 }
 

@@ -45,10 +45,13 @@ __device__ __forceinline__ void store_tokens(T* tensor, const Tokens& tokens,
 // w of a token that does not exist: its decay is exp(-exp(w)) = 1.
 constexpr float NO_DECAY = -INFINITY;
 
+// -exp(w), finite for any w, as the gradient of w is a multiple of it; NaN passes.
+__device__ __forceinline__ float log_decay_of(float w) { return -expf(w > 80.0f ? 80.0f : w); }
+
 __device__ __forceinline__ Tokens decay_of(const Tokens& w) {
   Tokens d;
 #pragma unroll
-  for (int i = 0; i < STEP; i++) d.x[i] = expf(-expf(w.x[i]));
+  for (int i = 0; i < STEP; i++) d.x[i] = expf(log_decay_of(w.x[i]));
   return d;
 }
 
@@ -224,7 +227,7 @@ struct StepGradients {
       }
     }
 #pragma unroll
-    for (int i = 0; i < STEP; i++) dw.x[i] *= -expf(w.x[i]);
+    for (int i = 0; i < STEP; i++) dw.x[i] *= log_decay_of(w.x[i]);
   }
 };
 

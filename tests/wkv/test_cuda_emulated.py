@@ -286,6 +286,16 @@ def test_short_sequences_take_the_scan(emulator, T):
     check(case, emulator.run(case), rms_error, ROUNDING_RMS[torch.bfloat16])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("w", "kept"), [(200.0, 0.0), (-200.0, 1.0)])
+def test_decays_beyond_fp32_range(emulator, dtype, w, kept):
+    """exp(w) may overflow or vanish: the state is cleared, or kept, and no gradient is NaN."""
+    case = make_case("typical", T=20, dtype=dtype)
+    outputs = emulator.run(replace(case, k=0 * case.k, w=torch.full_like(case.w, w)))
+    torch.testing.assert_close(outputs["state"], kept * case.state)
+    assert all(x.isfinite().all() for x in outputs.values())
+
+
 SCHEDULES = [(order, eager) for order in ORDERS for eager in (False, True)]
 
 

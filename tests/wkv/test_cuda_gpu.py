@@ -116,3 +116,23 @@ def test_other_streams():
         y, _ = wkv6(late, k, v, w, u, inputs[5])
     stream.synchronize()
     assert torch.equal(y, expected)
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_elements():
+    """The end of a tensor that 32-bit offsets cannot reach equals a run on that end alone."""
+    B, T, H, N = 1, 140_000, 240, 64
+    if torch.cuda.mem_get_info()[0] < 7 * B * T * H * N * 2:
+        pytest.skip("needs 30 GB of free GPU memory")
+    shape = (B, T, H, N)
+    r, k, v, w = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    assert r.numel() > 2**31
+    u = torch.randn(H, N, device="cuda")
+    part = slice(T - 640, T)
+    with torch.no_grad():
+        y, final = wkv6(r, k, v, w, u)
+        _, state = wkv6(*(x[:, : T - 640] for x in (r, k, v, w)), u)
+        expected, expected_final = wkv6(*(x[:, part] for x in (r, k, v, w)), u, state)
+    for actual, wanted in ((y[:, part], expected), (final, expected_final)):
+        error = (actual.double() - wanted.double()).norm() / wanted.double().norm()
+        assert error <= TENSOR_CORES
