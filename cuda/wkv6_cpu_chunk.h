@@ -12,8 +12,8 @@ struct Chunk {
     head.load(r, in.r, token);
     head.load(k, in.k, token);
     head.load(v, in.v, token);
-    head.load(decay, in.w, token);  // raw
-    for (int64_t n = 0; n < head.width; n += LANES) set_decays<kGradients>(n, head.rows(token));
+    head.load(decay, in.w, token, kNoDecay);
+    for (int64_t n = 0; n < head.width; n += LANES) set_decays<kGradients>(n);
   }
 
   static void prefetch(const Head& head, const Wkv6Inputs& in, int64_t token) {
@@ -21,14 +21,17 @@ struct Chunk {
   }
 
   template <bool kGradients>
-  void set_decays(int64_t n, int64_t rows) {
-    Vec total = {}, product = Vec{} + 1.0f;
-    for (int64_t i = 0; i < kTokens; ++i) {
-      Vec raw = at_most(80.0f, decay[i].vec(n));
-      Vec rate = i < rows ? exponential(raw).value() : Vec{};
-      decay[i].vec(n) = exponential(-rate).value();
-      total -= rate;
-      if (kGradients) log_decay[i].vec(n) = -rate, before[i].vec(n) = product;
+  void set_decays(int64_t n) {
+    Vec rate[kTokens], total = {}, product = Vec{} + 1.0f;
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; ++i) {
+      rate[i] = exponential(at_most(80.0f, decay[i].vec(n))).value();
+      decay[i].vec(n) = exponential(-rate[i]).value();
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kTokens; ++i) {
+      if (kGradients) log_decay[i].vec(n) = -rate[i], before[i].vec(n) = product;
+      total -= rate[i];
       reader[i].vec(n) = r[i].vec(n) * product;
       product *= decay[i].vec(n);
     }
@@ -36,7 +39,8 @@ struct Chunk {
     kept.vec(n) = all.value();
     lost.vec(n) = -all.minus_one();
     product = Vec{} + 1.0f;
-    for (int64_t j = kTokens - 1; j >= 0; --j) {
+#pragma GCC unroll 8
+    for (int j = kTokens - 1; j >= 0; --j) {
       if (kGradients) after[j].vec(n) = product;
       writer[j].vec(n) = k[j].vec(n) * product;
       product *= decay[j].vec(n);

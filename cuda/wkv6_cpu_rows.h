@@ -4,6 +4,9 @@ constexpr int kTokens = 8;  // tokens of a chunk
 // Floats from one row to the next. At a power of two, the rows would share few sets of the cache.
 constexpr int kRowStride = kMaxHeadSize + 16;
 
+// w of a token that does not exist: its decay is exp(-exp(w)) = 1.
+constexpr float kNoDecay = -std::numeric_limits<float>::infinity();
+
 struct alignas(64) Row {
   float at[kRowStride];
   Vec& vec(int64_t n) { return *reinterpret_cast<Vec*>(at + n); }
@@ -69,11 +72,13 @@ struct Head {
   int64_t position(int64_t token) const { return (first_token + token) * token_stride + offset; }
   int64_t rows(int64_t token) const { return std::min<int64_t>(kTokens, n_tokens - token); }
 
-  void load(Row* rows_out, const void* data, int64_t token) const {
+  // Rows past the end of the sequence are filled with `missing`.
+  void load(Row* rows_out, const void* data, int64_t token, float missing = 0.0f) const {
+    const int64_t n_rows = rows(token);
     for (int64_t i = 0; i < kTokens; ++i) {
-      const int64_t loaded = i < rows(token) ? head_size : 0;
+      const int64_t loaded = i < n_rows ? head_size : 0;
       load_row(rows_out[i].at, data, element, position(token + i), loaded);
-      for (int64_t n = loaded; n < width; n += 8) std::memset(rows_out[i].at + n, 0, 32);
+      for (int64_t n = loaded; n < width; ++n) rows_out[i].at[n] = missing;
     }
   }
 
