@@ -79,6 +79,8 @@ def test_json_spellings(words, expected):
         (["--grad_cp", "3"], "--grad_cp must be 0, 1 or 2"),
         (["--bone_r", "8"], "--bone_r goes with --peft bone, not --peft none"),
         (["--peft", "bone", "--lora_r", "8"], "--lora_r goes with --peft lora"),
+        (["--peft", "bone", "--quant", "4bit"], "choose one of none, nf4, int8, fp8; nf4 is the 4"),
+        (["--quant", "nf4"], "--quant needs --peft"),
         (["--peft", "bone", "--disha_r1", "8"], "--disha_r1 goes with --peft disha, not"),
         (["--disha_config", '{"r": 8}', "--disha_r2", "8"], "--disha_r2 goes with --peft disha, "),
         (["--peft", "dora", "--rslora", "1"], "--rslora goes with --peft lora, not --peft dora"),
@@ -127,9 +129,16 @@ def test_hyperparameters_reach_their_method():
     assert config.adapter_hyperparameters == {"r": 8, "alpha": 32, "gamma": 4, "svd_niter": 0}
 
 
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4", "fp8"])
+def test_quantised_bases_are_asked_for_as_in_the_incumbent(kind):
+    quant = {} if kind == "none" else {"quant": kind}
+    config = parse("--peft", "bone", "--quant", kind)
+    assert config.adapter_hyperparameters == {"r": 64} | quant
+
+
 @pytest.mark.parametrize(
     "flag",
-    "sft_split data_shuffle train_type chunk_ctx quant fla op merge".split(),
+    "sft_split data_shuffle train_type chunk_ctx fla op merge".split(),
 )
 def test_flags_that_cannot_be_honoured_are_refused_with_a_remedy(flag):
     with pytest.raises(UserError, match=f"--{flag} cannot be honoured: .*"):

@@ -84,7 +84,7 @@ def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
     if any(wanted.get(key) != found[key] for key in found if key not in FREE_HYPERPARAMETERS):
         kind = found["method"]
         flags = {name: flag for flag, (name, kinds) in HYPERPARAMETERS.items() if kind in kinds}
-        flags["method"] = "peft"
+        flags |= {"method": "peft", "quant": "quant"}
         needed = " ".join(
             f"--{flags[key]} {value}"
             for key, value in found.items()
@@ -121,7 +121,7 @@ def adapted_model(base: str | Path, tensors: dict[str, Tensor], spec: dict[str, 
 
     `spec` is {} for a fully tuned model. Raises UserError for tensors that do not fit.
     """
-    model = load_model(base, torch.float32)
+    model = load_model(base)
     own = model.state_dict()
     trained = {key: tensor for key, tensor in tensors.items() if key in own}
     with torch.no_grad():
@@ -131,4 +131,4 @@ def adapted_model(base: str | Path, tensors: dict[str, Tensor], spec: dict[str, 
         attach(model, init=False, **spec)
         rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
         load_adapter_state(model, rest)
-    return model.eval()
+    return model.float().eval()

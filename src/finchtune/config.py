@@ -12,6 +12,7 @@ METHODS = (
     *("none", "bone", "bat", "lora", "pissa", "olora", "dora", "lora_ga", "disha"),
     *("frozen_ft", "biglora"),
 )
+QUANT = ("none", "nf4", "int8", "fp8")
 LORA_FAMILY = ("lora", "olora", "dora", "lora_ga")
 HYPERPARAMETERS = {
     "bone_r": ("r", ("bone",)),
@@ -79,6 +80,7 @@ class TrainConfig:
     lora_ga_batches: int = flag(8, "LoRA-GA: micro batches whose gradient it starts from")
     pissa_r: int = flag(32, "PiSSA: rank")
     svd_niter: int = flag(4, "PiSSA, LoRA-GA: iterations of the fast SVD; 0 = exact SVD")
+    quant: str = flag("none", "keep the adapted layers' frozen weights in few bits", QUANT)
     peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")
     pissa_init: str = flag("", "PiSSA with --peft_load: a separate file of initial A and B")
     train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
@@ -184,11 +186,12 @@ class TrainConfig:
     @property
     def adapter_hyperparameters(self) -> dict[str, Any]:
         """Keyword arguments for `attach(model, self.peft, ...)`."""
-        return {
+        own = {
             name: getattr(self, flag_name)
             for flag_name, (name, methods) in HYPERPARAMETERS.items()
             if self.peft in methods
         }
+        return own if self.quant == "none" else own | {"quant": self.quant}
 
     def validate(self) -> None:
         """Raise UserError for the first value, or pair of values, that makes no sense."""
@@ -222,6 +225,8 @@ class TrainConfig:
                 raise UserError(f"--{name} needs held-out data: give --val_file or --val_split")
         if self.sample_every and not self.sample_prompt:
             raise UserError("--sample_every needs a --sample_prompt")
+        if self.peft == "none" and self.quant != "none":
+            raise UserError("--quant needs --peft: a quantised weight cannot be trained itself")
         if self.decay_adapters and not (self.weight_decay and self.peft != "none"):
             raise UserError("--decay_adapters goes with --weight_decay and --peft")
         if self.weight_decay and self.peft != "none" and not self.decay_adapters:

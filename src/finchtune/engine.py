@@ -210,7 +210,8 @@ class Engine:
                 tensor = safe_get_full_optimizer_state(parameter, moment).cpu()
                 state[moment].update({name: tensor} if keep else {})
         # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
-        state["frozen"] = {n: b.cpu() for n, b in self.model.named_buffers()} if keep else {}
+        frozen = {n: b for n, b in self.model.named_buffers() if ".adapter." in n}
+        state["frozen"] = {n: b.cpu() for n, b in frozen.items()} if keep else {}
         state["adam_step"] = int(next(iter(inner.state.values()))["step"])
         if self.ds.fp16_enabled():
             state["loss_scale"] = dict(vars(self.ds.optimizer.loss_scaler))

@@ -24,7 +24,6 @@ REFUSED = {
     "data_shuffle": "documents are always shuffled, by --random_seed; drop the flag",
     "train_type": "state tuning and infinite context are not available; drop the flag",
     "chunk_ctx": "infinite context is not available; raise --ctx_len instead",
-    "quant": "quantised base weights are not available; use --precision bf16 and drop the flag",
     "fla": "the kernels built into finchtune are always used; drop the flag",
     "op": "the kernels built into finchtune are always used; drop the flag",
     "merge": "merge after training, with merge/merge.py",
@@ -154,6 +153,8 @@ def _convert(field: dataclasses.Field, value: Any) -> Any:
     if choices and converted not in choices:
         near = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.4)
         hint = f"; did you mean {near[0]}?" if near else ""
+        if (name, value) == ("quant", "4bit"):
+            hint = "; nf4 is the 4-bit form"
         raise UserError(f"--{name} {value}: choose one of {', '.join(choices)}{hint}")
     return converted
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finchtune.adapter_files import check_base, detect_spec
-from finchtune.adapters import Adapter, get_method, hyperparameters_of
+from finchtune.adapters import Adapter, QuantisedWeight, get_method, hyperparameters_of
 from finchtune.checkpoint import adapter_record, read_adapter, read_base
 from finchtune.errors import UserError
 from finchtune.files import atomic_path, read_json, sha256, write_json
@@ -63,8 +63,10 @@ def merge_files(
     def merged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Tensor:
         if "" in change:
             return replaced_weight(name, weight, change[""])
-        moved = filled_adapter(name, weight, change, spec).to(device)
-        return moved.merged(weight.to(device)).to(weight.dtype).cpu()
+        moved, seen = filled_adapter(name, weight, change, spec).to(device), weight.to(device)
+        if "quant" in spec:
+            seen = QuantisedWeight(seen, spec["quant"]).dense(torch.float32)
+        return moved.merged(seen).to(weight.dtype).cpu()
 
     with atomic_path(output) as temporary:
         largest = write_changed(weights, changes, merged, temporary)
@@ -105,6 +107,8 @@ def unmerge_files(
     spec = (record or {}).get("adapter") or receipt.get("adapter_spec") or detect_spec(tensors)
     if spec.get("method") == "lora" and "alpha" not in spec:
         raise UserError(f"neither {adapter} nor {merged} has the JSON that tells LoRA's alpha")
+    if "quant" in spec:
+        raise UserError(f"{merged} was made of a quantised base: the weights themselves are lost")
     if receipt and receipt["adapter"]["sha256"] != sha256(adapter):
         raise UserError(f"{merged} was merged from another adapter than {adapter}")
     changes = group_by_weight(tensors, weights, adapter)

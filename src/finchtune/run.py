@@ -32,12 +32,21 @@ from finchtune.tokenizer import load_tokenizer
 
 def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> RWKV6:
     """The base model with its adapters, and exactly the wanted parameters trainable."""
-    model = load_model(config.load_model, dtype, device, config.grad_cp)
+    # Quantised from the file as it is, one layer at a time: the codes do not depend on `dtype`,
+    # and the device never holds the whole weights.
+    quantised = config.quant != "none"
+    model = load_model(
+        config.load_model,
+        None if quantised else dtype,
+        None if quantised else device,
+        config.grad_cp,
+    )
     check_sizes(config, model)
     if config.peft == "none":
         return model.requires_grad_(True)
     init = not config.peft_load and config.peft != "lora_ga"
     attach(model, config.peft, init=init, **config.adapter_hyperparameters)
+    model.to(device=device, dtype=dtype)
     for part in config.train_parts:
         chosen = [p for name, p in model.named_parameters() if part in name]
         if not chosen:

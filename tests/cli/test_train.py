@@ -19,8 +19,10 @@ from support import (
 
 from finchtune.adapters import METHODS, attach
 from finchtune.checkpoint import load_adapter, load_model
+from finchtune.errors import UserError
 from finchtune.files import sha256
-from finchtune.merging import merge_files
+from finchtune.merge_commands import verify
+from finchtune.merging import merge_files, unmerge_files
 
 
 @pytest.fixture(scope="module")
@@ -248,3 +250,45 @@ def test_two_processes_train_on_a_packed_mixture_of_text_from_one_cache(folder, 
     record = json.loads((tmp_path / "first" / "rwkv-0.json").read_text())
     assert record["data"]["skipped_records"] == 1
     assert record["data"]["padding_waste"] < 0.3
+
+
+QUANT = "--peft pissa --pissa_r 4 --micro_bsz 4 --epoch_steps 4 --save_every 2 --quant nf4".split()
+
+
+@pytest.mark.slow
+def test_a_quantised_base_resumes_exactly_and_merges(folder, tmp_path):
+    proj, merged = tmp_path / "run", tmp_path / "merged.pth"
+    train(*flags(folder, proj, *QUANT))
+    final = sha256(proj / "rwkv-0.pth"), sha256(proj / "checkpoints/step-4/state.pth")
+    shutil.rmtree(proj / "checkpoints/step-4")
+    (proj / "rwkv-0.pth").unlink()
+    train(*flags(folder, proj, *QUANT, "--resume", "auto"))
+    assert (
+        sha256(proj / "rwkv-0.pth"),
+        sha256(proj / "checkpoints/step-4/state.pth"),
+    ) == final
+    spec = json.loads((proj / "rwkv-0.json").read_text())["adapter"]
+    assert spec["quant"] == "nf4"
+    frozen = torch.load(proj / "checkpoints/step-4/state.pth")["frozen"]
+    assert all(".adapter.init_lora_" in name for name in frozen), "the base's codes are not in it"
+
+    def check(path, spec):
+        print(verify(folder / "base.pth", torch.load(proj / "rwkv-0.pth"), spec, path, "A text."))
+
+    merge_files(folder / "base.pth", proj / "rwkv-0.pth", merged, check=check)
+    plain = attach(load_model(folder / "base.pth"), init=False, **(spec | {"quant": None}))
+    load_adapter(plain, proj / "rwkv-0.pth")
+    tokens = torch.randint(1, 256, (1, 30))
+    assert relative_error(load_model(merged)(tokens)[0], plain(tokens)[0]) > 1e-3
+    with pytest.raises(UserError, match="was made of a quantised base"):
+        unmerge_files(merged, proj / "rwkv-0.pth", tmp_path / "back.pth")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_quantised_base_under_every_stage(folder, tmp_path, stage):
+    for devices, accumulate in ((1, 2), (2, 1)):
+        words = [*QUANT, "--devices", devices, "--accumulate_grad_batches", accumulate]
+        words += ["--strategy", f"deepspeed_stage_{stage}"]
+        train(*flags(folder, tmp_path / str(devices), *words))
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)

@@ -4,6 +4,7 @@ from finchtune.adapters.attaching import adapted_layers, attach, find_targets, m
 from finchtune.adapters.base import Adapter
 from finchtune.adapters.gradients import start_from_gradients, weight_gradients
 from finchtune.adapters.linear import AdaptedLinear
+from finchtune.adapters.quantise import QuantisedWeight
 from finchtune.adapters.registry import METHODS, get_method, hyperparameters_of
 from finchtune.adapters.state import adapter_state, file_key, load_adapter_state
 
@@ -11,6 +12,7 @@ __all__ = [
     "METHODS",
     "AdaptedLinear",
     "Adapter",
+    "QuantisedWeight",
     "adapted_layers",
     "adapter_state",
     "attach",

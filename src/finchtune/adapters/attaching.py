@@ -28,6 +28,7 @@ def attach(
     targets: str | None = None,
     init: bool = True,
     gradients: Mapping[str, Tensor] | None = None,
+    quant: str | None = None,
     **hyperparameters: Any,
 ) -> nn.Module:
     """Freeze a model and put an adapter on its linear layers, in place.
@@ -36,7 +37,9 @@ def attach(
     linears of each block of an RWKV-6, and of any other model all but the output layer.
     Adapter tensors are float32 (float64 on a float64 weight) on the weight's device. With
     `init=False` they stay zero, for `load_adapter_state`. `gradients` holds the gradient of
-    each layer's weight, for methods that start from it (lora_ga).
+    each layer's weight, for methods that start from it (lora_ga). `quant` ("nf4", "int8" or
+    "fp8") keeps the frozen weights of the adapted layers in that form; adapters start from the
+    weights as they were.
 
     `model.adapter_spec` records the method, every hyperparameter and the targets, such that
     `attach(model, **spec)` does the same again; it fits into JSON.
@@ -51,15 +54,26 @@ def attach(
     layers, pattern = find_targets(model, targets)
     adapters = {name: build(kind, name, layer, settings) for name, layer in layers.items()}
     refuse_fast_path(model, layers)
+    if quant and any(adapter.reads_W for adapter in adapters.values()):
+        raise UserError(
+            f"{method} needs the weights themselves, not only products with them: it does not "
+            "go with a quantised base; bone, bat in row mode, lora and pissa do"
+        )
     if init:
         for name, adapter in adapters.items():
             initialise(adapter, name, layers[name], gradients)
+    adapted = {}
+    for name, layer in layers.items():
+        try:
+            adapted[id(layer)] = AdaptedLinear(layer, adapters[name], quant)
+        except UserError as error:
+            raise UserError(f"layer {name}: {error}") from None
     model.requires_grad_(False)
-    adapted = {id(layers[name]): AdaptedLinear(layers[name], adapters[name]) for name in layers}
     replace_modules(model, adapted)
     for adapter in adapters.values():
         adapter.requires_grad_(True)
-    cast(Any, model).adapter_spec = {"method": method, "targets": pattern, **settings}
+    spec = {"method": method, "targets": pattern, **settings}
+    cast(Any, model).adapter_spec = spec | ({"quant": quant} if quant else {})
     return model
 
 
@@ -153,7 +167,7 @@ def merge(model: nn.Module) -> nn.Module:
 
 def merged_linear(name: str, layer: AdaptedLinear) -> nn.Linear:
     """A frozen nn.Linear that computes what an adapted layer does."""
-    weight = layer.adapter.merged(layer.weight).to(layer.weight.dtype)
+    weight = layer.adapter.merged(layer.dense_weight()).to(layer.weight.dtype)
     if not weight.isfinite().all():
         raise UserError(
             f"layer {name}: the merged weight holds NaN or infinity; nothing was merged"

@@ -18,6 +18,8 @@ class Adapter(nn.Module):
     """
 
     name: ClassVar[str]
+    reads_W: bool = False
+    """Whether W itself is needed, not only products with it: then it cannot be quantised."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -33,7 +35,10 @@ class Adapter(nn.Module):
         raise UserError(f"{self.name} does not start from gradients; attach without them")
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        """x (..., in), W (out, in) of one dtype -> y (..., out) of that dtype, without a bias."""
+        """x (..., in), W (out, in) of one dtype -> y (..., out) of that dtype, without a bias.
+
+        Unless the method `reads_W`, W may be a QuantisedWeight, which `frozen_linear` takes too.
+        """
         raise NotImplementedError
 
     def merged(self, W: Tensor) -> Tensor:

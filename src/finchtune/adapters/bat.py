@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
-from finchtune.adapters.frozen import compute_dtype
+from finchtune.adapters.frozen import compute_dtype, dense_weight, weight_parts
+from finchtune.adapters.quantise import Form
 from finchtune.errors import UserError
 
 GROUP_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
@@ -39,6 +40,7 @@ class Bat(Adapter):
             )
         self.r = r
         self.mode = mode
+        self.reads_W = mode == "col"
         count = (in_features if mode == "row" else out_features) // r
         self.bone = nn.Parameter(torch.zeros(count, r, r))
 
@@ -47,9 +49,11 @@ class Bat(Adapter):
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        change = BatRow if self.mode == "row" else BatCol
-        tokens = x.reshape(-1, self.in_features).to(dtype)
-        y = change.apply(tokens, W.to(dtype), self.bone.to(dtype))
+        tokens, D = x.reshape(-1, self.in_features).to(dtype), self.bone.to(dtype)
+        if self.mode == "row":
+            y = BatRow.apply(tokens, D, *weight_parts(W, dtype))
+        else:
+            y = BatCol.apply(tokens, W.to(dtype), D)
         return y.view(*x.shape[:-1], self.out_features)
 
     def merged(self, W: Tensor) -> Tensor:
@@ -88,10 +92,13 @@ class BatRow(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, D: Tensor) -> Tensor:
-        """x (T, k), W (d, k), D (k/r, r, r) of one dtype -> (T, d)."""
-        assert not ctx.needs_input_grad[1], "bat has no gradient for W"
-        ctx.save_for_backward(x, W, D)
+    def forward(
+        ctx: Any, x: Tensor, D: Tensor, main: Tensor, scales: Tensor | None, form: Form | None
+    ) -> Tensor:
+        """x (T, k), D (k/r, r, r) of one dtype and the parts of a W (d, k) -> (T, d)."""
+        assert not ctx.needs_input_grad[2], "bat has no gradient for W"
+        ctx.save_for_backward(x, D, main, scales)
+        ctx.form = form
         x = x.unflatten(1, D.shape[:2])
         moved = torch.empty_like(x)
         sums = torch.zeros_like(x[:, 0], dtype=merge_precision(x))
@@ -100,15 +107,16 @@ class BatRow(torch.autograd.Function):
             moved[:, part] = u.transpose(0, 1)
             moved[:, part] += x[:, part]
             sums += u.sum(0)
+        W = dense_weight(main, scales, form, D.dtype)
         # Not in place: selective recomputation keeps the product's result.
         return torch.addmm(sums.to(x.dtype).repeat(1, len(W) // D.shape[1]), moved.flatten(1), W.T)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """q_b = (W^T dy)_b + sum_a dy_a; dD_b = q_b x_b^T; dx = W^T dy + D^T q."""
-        x, W, D = ctx.saved_tensors
+        x, D, main, scales = ctx.saved_tensors
         x = x.unflatten(1, D.shape[:2])
-        dx = (dy @ W).unflatten(1, D.shape[:2])
+        dx = (dy @ dense_weight(main, scales, ctx.form, dy.dtype)).unflatten(1, D.shape[:2])
         dD = torch.empty_like(D)
         sums = dy.unflatten(1, (-1, D.shape[1])).sum(1)
         for part in groups(D, len(x)):
@@ -117,7 +125,7 @@ class BatRow(torch.autograd.Function):
             q += sums
             dD[part] = torch.bmm(q.mT, x[:, part].transpose(0, 1))
             dx[:, part] += torch.bmm(q, D[part]).transpose(0, 1)
-        return dx.flatten(1), None, dD
+        return dx.flatten(1), dD, None, None, None
 
 
 class BatCol(torch.autograd.Function):

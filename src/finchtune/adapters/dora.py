@@ -20,6 +20,7 @@ class DoRA(Adapter):
     """
 
     name = "dora"
+    reads_W = True
 
     def __init__(
         self, in_features: int, out_features: int, *, r: int = 32, alpha: float = 32

@@ -6,6 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from finchtune.adapters.quantise import Form, QuantisedWeight, dequantise
+
+Weight = Tensor | QuantisedWeight
+Parts = tuple[Tensor, Tensor | None, Form | None]
+"""What an autograd function takes in of a W: itself, or its codes and scales and their form."""
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a layer computes: autocast's where that is on, else that of x."""
@@ -15,26 +21,43 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def frozen_linear(x: Tensor, W: Tensor) -> Tensor:
+def weight_parts(W: Weight, dtype: torch.dtype) -> Parts:
+    """A W for an autograd function that computes in `dtype`."""
+    if isinstance(W, QuantisedWeight):
+        return W.codes, W.scales, W.form
+    return W.to(dtype), None, None
+
+
+def dense_weight(
+    main: Tensor, scales: Tensor | None, form: Form | None, dtype: torch.dtype
+) -> Tensor:
+    """W (out, in) from its parts; a quantised one is rebuilt."""
+    if scales is None or form is None:
+        return main
+    return dequantise(main, scales, form, dtype)
+
+
+def frozen_linear(x: Tensor, W: Weight) -> Tensor:
     """y = W x for x (..., k), W (d, k) -> (..., d), keeping W alone for backward.
 
-    F.linear keeps a transposed view of W, which holds on to the gathered weight where ZeRO-3
-    has partitioned it again; DeepSpeed's replacement of F.linear keeps x, trained or not.
+    A quantised W is rebuilt here and again in backward: only its codes are kept. F.linear keeps
+    a transposed view of W, which holds on to the gathered weight where ZeRO-3 has partitioned it
+    again; DeepSpeed's replacement of F.linear keeps x, trained or not.
     """
-    if W.requires_grad:
+    if isinstance(W, Tensor) and W.requires_grad:
         return F.linear(x, W)
     dtype = compute_dtype(x)
-    return FrozenLinear.apply(x.to(dtype), W.to(dtype))
+    return FrozenLinear.apply(x.to(dtype), *weight_parts(W, dtype))
 
 
-def frozen_linear_plus(x: Tensor, W: Tensor, s: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
+def frozen_linear_plus(x: Tensor, W: Weight, s: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
     """W x + scale s D for x (..., k), W (d, k), s (..., r), D (r, d) -> (..., d).
 
     Keeps s, W and D for backward, and x only where W is trained.
     """
     dtype = compute_dtype(x)
     rows, thin = x.reshape(-1, x.shape[-1]).to(dtype), s.reshape(-1, s.shape[-1]).to(dtype)
-    y = FrozenLinearPlus.apply(rows, W.to(dtype), thin * scale, D.to(dtype))
+    y = FrozenLinearPlus.apply(rows, thin * scale, D.to(dtype), *weight_parts(W, dtype))
     return y.view(*x.shape[:-1], W.shape[0])
 
 
@@ -42,36 +65,51 @@ class FrozenLinear(torch.autograd.Function):
     """W x with no gradient for W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
-        """x (..., k), W (d, k) of one dtype -> (..., d)."""
-        ctx.save_for_backward(W)
-        return x @ W.T
+    def forward(
+        ctx: Any, x: Tensor, main: Tensor, scales: Tensor | None, form: Form | None
+    ) -> Tensor:
+        """x (..., k) and the parts of a W (d, k), of one dtype -> (..., d)."""
+        ctx.save_for_backward(main, scales)
+        ctx.form = form
+        return x @ dense_weight(main, scales, form, x.dtype).T
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         """dx = W^T dy."""
-        (W,) = ctx.saved_tensors
-        return dy @ W, None
+        main, scales = ctx.saved_tensors
+        return dy @ dense_weight(main, scales, ctx.form, dy.dtype), None, None, None
 
 
 class FrozenLinearPlus(torch.autograd.Function):
     """x W^T + s D, with gradients for all four."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W: Tensor, s: Tensor, D: Tensor) -> Tensor:
-        """x (n, k), W (d, k), s (n, r), D (r, d) of one dtype -> (n, d)."""
-        ctx.save_for_backward(W, s, D, x if ctx.needs_input_grad[1] else None)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        s: Tensor,
+        D: Tensor,
+        main: Tensor,
+        scales: Tensor | None,
+        form: Form | None,
+    ) -> Tensor:
+        """x (n, k), s (n, r), D (r, d) and the parts of a W (d, k), of one dtype -> (n, d)."""
+        ctx.save_for_backward(s, D, x if ctx.needs_input_grad[3] else None, main, scales)
+        ctx.form = form
+        W = dense_weight(main, scales, form, x.dtype)
         # Not in place: selective recomputation keeps the sum, and makes the thin product again.
         return torch.addmm(s @ D, x, W.T)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dx = dy W, dW = dy^T x, ds = dy D^T, dD = s^T dy, each where it is asked for."""
-        W, s, D, x = ctx.saved_tensors
-        of_x, of_W, of_s, of_D = ctx.needs_input_grad
+        """dx = dy W, ds = dy D^T, dD = s^T dy, dW = dy^T x, each where it is asked for."""
+        s, D, x, main, scales = ctx.saved_tensors
+        of_x, of_s, of_D, of_W = ctx.needs_input_grad[:4]
         return (
-            dy @ W if of_x else None,
-            dy.T @ x if of_W else None,
+            dy @ dense_weight(main, scales, ctx.form, dy.dtype) if of_x else None,
             dy @ D.T if of_s else None,
             s.T @ dy if of_D else None,
+            dy.T @ x if of_W else None,
+            None,
+            None,
         )

@@ -22,7 +22,7 @@ def weight_gradients(
     """
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
     layers = adapted or find_targets(model, targets)[0]
-    names = {layer.weight: name for name, layer in layers.items()}
+    names: dict[Tensor, str] = {layer.weight: name for name, layer in layers.items()}
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     gradients: dict[str, Tensor] = {}
 

@@ -1,22 +1,33 @@
 """A linear layer with an adapter on it."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter
+from finchtune.adapters.quantise import QuantisedWeight
 
 
 class AdaptedLinear(nn.Module):
     """adapter(x, weight) + bias: takes the place of an nn.Linear, whose weight it keeps frozen.
 
     `weight` and `bias` are the linear's own parameters under their own names, so that files of
-    the base model load unchanged.
+    the base model load unchanged. With `quant` the weight is kept in that form, and in no file:
+    it follows from the base's.
     """
 
-    def __init__(self, linear: nn.Linear, adapter: Adapter) -> None:
+    weight: Any  # nn.Parameter or QuantisedWeight
+
+    def __init__(self, linear: nn.Linear, adapter: Adapter, quant: str | None = None) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self.weight = linear.weight.requires_grad_(False)
+        linear.weight.requires_grad_(False)
+        if quant:
+            self.weight = QuantisedWeight(linear.weight, quant)
+        else:
+            self.weight = linear.weight
         self.bias = linear.bias
         self.adapter = adapter
         self.train(linear.training)
@@ -25,3 +36,9 @@ class AdaptedLinear(nn.Module):
         """x (..., in_features) -> (..., out_features)."""
         y = self.adapter(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+    def dense_weight(self) -> Tensor:
+        """The frozen weight (out, in) that the layer computes with: in float32 if quantised."""
+        if isinstance(self.weight, QuantisedWeight):
+            return self.weight.dense(torch.float32)
+        return self.weight

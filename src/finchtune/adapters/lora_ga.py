@@ -20,6 +20,7 @@ class LoRAGA(ResidualLoRA):
     """
 
     name = "lora_ga"
+    reads_W = True
 
     def __init__(
         self,

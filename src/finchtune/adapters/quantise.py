@@ -1,0 +1,111 @@
+"""Frozen weights in 8 or 4 bits: the same numbers on every device."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from finchtune.errors import UserError
+
+BLOCK = 64  # consecutive elements of a weight, row by row, that share a scale
+CHUNK_BLOCKS = 2**16  # blocks converted at a time, which bounds the temporary tensors
+
+# The 16 values of QLoRA's NormalFloat (arXiv 2305.14314, appendix E): quantiles of a normal
+# distribution scaled to [-1, 1], with an exact zero.
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+LARGEST = {"nf4": 1.0, "int8": 127.0, "fp8": 448.0}
+"""The value that each form gives the largest element of a block; its keys are the forms."""
+
+Form = tuple[str, torch.Size]
+"""The kind of a quantised weight, and its shape (out, in)."""
+
+
+class QuantisedWeight(nn.Module):
+    """A frozen weight (out, in) as codes and one float32 scale for each block of 64.
+
+    An element is its code's value times the scale of its block: for "nf4" one of 16 values (two
+    codes in a byte, the first in the upper half), for "int8" a whole number up to 127, for "fp8"
+    an e4m3 number up to 448. The scale is the block's largest magnitude over the largest value;
+    codes are the nearest value, a tie in nf4 the lower and otherwise the even one.
+
+    The buffers are no floating-point tensors, so that a change of the model's dtype leaves them.
+    Raises UserError for a weight with NaN or infinity.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    requires_grad = False
+
+    def __init__(self, W: Tensor, kind: str) -> None:
+        super().__init__()
+        if kind not in LARGEST:
+            raise UserError(f"a weight is quantised to {', '.join(LARGEST)}, not to {kind!r}")
+        self.form: Form = (kind, W.shape)
+        self.shape, self.dtype = W.shape, W.dtype
+        codes, scales = quantise(W.detach(), kind)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales.view(torch.int32), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in) that the codes stand for."""
+        return dequantise(self.codes, self.scales, self.form, dtype)
+
+
+def quantise(W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """W (out, in) -> codes (blocks, 32 bytes for nf4, else 64), scales (blocks) float32."""
+    flat = W.reshape(-1)
+    whole = len(flat) // BLOCK * BLOCK
+    codes, scales = [], []
+    parts = [*flat[:whole].view(-1, BLOCK).split(CHUNK_BLOCKS)] if whole else []
+    if whole < len(flat):
+        parts.append(nn.functional.pad(flat[whole:], (0, whole + BLOCK - len(flat))).view(1, -1))
+    for part in parts:
+        values = part.float()
+        scale = values.abs().amax(1) / LARGEST[kind]
+        if not W.is_meta and not scale.isfinite().all():
+            raise UserError("a weight with NaN or infinity cannot be quantised")
+        codes.append(encode(values / torch.where(scale == 0, 1, scale).unsqueeze(1), kind))
+        scales.append(scale)
+    return torch.cat(codes), torch.cat(scales)
+
+
+def encode(values: Tensor, kind: str) -> Tensor:
+    """Scaled values (blocks, 64) float32 -> codes."""
+    if kind == "int8":
+        return values.round().clamp(-127, 127).to(torch.int8)
+    if kind == "fp8":
+        return values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    table = torch.tensor(NF4, device=values.device)
+    codes = torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
+    return codes[:, 0::2] * 16 + codes[:, 1::2]
+
+
+def dequantise(codes: Tensor, scales: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
+    """Codes and scales (the bits of float32 in int32) -> the weight (out, in) in `dtype`."""
+    kind, shape = form
+    factors = scales.view(torch.float32).unsqueeze(1)
+    dense = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device)
+    for start in range(0, len(codes), CHUNK_BLOCKS):
+        part = slice(start, start + CHUNK_BLOCKS)
+        dense[part] = (decode(codes[part], kind) * factors[part]).to(dtype)
+    return dense.view(-1)[: math.prod(shape)].view(shape)
+
+
+def decode(codes: Tensor, kind: str) -> Tensor:
+    """Codes -> the values (blocks, 64) that they stand for, float32."""
+    if kind == "int8":
+        return codes.float()
+    if kind == "fp8":
+        return codes.view(torch.float8_e4m3fn).float()
+    table = torch.tensor(NF4, device=codes.device)
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # of each byte
+    return pairs.index_select(0, codes.flatten().int()).view(-1, BLOCK)

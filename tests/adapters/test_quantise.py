@@ -1,0 +1,174 @@
+"""Quantised base weights: exact codes, small storage, the adapters on them, and merging."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from finchtune.adapters import METHODS, AdaptedLinear, QuantisedWeight, attach, merge
+from finchtune.adapters.quantise import NF4
+from finchtune.errors import UserError
+
+KINDS = ("nf4", "int8", "fp8")
+BITS = {"nf4": 4.5, "int8": 8.5, "fp8": 8.5}
+METHOD_CASES = [
+    ("bone", {"r": 4}),
+    ("bat", {"r": 4}),
+    ("lora", {"r": 2}),
+    ("pissa", {"r": 2}),
+    ("olora", {"r": 2}),
+    ("disha", {"r1": 4, "r2": 4}),
+    ("frozen_ft", {}),
+]
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def values(kind: str) -> torch.Tensor:
+    """Every value that a code can stand for."""
+    if kind == "nf4":
+        return torch.tensor(NF4)
+    if kind == "int8":
+        return torch.arange(-127.0, 128)
+    every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    return every[every.isfinite()].unique()
+
+
+@every_kind
+@pytest.mark.parametrize("shape", [(3, 64), (5, 40), (7, 1), (2, 200)], ids=str)
+def test_each_element_becomes_the_nearest_value_of_its_block(kind, shape):
+    W = torch.randn(*shape)
+    W.flatten()[:3] *= 5
+    found = QuantisedWeight(W, kind).dense(torch.float32)
+    table = values(kind)
+    for block, got in zip(W.flatten().split(64), found.flatten().split(64), strict=True):
+        scale = block.abs().max() / table.max()
+        nearest = (block[:, None] / scale - table).abs().min(1).values
+        error = (got - block).abs() / scale
+        torch.testing.assert_close(error, nearest, rtol=1e-4, atol=1e-6 * table.max())
+
+
+@every_kind
+def test_values_of_the_table_come_back_exactly(kind):
+    table = values(kind)
+    W = table[torch.randint(len(table), (6, 64))] * 2.0**-5
+    W[:, 0] = table.max() * 2.0**-5
+    assert torch.equal(QuantisedWeight(W, kind).dense(torch.float32), W)
+    zero = torch.zeros(2, 64)
+    assert torch.equal(QuantisedWeight(zero, kind).dense(torch.float32), zero)
+
+
+def test_nf4_has_two_codes_in_a_byte_the_first_above():
+    W = torch.tensor(NF4).repeat(4).view(1, 64)
+    weight = QuantisedWeight(W, "nf4")
+    assert weight.codes[0, :8].tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]
+
+
+@every_kind
+def test_storage_is_small_and_outlives_a_change_of_dtype(kind):
+    W = torch.randn(256, 192)
+    weight = QuantisedWeight(W, kind)
+    stored = sum(b.numel() * b.element_size() for b in weight.buffers())
+    assert stored * 8 / W.numel() == BITS[kind]
+    before = weight.dense(torch.float32)
+    layer = nn.Sequential(nn.Linear(2, 2), weight).bfloat16()
+    assert layer[0].weight.dtype == torch.bfloat16
+    assert torch.equal(weight.dense(torch.float32), before)
+    assert torch.equal(weight.dense(torch.bfloat16), before.bfloat16())
+    with pytest.raises(UserError, match="NaN or infinity"):
+        QuantisedWeight(torch.tensor([[1.0, float("nan")]]), kind)
+
+
+def adapted(name, settings, kind, dtype=torch.float32):
+    """A layer with a trained adapter on a quantised weight, and the same on the dense weight."""
+    linear = nn.Linear(40, 24, bias=False, dtype=dtype)
+    adapter = METHODS[name](40, 24, **settings)
+    adapter.init(linear.weight.detach())
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) / 4)
+    layer = AdaptedLinear(linear, adapter, kind)
+    dense = nn.Linear(40, 24, bias=False, dtype=dtype)
+    dense.weight = nn.Parameter(layer.weight.dense(dtype))
+    return layer, AdaptedLinear(dense, adapter)
+
+
+@every_kind
+@pytest.mark.parametrize(("name", "settings"), METHOD_CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_compute_as_on_the_dense_weight(name, settings, kind, dtype):
+    layer, dense = adapted(name, settings, kind, dtype)
+    x = torch.randn(2, 3, 40, dtype=dtype, requires_grad=True)
+    inputs = [x, *layer.adapter.parameters()]
+    y, expected = layer(x), dense(x)
+    assert torch.equal(y, expected)
+    dy = torch.randn_like(y)
+    gradients = torch.autograd.grad(y, inputs, dy)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(expected, inputs, dy)))
+    again = checkpoint(layer, x, use_reentrant=False)
+    assert all(map(torch.equal, gradients, torch.autograd.grad(again, inputs, dy)))
+
+
+@pytest.mark.parametrize(("name", "settings"), METHOD_CASES)
+def test_the_rebuilt_weight_is_not_kept_for_backward(name, settings):
+    layer, _ = adapted(name, settings, "nf4")
+    known = {t.untyped_storage().data_ptr() for t in [*layer.buffers(), *layer.parameters()]}
+    kept = []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    x = torch.randn(3, 40, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert all(size <= x.numel() for size in kept), kept
+
+
+@every_kind
+def test_merging_uses_the_weight_that_training_saw(kind):
+    model = nn.Sequential(nn.Linear(40, 24), nn.Tanh(), nn.Linear(24, 24))
+    attach(model, "bat", r=8, quant=kind)
+    assert model.adapter_spec["quant"] == kind
+    assert "0.weight" not in model.state_dict()
+    with torch.no_grad():
+        for layer in (model[0], model[2]):
+            layer.adapter.bone.normal_().div_(8)
+    x = torch.randn(5, 40)
+    expected = model(x)
+    W = model[0].weight.dense(torch.float32)
+    merge(model)
+    assert not torch.equal(model[0].weight, W)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("dora", {"r": 2}), ("bat", {"r": 4, "mode": "col"}), ("lora_ga", {"r": 2, "init": False})],
+)
+def test_methods_that_need_the_weight_itself_are_refused(method, settings):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(UserError, match=f"{method} needs the weights themselves"):
+        attach(model, method, quant="nf4", **settings)
+    assert type(model[0]) is nn.Linear
+
+
+@every_kind
+def test_a_quantised_layer_compiles_as_one_graph(kind):
+    for name, settings in METHOD_CASES[:4]:
+        layer, dense = adapted(name, settings, kind)
+        torch._dynamo.reset()
+        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+        x = torch.randn(3, 40, requires_grad=True)
+        y = compiled(x)
+        torch.testing.assert_close(y, dense(x))
+        inputs = [x, *layer.adapter.parameters()]
+        found = torch.autograd.grad(y.sum(), inputs)
+        torch.testing.assert_close(found, torch.autograd.grad(dense(x).sum(), inputs))
+
+
+def test_the_error_grows_as_the_bits_shrink():
+    W = torch.randn(64, 256)
+    errors = [F.mse_loss(QuantisedWeight(W, kind).dense(torch.float32), W).sqrt() for kind in KINDS]
+    assert errors[1] < errors[2] < errors[0] < 0.11
