@@ -81,9 +81,9 @@ def main() -> None:
         shared = {"ctx_len": given.ctx_len, "micro_bsz": given.micro_bsz, "grad_cp": grad_cp}
         configs = {name: TrainConfig(**shared, **flags) for name, flags in METHODS.items()}
         print(
-            f"\n{dtype}, --grad_cp {grad_cp}, {device}: L{small.n_layer} C{small.n_embd}, ", end=""
+            f"\n{dtype}, --grad_cp {grad_cp}, {given.micro_bsz} x {given.ctx_len} tokens, {device}"
         )
-        print(f"{given.micro_bsz} x {given.ctx_len} tokens; 3B: RWKV6-3B counted, not run")
+        print(f"L{small.n_layer} C{small.n_embd}, run; 3B: an RWKV6-3B, counted but not run")
         print("method    tokens/s  step MB  to LoRA  to Bone |  3B MB  to LoRA  to Bone | paper")
         runs = {name: Steps(c, small, DTYPES[dtype], device) for name, c in configs.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -40,6 +41,22 @@ def test_the_benchmark_refuses_a_width_without_blocks():
     done = bench("--n_embd", "100")
     assert done.returncode == 2
     assert done.stderr == "error: --n_embd must be multiples of 64, the rank of Bat's blocks\n"
+
+
+@pytest.mark.slow
+def test_whole_steps_cost_what_is_claimed():
+    """Peak memory of a step of an RWKV6-3B, counted exactly: Bat next to LoRA and to Bone."""
+    flags = "--n_layer 2 --n_embd 128 --vocab_size 256 --repeats 1 --dtypes bf16"
+    command = [sys.executable, ROOT / "scripts" / "bench_adapter_steps.py", *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = re.findall(r"^(\w+) +[\d,]+ .*\|\s*[\d,]+ +([\d.]+) +([\d.]+) \|", done.stdout, re.M)
+    plain, recomputed = (dict((n, (float(a), float(b))) for n, a, b in part)
+                         for part in (rows[:4], rows[4:]))  # fmt: skip
+    assert plain["bat_row"][0] <= 1.05
+    assert plain["bat_col"][0] <= 1.15
+    assert recomputed["bat_row"][1] <= 1.03
+    assert recomputed["bat_col"][1] <= 1.10
 
 
 def test_the_documented_example_is_a_whole_method(monkeypatch):

@@ -50,7 +50,7 @@ class LoRAGA(ResidualLoRA):
     @torch.no_grad()
     def init_from_gradient(self, W: Tensor, gradient: Tensor) -> None:
         gradient = gradient.to(W.device, merge_precision(W))
-        if not gradient.isfinite().all():
+        if not gradient.is_meta and not gradient.isfinite().all():
             raise UserError("the gradient to start from holds NaN or infinity")
         U, _, Vh = principal_svd(gradient, 2 * self.r, self.svd_niter)
         scale = self.out_features**0.25 / math.sqrt(self.gamma)
