@@ -16,6 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from finchtune.errors import UserError
+from finchtune.files import make_parents, remove_empty, temporary_beside
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -192,16 +193,14 @@ class BinIdxWriter:
         self.n_documents = self.n_tokens = 0
         self.sizes: list[np.ndarray] = []  # of each `extend`
         self._targets = [Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")]
-        self._temporary = [
-            path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in self._targets
-        ]
+        self._temporary = [temporary_beside(path) for path in self._targets]
 
     def __enter__(self) -> "BinIdxWriter":
         for path in self._targets:
             if path.is_dir():
                 raise UserError(f"{path} is a folder; choose another output prefix")
         try:
-            self._targets[0].parent.mkdir(parents=True, exist_ok=True)
+            self._made = make_parents(self._targets[0])
             self._file = open(self._temporary[0], "wb")
         except OSError as error:
             raise UserError(f"cannot write {self._targets[0]}: {error.strerror}") from None
@@ -245,6 +244,7 @@ class BinIdxWriter:
                 self._file.close()
             for path in self._temporary:
                 path.unlink(missing_ok=True)
+            remove_empty(self._made)
 
     def _finish(self) -> None:
         _flush_to_disk(self._file)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,14 @@ def cache_folder() -> Path:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path` (a file or folder to be); rename it there on success.
 
-    On any failure the temporary is removed and what stood at `path` before stays. A full disk
-    raises UserError.
+    On any failure the temporary is removed, with every folder made for it, and what stood at
+    `path` before stays. A full disk raises UserError.
     """
     path = Path(path)
     temporary = temporary_beside(path)
+    made: list[Path] = []
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        made = make_parents(path)
         yield temporary
         sync_tree(temporary)
         if path.is_dir():
@@ -41,6 +42,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync_tree(path.parent, deep=False)
     except BaseException as error:
         remove(temporary)
+        remove_empty(made)
         if is_disk_full(error):
             raise UserError(
                 f"{path}: the disk is full (or a quota or size limit reached); nothing was "
@@ -49,6 +51,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         if isinstance(error, PermissionError | NotADirectoryError | IsADirectoryError):
             raise UserError(f"{path}: cannot be written: {error.strerror}") from error
         raise
+
+
+def make_parents(path: Path) -> list[Path]:
+    """Make the folders that `path` is to lie in; returns those that were missing, deepest first."""
+    missing = [folder for folder in path.parents if not folder.exists()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove those of the folders, given deepest first, that hold nothing."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def is_disk_full(error: BaseException) -> bool:
