@@ -240,7 +240,9 @@ def draw(best: dict[str, list[dict[str, Any]]], picture: Path) -> None:
             axes.plot(range(1, len(curve[:steps]) + 1), curve[:steps], linewidth=1.2,
                       label=f"{method}, lr {runs[0]['lr']:g}")  # fmt: skip
     for axes in panels:
-        axes.set(xlabel="step", ylabel="loss (nats per token), mean of 10 steps")
+        axes.set(xlabel="step", ylabel="loss (nats per token), mean of 10 steps", yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     picture.parent.mkdir(parents=True, exist_ok=True)
