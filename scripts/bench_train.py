@@ -176,12 +176,13 @@ def deepspeed_step(
 ) -> Callable[[], object]:
     """A step as train.py makes it."""
     from finchtune.config import TrainConfig
+    from finchtune.data.batch import Batch
     from finchtune.engine import Engine
 
     device = tokens.device
     distributed.init_process_group(device)
     engine = Engine(model, TrainConfig(peft=case.peft, micro_bsz=case.micro_bsz), device)
-    return lambda: engine.step([(tokens, labels)], 1e-4)
+    return lambda: engine.step([Batch(tokens, labels)], 1e-4)
 
 
 class BareLoop:

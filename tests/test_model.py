@@ -112,6 +112,14 @@ def test_written_out_gradients_are_those_of_the_function(function, shapes):
     assert torch.autograd.gradcheck(function.apply, inputs)
 
 
+@pytest.mark.parametrize("starts", [None, [0], [0, 3, 4]])
+def test_gradients_of_the_shift(starts):
+    x = torch.randn(1 if starts else 2, 7, 3, dtype=torch.float64, requires_grad=True)
+    last = torch.randn(len(x), 3, dtype=torch.float64, requires_grad=True)
+    starts = torch.tensor(starts) if starts else None
+    assert torch.autograd.gradcheck(fused.ShiftDifference.apply, (x, last, starts))
+
+
 def test_every_parameter_gets_a_gradient():
     model = small_model(n_layer=3)
     model.loss(*torch.randint(0, 256, (2, 2, 20))).backward()

@@ -7,7 +7,7 @@ import pytest
 from support import small_model
 
 from finchtune.adapters import attach
-from finchtune.optim import learning_rate, parameter_groups
+from finchtune.optim import learning_rate, parameter_groups, set_learning_rate
 
 
 def rates(schedule, total=101, warmup=0, lr_init=1e-3, lr_final=1e-4):
@@ -44,6 +44,42 @@ def test_warmup_multiplies_and_hands_over():
     assert found[:10] == pytest.approx(expected)
     assert found[10] == pytest.approx(1e-3)
     assert found[-1] == pytest.approx(1e-4)
+
+
+def plain_rate(schedule, step, total, warmup, first, final):
+    """The schedules said one by one; step 0 is the first, `total - 1` the last."""
+    if step < warmup:
+        return first * (0.01 + 0.99 * step / warmup)
+    done = (step - warmup) / (total - 1 - warmup)
+    if schedule == "linear":
+        return first * (1 - done) + final * done
+    if schedule == "cos":
+        return (first + final) / 2 + (first - final) / 2 * math.cos(math.pi * done)
+    if schedule == "exp":
+        return math.exp(math.log(first) * (1 - done) + math.log(final) * done)
+    if schedule == "wsd":  # stable for four fifths, then in a straight line
+        return first if done <= 0.8 else first + (final - first) * (done - 0.8) / 0.2
+    return first
+
+
+@pytest.mark.parametrize("schedule", ["cos", "exp", "linear", "constant", "wsd"])
+@pytest.mark.parametrize(
+    ("total", "warmup", "final"), [(57, 0, 1e-5), (101, 10, 1e-4), (40, 7, 3e-3)]
+)
+def test_every_step_of_every_schedule(schedule, total, warmup, final):
+    expected = [plain_rate(schedule, s, total, warmup, 1e-3, final) for s in range(total)]
+    assert rates(schedule, total, warmup, 1e-3, final) == pytest.approx(expected, rel=1e-9)
+
+
+def test_layerwise_rate_reaches_the_optimizer():
+    model = small_model()
+    groups = parameter_groups(model.named_parameters(), layerwise_lr=True)
+    set_learning_rate(groups, 1e-3)
+    decays = {id(p) for n, p in model.named_parameters() if n.endswith("att.time_decay")}
+    for group in groups:
+        expected = 2e-3 if id(group["params"][0]) in decays else 1e-3
+        assert group["lr"] == expected
+    assert sum(len(g["params"]) for g in groups if g["lr"] == 2e-3) == len(decays) == 2
 
 
 def test_a_run_of_one_step_uses_the_first_rate():

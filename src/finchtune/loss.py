@@ -34,13 +34,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(hidden[rows], weight.T, out=low)
             if logits is not low:
                 logits.copy_(low)
-            total += _losses_to_gradients(logits, labels[rows], l2wrap)
-            if low_buffer is not buffer:
+            losses = _losses_to_gradients(logits, labels[rows].clamp_min(0), l2wrap)
+            # Masked here and not in the logits, which are many more.
+            valid = labels[rows] != IGNORE
+            total += torch.where(valid, losses, 0).sum()
+            if logits is not low:
                 low.copy_(logits)
             if d_hidden is not None:
-                torch.mm(low, weight, out=d_hidden[rows])
+                torch.mm(low, weight, out=d_hidden[rows]).mul_(valid.unsqueeze(-1))
             if d_weight is not None:
-                d_weight += low.T @ hidden[rows]
+                d_weight += low.T @ (hidden[rows] * valid.unsqueeze(-1))
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -57,18 +60,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _losses_to_gradients(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
-    """Sum of the unmasked losses; turns `logits` (tokens, V) into their gradient, in place."""
-    valid = (labels != IGNORE).unsqueeze(-1)
-    index = labels.clamp_min(0).unsqueeze(-1)
-    largest = logits.amax(-1, keepdim=True)
-    where = logits.argmax(-1, keepdim=True) if l2wrap else None
-    picked = logits.gather(-1, index) - largest
-    sums = logits.sub_(largest).exp_().sum(-1, keepdim=True)
-    logits.mul_(valid / sums)
-    logits.scatter_add_(-1, index, -valid.to(logits.dtype))
-    if where is not None:
-        logits.scatter_add_(-1, where, l2wrap * largest * valid)
-    return torch.where(valid, sums.log() - picked, 0).sum()
+    """Each token's loss; turns `logits` (tokens, V) into their gradient, in place."""
+    index = labels.unsqueeze(-1)
+    largest = logits.max(-1, keepdim=True) if l2wrap else None
+    torch.log_softmax(logits, -1, out=logits)
+    losses = -logits.gather(-1, index).squeeze(-1)
+    logits.exp_().scatter_add_(-1, index, -torch.ones_like(index, dtype=logits.dtype))
+    if largest is not None:
+        logits.scatter_add_(-1, largest.indices, l2wrap * largest.values)
+    return losses
 
 
 def cross_entropy_sum(

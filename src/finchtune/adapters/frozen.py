@@ -50,14 +50,18 @@ def frozen_linear(x: Tensor, W: Weight) -> Tensor:
     return FrozenLinear.apply(x.to(dtype), *weight_parts(W, dtype))
 
 
-def frozen_linear_plus(x: Tensor, W: Weight, s: Tensor, D: Tensor, scale: float = 1.0) -> Tensor:
-    """W x + scale s D for x (..., k), W (d, k), s (..., r), D (r, d) -> (..., d).
+def frozen_linear_plus(
+    x: Tensor, W: Weight, s: Tensor, D: Tensor, scale: float | None = None
+) -> Tensor:
+    """W x + scale s D (scale 1 if None) for x (..., k), W (d, k), s (..., r), D (r, d) -> (..., d).
 
     Keeps s, W and D for backward, and x only where W is trained.
     """
     dtype = compute_dtype(x)
     rows, thin = x.reshape(-1, x.shape[-1]).to(dtype), s.reshape(-1, s.shape[-1]).to(dtype)
-    y = FrozenLinearPlus.apply(rows, thin * scale, D.to(dtype), *weight_parts(W, dtype))
+    if scale is not None:
+        thin = thin * scale
+    y = FrozenLinearPlus.apply(rows, thin, D.to(dtype), *weight_parts(W, dtype))
     return y.view(*x.shape[:-1], W.shape[0])
 
 

@@ -11,6 +11,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+class ShiftDifference(torch.autograd.Function):
+    """The token before, minus the token. Keeps where sequences start."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, last: Tensor, starts: Tensor | None) -> Tensor:
+        """x (B, T, C), `last` (B, C) before it, `starts` (n) with zero before them -> (B, T, C)."""
+        ctx.save_for_backward(starts)
+        xx = torch.empty_like(x)
+        torch.sub(last, x[:, 0], out=xx[:, 0])
+        torch.sub(x[:, :-1], x[:, 1:], out=xx[:, 1:])
+        if starts is not None:
+            xx.index_copy_(1, starts, -x.index_select(1, starts))
+        return xx
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (starts,) = ctx.saved_tensors
+        (dxx,) = gradients
+        dx = -dxx
+        if starts is not None:
+            dxx = dxx.index_fill(1, starts, 0)
+        dx[:, :-1] += dxx[:, 1:]
+        return dx, dxx[:, 0], None
+
+
 class Mixtures(torch.autograd.Function):
     """Data-dependent blends of a token with its predecessor. Keeps xx and the low-rank part."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finchtune.loss import cross_entropy_sum
 from finchtune.model.config import ModelConfig
-from finchtune.model.fused import Gate, Mixtures, SquaredReLU
+from finchtune.model.fused import Gate, Mixtures, ShiftDifference, SquaredReLU
 from finchtune.model.recompute import recomputed
 from finchtune.wkv import wkv6
 
@@ -35,10 +35,8 @@ def shift_difference(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None =
     Zero also precedes each sequence packed into x (1, T, C) at the boundaries `cu_seqlens`.
     """
     last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
-    previous = torch.cat([last.unsqueeze(1), x[:, :-1]], dim=1)
-    if cu_seqlens is not None:
-        previous = previous.index_fill(1, cu_seqlens[:-1].long(), 0)
-    return previous - x
+    starts = None if cu_seqlens is None else cu_seqlens[:-1].long()
+    return ShiftDifference.apply(x, last, starts)
 
 
 def last_of(x: Tensor) -> Tensor:
