@@ -72,6 +72,7 @@ def main() -> int:
     start = 0
     if checkpoint:
         engine.load_state(state)
+        del state  # its file is mapped, and may be removed by --keep_last
         start = manifest["step"]
         done = "; this run is finished, nothing is left to do" if start >= total else ""
         distributed.say(f"resumed from {checkpoint} at step {start} of {total}{done}")

@@ -248,7 +248,8 @@ def test_no_memory_is_explained_with_three_remedies(monkeypatch):
     ):
         assert part in str(told), told
     assert faults.explain(ValueError("something else")) is None
-    for peft, words in (("none", "--grad_cp 1"), ("bone", "--grad_cp 1 --precision bf16")):
+    offload = "--precision bf16 --strategy deepspeed_stage_3_offload"
+    for peft, words in (("none", "--grad_cp 1"), ("bone", offload)):
         flags = f"--load_model m --data_file d --peft {peft} {words}".split()
         smallest = faults.parse_train_flags(flags)
         assert len(faults.flags_that_lower_memory(smallest)) >= 3

@@ -126,7 +126,7 @@ def flags_that_lower_memory(config: TrainConfig) -> list[str]:
         half = max(n for n in range(1, config.micro_bsz) if config.micro_bsz % n == 0)
         micro_batches = config.accumulate_grad_batches * config.micro_bsz // half
         flags.append(f"--micro_bsz {half} --accumulate_grad_batches {micro_batches} (same batch)")
-    if not config.grad_cp:
+    if config.grad_cp != 1:
         flags.append("--grad_cp 1")
     if config.precision == "fp32" or (config.precision is None and config.accelerator == "cpu"):
         flags.append("--precision bf16")
@@ -135,8 +135,8 @@ def flags_that_lower_memory(config: TrainConfig) -> list[str]:
     if config.peft == "none":
         flags.append("--peft bone")
     flags.append(f"--ctx_len {max(16, config.ctx_len // 2)}")
-    flags.append("more --devices under --strategy deepspeed_stage_3")
-    return flags[: max(3, len(flags) - 1)]
+    flags += ["more --devices under --strategy deepspeed_stage_3", "a smaller --load_model"]
+    return flags[:5]
 
 
 def is_lost_connection(error: Exception) -> bool:

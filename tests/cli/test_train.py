@@ -127,11 +127,12 @@ def test_resuming_repeats_the_uninterrupted_run_exactly(folder, bone_run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_resuming_with_another_number_of_processes_and_stage(folder, bone_run, stage):
-    proj = folder / f"other-{stage}"
-    words = "--peft bone --bone_r 8 --micro_bsz 4 --epoch_steps 6 --devices 2".split()
-    words += ["--strategy", f"deepspeed_stage_{stage}"]
+@pytest.mark.parametrize("devices", [2, 4])
+@pytest.mark.parametrize("strategy", ["_1", "_2", "_3", "_2_offload", "_3_offload"])
+def test_resuming_with_another_number_of_processes_and_stage(folder, bone_run, strategy, devices):
+    proj = folder / f"other{strategy}-{devices}"
+    words = f"--peft bone --bone_r 8 --micro_bsz {8 // devices} --devices {devices}".split()
+    words += ["--epoch_steps", "6", "--strategy", f"deepspeed_stage{strategy}"]
     train(*flags(folder, proj, *words, "--resume", bone_run / "checkpoints/step-3"))
     assert losses(proj) == pytest.approx(losses(bone_run)[3:], rel=1e-5)
 
