@@ -125,7 +125,8 @@ def flags_that_lower_memory(config: TrainConfig) -> list[str]:
     if config.micro_bsz > 1:
         half = max(n for n in range(1, config.micro_bsz) if config.micro_bsz % n == 0)
         micro_batches = config.accumulate_grad_batches * config.micro_bsz // half
-        flags.append(f"--micro_bsz {half} --accumulate_grad_batches {micro_batches} (same batch)")
+        more = "" if config.global_bsz else f" --accumulate_grad_batches {micro_batches}"
+        flags.append(f"--micro_bsz {half}{more} (same batch)")
     if config.grad_cp != 1:
         flags.append("--grad_cp 1")
     if config.precision == "fp32" or (config.precision is None and config.accelerator == "cpu"):
