@@ -16,6 +16,7 @@ measured.
 import argparse
 import ctypes
 import functools
+import math
 import platform
 import shutil
 import statistics
@@ -37,6 +38,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SHAPES = ["2,512,8,64", "2,1,8,64", "2,64,8,64", "1,4096,8,64", "2,512,64,8"]
 GPU_SHAPES = ["8,4096,64,64", "8,512,64,64", "8,1,64,64", "1,4096,32,64", "2,512,8,64"]
 RECURRENCE_LIMIT = 1024  # tokens; beyond, the recurrence in torch only costs time
+CHUNKED_LIMIT = 2**26  # elements of r; beyond, the chunked form keeps tens of GB for backward
 Form = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -202,7 +204,9 @@ def compiled_sequential_kernels() -> ctypes.CDLL:
 
 def forms_for(shape: list[int], dtype: torch.dtype, device: torch.device) -> dict[str, Form]:
     """The forms worth timing at this shape."""
-    forms: dict[str, Form] = {"kernel": wkv6, "chunked torch": wkv6_chunked}
+    forms: dict[str, Form] = {"kernel": wkv6}
+    if math.prod(shape) <= CHUNKED_LIMIT:
+        forms["chunked torch"] = wkv6_chunked
     if shape[1] <= RECURRENCE_LIMIT:
         forms["recurrence"] = wkv6_reference
     if device.type == "cuda":
