@@ -162,3 +162,20 @@ def test_released_sizes_on_the_meta_device():
 def test_head_size_must_divide_n_embd():
     with pytest.raises(UserError, match="head size 48 does not divide n_embd 128"):
         ModelConfig(2, 128, 256, head_size=48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_an_adapted_model_compiles(quant):
+    model = attach(small_model(), "bone", r=8, quant=quant)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(0, 0.02)
+    tokens = torch.randint(1, 256, (2, 16))
+    expected = model.loss(tokens, tokens)
+    wanted = torch.autograd.grad(expected, trained)
+    torch._dynamo.reset()
+    found = torch.compile(model.loss, backend="aot_eager")(tokens, tokens)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, trained), wanted, rtol=1e-4, atol=1e-4)

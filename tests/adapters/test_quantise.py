@@ -154,18 +154,17 @@ def test_methods_that_need_the_weight_itself_are_refused(method, settings):
     assert type(model[0]) is nn.Linear
 
 
-@every_kind
-def test_a_quantised_layer_compiles_as_one_graph(kind):
-    for name, settings in METHOD_CASES[:4]:
-        layer, dense = adapted(name, settings, kind)
-        torch._dynamo.reset()
-        compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-        x = torch.randn(3, 40, requires_grad=True)
-        y = compiled(x)
-        torch.testing.assert_close(y, dense(x))
-        inputs = [x, *layer.adapter.parameters()]
-        found = torch.autograd.grad(y.sum(), inputs)
-        torch.testing.assert_close(found, torch.autograd.grad(dense(x).sum(), inputs))
+@pytest.mark.parametrize(("name", "settings"), METHOD_CASES[:2])
+def test_a_quantised_layer_compiles_as_one_graph(name, settings):
+    layer, dense = adapted(name, settings, "nf4")
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(3, 40, requires_grad=True)
+    y = compiled(x)
+    torch.testing.assert_close(y, dense(x))
+    inputs = [x, *layer.adapter.parameters()]
+    found = torch.autograd.grad(y.sum(), inputs)
+    torch.testing.assert_close(found, torch.autograd.grad(dense(x).sum(), inputs))
 
 
 def test_the_error_grows_as_the_bits_shrink():
