@@ -87,6 +87,7 @@ def interrupt(process, number, proj, whom="all"):
     return process.communicate(timeout=120)
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_resuming_ends_like_no_signal(folder):
     """Also: metrics go on without a gap or a repetition, and a finished run says that it is."""
     words = [*BONE, *ONE, "--epoch_steps", 60]
