@@ -13,7 +13,8 @@ RUN_FILES = (
     *("rwkv-*.pth", "rwkv-*.json", "config.json", "metrics.jsonl", "skipped.jsonl"),
     *("samples.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints"),
 )
-HARMLESS = ("*.log", "*.out", "*.err", ".*", "wandb")  # may lie in the folder of a new run
+# May lie in the folder of a new run.
+HARMLESS = ("*.log", "*.out", "*.err", ".*", "wandb", "data_cache")
 
 
 def choose_checkpoint(config: TrainConfig) -> Path | None:
