@@ -1,5 +1,6 @@
 """Which process am I, and how do the processes meet. The only reader of RANK and WORLD_SIZE."""
 
+import atexit
 import os
 import socket
 import sys
@@ -82,6 +83,7 @@ def init_process_group(device: torch.device, timeout_minutes: float = 30) -> Non
         torch.cuda.set_device(device)
     timeout = timedelta(minutes=timeout_minutes)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    atexit.register(_leave)
 
 
 def barrier() -> None:
@@ -91,9 +93,14 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Leave the process group; without this, processes may abort at exit."""
+    """Leave the process group when all processes have come here."""
+    barrier()
+    _leave()
+
+
+def _leave() -> None:
+    # A process that ends with the group's threads alive may abort, whatever status it wanted.
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

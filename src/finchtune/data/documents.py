@@ -47,11 +47,18 @@ class Documents:
 
 
 class Encoded(NamedTuple):
-    """Documents end to end: `tokens` (n,), `sizes` (documents,) int64, `trained` (n,) uint8."""
+    """Documents end to end: `tokens` (n,), `sizes` (documents,) int64, `trained` (n,) uint8.
+
+    `trained` is None where every token is to be trained on.
+    """
 
     tokens: np.ndarray
     sizes: np.ndarray
-    trained: np.ndarray
+    trained: np.ndarray | None
+
+    def flags(self) -> np.ndarray:
+        """`trained`, written out where it is None."""
+        return np.ones(len(self.tokens), np.uint8) if self.trained is None else self.trained
 
 
 def encode_records(
@@ -83,7 +90,9 @@ def encode_records(
             flags += [train for _, train in pieces] + [pieces[-1][1]] * end
             arrays += encoded
             sizes.append(sum(map(len, encoded)))
-    trained = np.repeat(np.array(flags, np.uint8), [len(piece) for piece in arrays])
+    trained = None
+    if not all(flags):
+        trained = np.repeat(np.array(flags, np.uint8), [len(piece) for piece in arrays])
     tokens = np.concatenate([np.empty(0, dtype), *arrays])
     return Encoded(tokens, np.array(sizes, np.int64), trained)
 
@@ -100,7 +109,7 @@ def read_records(
         for block in read_blocks(path, layout.fields[0])
     ]
     tokens = np.concatenate([np.empty(0, dtype), *(block.tokens for block in blocks)])
-    trained = np.concatenate([np.empty(0, np.uint8), *(block.trained for block in blocks)])
+    trained = np.concatenate([np.empty(0, np.uint8), *(block.flags() for block in blocks)])
     sizes = np.concatenate([[0], *(block.sizes for block in blocks)])
     mask = None if trained.all() else trained
     return Documents(source, tokens, np.cumsum(sizes), mask, bad.count)

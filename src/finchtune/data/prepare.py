@@ -77,9 +77,9 @@ def _divide(encoded: Encoded, val_split: float) -> list[Encoded]:
     parts = []
     for chosen in (~held_out, held_out):
         picked = np.repeat(chosen, encoded.sizes)
-        parts.append(
-            Encoded(encoded.tokens[picked], encoded.sizes[chosen], encoded.trained[picked])
-        )
+        trained = encoded.flags()[picked]
+        masked = None if trained.all() else trained
+        parts.append(Encoded(encoded.tokens[picked], encoded.sizes[chosen], masked))
     return parts
 
 
@@ -187,12 +187,12 @@ class _Output:
 
     def add(self, encoded: Encoded) -> None:
         """Append documents."""
-        if not encoded.trained.all():
+        if encoded.trained is not None:
             if self.mask is None:
                 self._begin_mask()
             self.masked_tokens += int((encoded.trained == 0).sum())
         if self.mask is not None:
-            self.mask.extend(encoded.trained, encoded.sizes)
+            self.mask.extend(encoded.flags(), encoded.sizes)
         self.tokens.extend(encoded.tokens, encoded.sizes)
 
     def _begin_mask(self) -> None:
