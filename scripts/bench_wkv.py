@@ -7,7 +7,9 @@ For each shape B,T,H,N: the median time of a forward, and of a forward with back
 recurrence in torch, of the chunked form in torch and of the kernel; on a GPU with a head size of
 64 also of sequential kernels in the style of the official ones (sequential_wkv6.cu, compiled with
 nvcc), and of flash-linear-attention's chunk_rwkv6 where it is installed. The times of all forms are
-taken in turns, so that a busy machine slows all of them alike. GB/s counts each tensor read or
+taken in turns, so that a busy machine slows all of them alike; each follows an uncounted call of
+the same form, unless --cold is given, so that one form does not find the caches full of another's
+tensors. GB/s counts each tensor read or
 written once, GFLOP/s the recurrence's own arithmetic; "of floor" is the time that a copy of these
 bytes, or a matrix product of these operations, whichever is longer, would take, over the time
 measured.
@@ -56,15 +58,23 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def medians(
-    works: Mapping[str, Callable[[], object]], device: torch.device, budget: float
+    works: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    budget: float,
+    cold: bool = False,
 ) -> dict[str, float]:
-    """Median seconds of each work; rounds of all works in turn until `budget` seconds are spent."""
+    """Median seconds of each work; rounds of all works in turn until `budget` seconds are spent.
+
+    Unless `cold`, each timed call follows an untimed one of the same work.
+    """
     times: dict[str, list[float]] = {name: [] for name in works}
     for work in works.values():
         work()
     end = time.perf_counter() + budget
     while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
         for name, work in works.items():
+            if not cold:
+                work()
             times[name].append(seconds(work, device))
     return {name: statistics.median(values) for name, values in times.items()}
 
@@ -235,13 +245,15 @@ def with_backward(form: Form, inputs: list[Tensor]) -> Callable[[], object]:
     return work
 
 
-def measure(shape: list[int], dtype: torch.dtype, device: torch.device, budget: float) -> dict:
+def measure(
+    shape: list[int], dtype: torch.dtype, device: torch.device, budget: float, cold: bool
+) -> dict:
     """Median milliseconds of every form and pass at one shape."""
     inputs = make_inputs(shape, dtype, device)
     forms = forms_for(shape, dtype, device)
     passes = {"forward": forward_only, "forward+backward": with_backward}
     return {
-        name: medians({f: make(form, inputs) for f, form in forms.items()}, device, budget)
+        name: medians({f: make(form, inputs) for f, form in forms.items()}, device, budget, cold)
         for name, make in passes.items()
     }
 
@@ -295,6 +307,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=4.0, help="spent on each pass of a shape")
+    parser.add_argument("--cold", action="store_true", help="no uncounted call before each")
     parser.add_argument("--json", help="also write all numbers to this file")
     return parser.parse_args()
 
@@ -305,6 +318,9 @@ def main() -> None:
     shapes = args.shapes or (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES)
     parsed = [parse_shape(text) for text in shapes]
     torch.set_num_threads(args.threads)
+    # Made and freed at once: the C library then keeps freed memory of up to this size for what
+    # comes next, as in a process that trains, where the loss makes and frees such tensors.
+    torch.empty(31 << 20, dtype=torch.uint8)
     floors = {dtype: machine_floor(device, DTYPES[dtype]) for dtype in args.dtypes}
     about = {"device": args.device, "threads": args.threads, "torch": torch.__version__}
     about |= {"processor": processor_name(device), "floors": floors}
@@ -319,7 +335,7 @@ def main() -> None:
     records = []
     for shape in parsed:
         for dtype in args.dtypes:
-            found = measure(shape, DTYPES[dtype], device, args.seconds)
+            found = measure(shape, DTYPES[dtype], device, args.seconds, args.cold)
             records += rows(shape, dtype, found, floors[dtype])
             print_rows(records[-sum(map(len, found.values())) :])
     if args.json:
