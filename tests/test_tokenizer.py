@@ -69,14 +69,16 @@ def test_every_world_token_is_one_token(world):
     compiled = WorldTrie(load_library(), table)
     for id, token in enumerate(table):
         if token:
-            assert compiled.encode(token).tolist() == [id]
+            assert compiled.encode([token], [False])[0].tolist() == [id]
 
 
 def test_a_byte_outside_a_vocabulary_is_named():
     trie = WorldTrie(load_library(), [b"", b"a", b"ab", b"abc"])
-    assert trie.encode(b"ababcaab").tolist() == [2, 3, 1, 2]
+    ids, sizes = trie.encode([b"ababcaab", b"", b"a"], [True, False, True])
+    assert ids.tolist() == [2, 3, 1, 2, 0, 1, 0]
+    assert sizes.tolist() == [5, 0, 2]
     with pytest.raises(UserError, match="no token of the vocabulary begins with byte 0x62 at 3"):
-        trie.encode(b"aabba")
+        trie.encode([b"aabba"], [False])
 
 
 def test_without_a_compiler_arrays_are_the_same_and_a_warning_says_why(monkeypatch, tmp_path):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-# Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time; a
-# GPU needs enough rows to be busy.
+# Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time;
+# a GPU needs enough rows to be busy.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}
 
 

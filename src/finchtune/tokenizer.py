@@ -3,7 +3,7 @@
 import ast
 import codecs
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,18 @@ class Tokenizer:
 
     def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
         """`encode`, as an array (n,)."""
-        ids = self.encode(text)
-        return np.fromiter(ids, dtype, len(ids))
+        return self.encode_many([text], [False], dtype)[0]
+
+    def encode_many(
+        self, texts: Sequence[str], closed: Sequence[bool], dtype: np.dtype
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All texts' ids end to end, token 0 after those that are `closed`; how many each has."""
+        arrays = []
+        for text, close in zip(texts, closed, strict=True):
+            ids = self.encode(text) + [END_OF_DOCUMENT] * close
+            arrays.append(np.fromiter(ids, dtype, len(ids)))
+        sizes = np.array([len(array) for array in arrays], np.int64)
+        return np.concatenate([np.empty(0, dtype), *arrays]), sizes
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -112,15 +122,18 @@ class WorldTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
 
-    def encode_array(self, text: str, dtype: np.dtype) -> np.ndarray:
-        """`encode`, as an array (n,)."""
+    def encode_many(
+        self, texts: Sequence[str], closed: Sequence[bool], dtype: np.dtype
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As in the base class, in one call."""
         if self._trie is None:
-            return super().encode_array(text, dtype)
+            return super().encode_many(texts, closed, dtype)
         try:
-            raw = text.encode()
+            raw = [text.encode() for text in texts]
         except UnicodeEncodeError as error:
             raise lone_surrogate(error) from None
-        return self._trie.encode(raw).astype(dtype, copy=False)
+        ids, sizes = self._trie.encode(raw, closed)
+        return ids.astype(dtype, copy=False), sizes
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:

@@ -86,23 +86,30 @@ void* world_trie(const uint8_t* bytes, const int64_t* ends, const int32_t* ids, 
   return trie;
 }
 
-// Ids of text (n bytes) to out, which has room for n. Returns how many, or -1 - the place of a
-// byte that no token begins with.
-int64_t world_encode(const void* handle, const uint8_t* text, int64_t n, uint16_t* out) {
+// Ids of n texts to out, which has room for one of each byte and text: text i is the bytes before
+// stops[i], and 0 follows it where closed[i]. sizes[i] says how many it has. Returns how many in all,
+// or -1 - the place of a byte that no token begins with.
+int64_t world_encode(const void* handle, const uint8_t* bytes, const int64_t* stops,
+                     const uint8_t* closed, int64_t n, uint16_t* out, int64_t* sizes) {
   const State* states = static_cast<const Trie*>(handle)->states.data();
-  int64_t count = 0;
-  for (int64_t start = 0; start < n;) {
-    State state = states[0];
-    uint16_t found = 0;
-    int64_t end = start;
-    for (int64_t i = start; i < n; i++) {
-      state = states[state.base + text[i]];
-      if (state.label != text[i]) break;
-      if (state.token) found = state.token, end = i + 1;
+  int64_t count = 0, start = 0;
+  for (int64_t text = 0; text < n; text++) {
+    int64_t before = count;
+    while (start < stops[text]) {
+      State state = states[0];
+      uint16_t found = 0;
+      int64_t end = start;
+      for (int64_t i = start; i < stops[text]; i++) {
+        state = states[state.base + bytes[i]];
+        if (state.label != bytes[i]) break;
+        if (state.token) found = state.token, end = i + 1;
+      }
+      if (!found) return -1 - start;
+      out[count++] = found;
+      start = end;
     }
-    if (!found) return -1 - start;
-    out[count++] = found;
-    start = end;
+    if (closed[text]) out[count++] = 0;
+    sizes[text] = count - before;
   }
   return count;
 }

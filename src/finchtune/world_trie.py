@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +29,33 @@ class WorldTrie:
         pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
         build, self._encode = library.world_trie, library.world_encode
         build.restype, build.argtypes = pointer, [text, pointer, pointer, number]
-        self._encode.restype, self._encode.argtypes = number, [pointer, text, number, pointer]
+        self._encode.restype, self._encode.argtypes = (
+            number,
+            [*(pointer, text, pointer, pointer, number, pointer, pointer)],
+        )
         joined = b"".join(token for token, _ in tokens)
         self._trie = build(joined, ends.ctypes.data, ids.ctypes.data, len(ids))
 
-    def encode(self, text: bytes) -> np.ndarray:
-        """Token ids (n,) uint16. UserError for a byte that no token begins with."""
-        ids = np.empty(len(text), np.uint16)
-        n = self._encode(self._trie, text, len(text), ids.ctypes.data)
+    def encode(
+        self, texts: Sequence[bytes], closed: Sequence[bool]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """All texts' ids end to end (n,) uint16, 0 after those that are `closed`; and how many
+        each has, (texts,) int64. UserError for a byte that no token begins with.
+        """
+        joined = b"".join(texts)
+        stops = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        closing = np.array(closed, np.uint8)
+        ids, sizes = np.empty(len(joined) + len(texts), np.uint16), np.empty_like(stops)
+        tables = (stops.ctypes.data, closing.ctypes.data, len(texts))
+        n = self._encode(self._trie, joined, *tables, ids.ctypes.data, sizes.ctypes.data)
         if n < 0:
-            byte = text[-1 - n]
-            raise UserError(f"no token of the vocabulary begins with byte 0x{byte:02x} at {-1 - n}")
-        return ids[:n]
+            place = -1 - n
+            start = stops[stops <= place].max(initial=0)
+            raise UserError(
+                f"no token of the vocabulary begins with byte 0x{joined[place]:02x} at "
+                f"{place - start}"
+            )
+        return ids[:n], sizes
 
 
 @functools.cache

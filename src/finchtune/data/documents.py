@@ -11,11 +11,13 @@ import numpy as np
 from finchtune.binidx import BinIdx, exists, token_dtype
 from finchtune.data.inputs import find_inputs, read_blocks
 from finchtune.data.records import BadRecords
-from finchtune.data.render import BadRecord, Layout
+from finchtune.data.render import BadRecord, Layout, Piece
 from finchtune.errors import UserError
-from finchtune.tokenizer import END_OF_DOCUMENT, Tokenizer
+from finchtune.tokenizer import Tokenizer
 
 MASK_SUFFIX = ".mask"
+Pieces = list[Piece] | ValueError
+"""A record's document, or why there is none (a BadRecord or UserError)."""
 
 
 @dataclass(frozen=True)
@@ -74,27 +76,46 @@ def encode_records(
     With `end`, token 0 closes each document, trained on where the last piece is. An empty plain
     text gives no document. Bad records, or the BadRecord in their place, go to `bad`.
     """
-    arrays, flags, sizes = [], [], []
-    ending = [np.full(1, END_OF_DOCUMENT, dtype)] if end else []
-    for where, record in records:
-        try:
-            if isinstance(record, BadRecord):
-                raise record
-            pieces = layout.pieces(record)
-            encoded = [tokenizer.encode_array(text, dtype) for text, _ in pieces]
-        except (BadRecord, UserError) as error:
-            bad.add(where, str(error))
-            continue
-        if pieces:
-            encoded += ending
-            flags += [train for _, train in pieces] + [pieces[-1][1]] * end
-            arrays += encoded
-            sizes.append(sum(map(len, encoded)))
-    trained = None
-    if not all(flags):
-        trained = np.repeat(np.array(flags, np.uint8), [len(piece) for piece in arrays])
-    tokens = np.concatenate([np.empty(0, dtype), *arrays])
-    return Encoded(tokens, np.array(sizes, np.int64), trained)
+    rows = [(where, _rendered(record, layout)) for where, record in records]
+    try:
+        encoded = _encode([pieces for _, pieces in rows], tokenizer, dtype, end)
+    except UserError:  # of a text that the tokenizer cannot take; whose is it?
+        rows = [(where, _encodable(pieces, tokenizer, dtype)) for where, pieces in rows]
+        encoded = _encode([pieces for _, pieces in rows], tokenizer, dtype, end)
+    for where, pieces in rows:
+        if isinstance(pieces, ValueError):
+            bad.add(where, str(pieces))
+    return encoded
+
+
+def _rendered(record: Any, layout: Layout) -> Pieces:
+    try:
+        return record if isinstance(record, BadRecord) else layout.pieces(record)
+    except BadRecord as error:
+        return error
+
+
+def _encodable(pieces: Pieces, tokenizer: Tokenizer, dtype: np.dtype) -> Pieces:
+    try:
+        _encode([pieces], tokenizer, dtype, end=False)
+    except UserError as error:
+        return error
+    return pieces
+
+
+def _encode(rows: list[Pieces], tokenizer: Tokenizer, dtype: np.dtype, end: bool) -> Encoded:
+    """Tokenise what holds pieces, all in one call."""
+    documents = [pieces for pieces in rows if isinstance(pieces, list) and pieces]
+    texts = [text for pieces in documents for text, _ in pieces]
+    flags = [train for pieces in documents for _, train in pieces]
+    counts = np.array([len(pieces) for pieces in documents], np.int64)
+    closed = np.zeros(len(texts), bool)
+    closed[np.cumsum(counts) - 1] = end
+    tokens, sizes = tokenizer.encode_many(texts, closed.tolist(), dtype)
+    trained = None if all(flags) else np.repeat(np.array(flags, np.uint8), sizes)
+    if documents:
+        sizes = np.add.reduceat(sizes, np.cumsum(counts) - counts)
+    return Encoded(tokens, sizes, trained)
 
 
 def read_records(
