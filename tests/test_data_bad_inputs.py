@@ -42,6 +42,11 @@ FILES = {
     "a number": ("a.jsonl", b'{"text": 1.5}', "the field 'text' must be a string, but it is a num"),
     "an object": ("a.jsonl", b'{"text": {}}', "'text' must be a string, but it is an object"),
     "repeated key": ("a.jsonl", b'{"text": "a", "text": "b"}', "the key 'text' stands twice"),
+    "repeated key made up for by quotes written as numbers": (
+        "a.jsonl",
+        rb'{"text": "b", "text": "a\u0022\u0022\u0022\u0022"}',
+        "the key 'text' stands twice",
+    ),
     "repeated inner key": (
         "a.jsonl",
         b'{"text": "a", "x": [{"k": 1, "k": 2}]}',
