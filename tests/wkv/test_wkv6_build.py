@@ -5,6 +5,7 @@ Most tests hand the real builder a source file of one line, which compiles in a 
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from finchtune.wkv import build
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 STARTED = "compiling the WKV6 kernels"
 TINY = """
 import sys
@@ -129,6 +132,29 @@ def test_the_compilers_message_is_shown(sources, tmp_path, monkeypatch):
         build.load_library(tmp_path / "cache")
 
 
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+def test_asked_architectures_are_compiled_for(sources, tmp_path, monkeypatch):
+    """The failed build shows nvcc's command: exactly what TORCH_CUDA_ARCH_LIST asks for."""
+    from torch.utils import cpp_extension
+
+    (sources / "wkv6.cu").write_text("#error so that the command is shown\n")
+    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(CUDA_HEADERS.parent))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    with pytest.raises(build.BuildError, match="so that the command is shown") as raised:
+        build.load_library(tmp_path / "cache")
+    commands = re.findall(r"^\S*nvcc .*wkv6\.cu .*$", str(raised.value), re.MULTILINE)
+    assert len(commands) == 1
+    targets = re.findall(r"arch=(\w+),code=(\w+)", commands[0])
+    assert set(targets) == {
+        ("compute_80", "sm_80"),
+        ("compute_90", "sm_90"),
+        ("compute_90", "compute_90"),
+    }
+
+
 def test_waiting_processes_share_a_failure(tmp_path, capfd):
     """Eight ranks must not compile the same broken source one after the other."""
     library = tmp_path / "library.so"
@@ -180,9 +206,6 @@ def test_two_ranks_build_the_kernels_and_use_them(tmp_path):
     said = "".join(finish(process) for process in ranks)
     assert said.count(STARTED) == 1
     assert "Warning" not in said
-
-
-CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
 
 
 @needs_compiler
