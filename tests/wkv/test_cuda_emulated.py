@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from finchtune.wkv.reference import wkv6_reference
+from finchtune.wkv.sequential import Wkv6Problem
 
 EMULATION = Path(__file__).parent / "emulation"
 CUDA = Path(__file__).parents[2] / "cuda"
@@ -21,20 +22,6 @@ INPUTS = ("r", "k", "v", "w", "dy", "u", "state", "dstate")
 STATE_OUTPUTS = ("state", "dstate_in")
 BUFFERS = ("checkpoint", "forward_scratch", "backward_scratch")
 GUARD = 64  # elements of NaN around every tensor
-
-
-class Problem(ctypes.Structure):
-    """Wkv6Problem of cuda/wkv6.h."""
-
-    _fields_ = (
-        ("B", ctypes.c_int64),
-        ("T", ctypes.c_int64),
-        ("H", ctypes.c_int64),
-        ("N", ctypes.c_int64),
-        ("dtype", ctypes.c_int32),
-        ("n_seq", ctypes.c_int64),
-        ("cu_seqlens", ctypes.c_void_p),
-    )
 
 
 @dataclass
@@ -108,9 +95,9 @@ def reference(case: Case) -> dict[str, Tensor]:
     return {"y": y.detach(), "state": final.detach(), **gradients}
 
 
-def problem_of(case: Case) -> Problem:
+def problem_of(case: Case) -> Wkv6Problem:
     bounds = None if case.cu_seqlens is None else case.cu_seqlens.data_ptr()
-    return Problem(*case.r.shape, DTYPE_CODES[case.r.dtype], case.n_seq, bounds)
+    return Wkv6Problem(*case.r.shape, DTYPE_CODES[case.r.dtype], case.n_seq, bounds)
 
 
 class Guarded:
@@ -141,12 +128,12 @@ class Emulator:
         for name in BUFFERS:
             getattr(self.library, f"wkv6_{name}_bytes").restype = ctypes.c_size_t
 
-    def buffer(self, name: str, problem: Problem) -> Guarded:
+    def buffer(self, name: str, problem: Wkv6Problem) -> Guarded:
         """As many bytes as the library asks for."""
         count = getattr(self.library, f"wkv6_{name}_bytes")(ctypes.byref(problem))
         return Guarded((count // 4,), torch.float32)
 
-    def launch(self, name: str, problem: Problem, *arguments) -> None:
+    def launch(self, name: str, problem: Wkv6Problem, *arguments) -> None:
         error = getattr(self.library, name)(ctypes.byref(problem), *arguments, None)
         assert error == 0, self.library.wkv6_error_string(error).decode()
 
@@ -331,13 +318,13 @@ def test_forward_alone_needs_no_checkpoints(emulator):
 
 @pytest.mark.parametrize("N", [4, 12, 136])
 def test_unsupported_head_sizes_are_refused(emulator, N):
-    problem = Problem(1, 20, 1, N, 1, 1, None)
+    problem = Wkv6Problem(1, 20, 1, N, 1, 1, None)
     error = emulator.library.wkv6_forward(ctypes.byref(problem), *[None] * 11)
     assert emulator.library.wkv6_error_string(error) == b"invalid argument"
 
 
 def test_misaligned_tensors_are_refused(emulator):
-    problem = Problem(1, 20, 1, 64, 1, 1, None)
+    problem = Wkv6Problem(1, 20, 1, 64, 1, 1, None)
     buffer = Guarded((1281,), torch.bfloat16)
     r = ctypes.c_void_p(buffer.tensor[1:].data_ptr())
     error = emulator.library.wkv6_forward(ctypes.byref(problem), r, *[None] * 10)

@@ -1,7 +1,6 @@
 """The sequential kernels that scripts/bench_wkv.py compares with compute the right thing."""
 
 import ctypes
-import importlib.util
 import subprocess
 from pathlib import Path
 
@@ -9,16 +8,10 @@ import pytest
 import torch
 
 from finchtune.wkv.reference import wkv6_reference
+from finchtune.wkv.sequential import sequential_form
 
 ROOT = Path(__file__).parents[2]
 EMULATION = Path(__file__).parent / "emulation"
-
-
-def load_benchmark():
-    spec = importlib.util.spec_from_file_location("bench_wkv", ROOT / "scripts" / "bench_wkv.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +34,7 @@ def test_outputs_and_gradients(emulated, dtype, tolerance):
     r, k, v, dy = torch.randn(4, B, T, H, N).to(dtype).unbind()
     w = (torch.linspace(-6, 1, N) + 0.5 * torch.randn(B, T, H, N)).to(dtype)
     inputs = [r, k, v, w, torch.randn(H, N), torch.zeros(B, H, N, N)]
-    form = load_benchmark().sequential_form(emulated)
+    form = sequential_form(emulated)
 
     def outputs_of(form, dtype=None):
         leaves = [x.to(dtype or x.dtype).requires_grad_() for x in inputs]
