@@ -204,6 +204,35 @@ def test_a_text_file_is_one_document(tmp_path, name):
     assert texts_of(tmp_path / "out") == ["zwei\n\nAbsätze\0"]
 
 
+@pytest.mark.parametrize("tokenizer", ["world", "bytes"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_long_text_file_is_read_in_pieces_but_one_document(tmp_path, tokenizer, workers):
+    text = "".join(f"{i} {'ä' * (i % 7)} zwei  drei\n\n" for i in range(150_000))
+    assert len(text.encode()) > 2 * BLOCK_BYTES
+    (tmp_path / "b.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "c.txt").write_text("kurz", encoding="utf-8")
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    recipe = Recipe(Layout(), tokenizer, "<u2")
+    totals = prepare([str(tmp_path)], str(tmp_path / "out"), recipe, workers)
+    data, encode = BinIdx(tmp_path / "out"), load_tokenizer(tokenizer).encode
+    documents = [*(text for text in TEXTS if text), text, "kurz"]
+    assert len(data) == totals.documents == len(documents)
+    for i, document in enumerate(documents):
+        assert data.doc(i).tolist() == [*encode(document), 0]
+
+
+@pytest.mark.parametrize("place", [0, BLOCK_BYTES - 1, 2 * BLOCK_BYTES])
+def test_a_long_text_file_with_a_bad_byte_is_left_out_as_a_whole(tmp_path, place):
+    raw = bytearray(b"zwei\n" * BLOCK_BYTES)
+    raw[place] = 0xC3
+    (tmp_path / "a.txt").write_bytes(raw)
+    (tmp_path / "b.txt").write_text("gut")
+    recipe = Recipe(Layout(), "world", "<u2", on_bad="skip")
+    totals = prepare([str(tmp_path)], str(tmp_path / "out"), recipe)
+    assert (totals.documents, totals.skipped) == (1, 1)
+    assert totals.first_bad.endswith(f"a.txt:1: byte 0xc3 at {place} is not UTF-8")
+
+
 def test_inputs_are_files_globs_and_folders_in_order_and_once(tmp_path):
     for name in ("b.jsonl", "a.txt", "c.md", "sub/d.jsonl.gz", "with space.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -14,7 +14,7 @@ from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from finchtune.errors import UserError
 from finchtune.tokenizer import BytesTokenizer, Decoder, WorldTokenizer, load_tokenizer
-from finchtune.world_trie import WorldTrie, load_library
+from finchtune.world_trie import WorldTrie, build_states, kept_states, load_library
 
 TEXT = "Finch 芬奇 🐦\n\n\tdef f(x):\n        return x ** 2  # naïve  \r\n"
 VOCABULARY = Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt"
@@ -66,19 +66,59 @@ def test_long_and_repeated_text_encodes_like_the_published_trie(world, trie):
 
 def test_every_world_token_is_one_token(world):
     table = [world.id_bytes(id) for id in range(65536)]
-    compiled = WorldTrie(load_library(), table)
+    compiled = WorldTrie(load_library(), build_states(load_library(), table))
     for id, token in enumerate(table):
         if token:
             assert compiled.encode([token], [False])[0].tolist() == [id]
 
 
 def test_a_byte_outside_a_vocabulary_is_named():
-    trie = WorldTrie(load_library(), [b"", b"a", b"ab", b"abc"])
+    library = load_library()
+    trie = WorldTrie(library, build_states(library, [b"", b"a", b"ab", b"abc"]))
     ids, sizes = trie.encode([b"ababcaab", b"", b"a"], [True, False, True])
     assert ids.tolist() == [2, 3, 1, 2, 0, 1, 0]
     assert sizes.tolist() == [5, 0, 2]
     with pytest.raises(UserError, match="no token of the vocabulary begins with byte 0x62 at 3"):
         trie.encode([b"aabba"], [False])
+
+
+def test_a_vocabularys_trie_is_kept_and_made_again_where_damaged(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    vocabulary = tmp_path / "vocab.txt"
+    vocabulary.write_text("1 'a' 1\n")
+    asked = []
+
+    def states():
+        return kept_states(load_library(), vocabulary, lambda: asked.append(1) or [b"", b"a"])
+
+    first = states()
+    assert states().tobytes() == first.tobytes()
+    assert len(asked) == 1
+    (kept,) = (tmp_path / "finchtune").glob("finchtune_world_states_*.bin")
+    raw = bytearray(kept.read_bytes())
+    raw[100] ^= 1
+    kept.write_bytes(raw)
+    assert states().tobytes() == first.tobytes()
+    assert len(asked) == 2
+    vocabulary.write_text("2 'a' 1\n")
+    states()
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("spec", ["world", "bytes"])
+def test_text_divided_at_the_last_cut_has_the_same_tokens(spec, world):
+    tokenizer = load_tokenizer(spec)
+    raw = (TEXT * 3 + "\n\n  def f(x):\n\treturn 芬\n" * 5).encode()
+    cuts = set()
+    for end in range(1, len(raw)):
+        cut = tokenizer.last_cut(raw[:end])
+        assert 0 <= cut < end
+        cuts.add(cut)
+    assert len(cuts) > 50
+    whole = tokenizer.encode(raw.decode())
+    for cut in cuts:
+        parts = raw[:cut].decode(), raw[cut:].decode()
+        assert [id for part in parts for id in tokenizer.encode(part)] == whole
 
 
 def test_without_a_compiler_arrays_are_the_same_and_a_warning_says_why(monkeypatch, tmp_path):

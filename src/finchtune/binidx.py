@@ -191,7 +191,8 @@ class BinIdxWriter:
         self.prefix = strip_extension(prefix)
         self.dtype = np.dtype(dtype)
         self.n_documents = self.n_tokens = 0
-        self.sizes: list[np.ndarray] = []  # of each `extend`
+        self.sizes: list[np.ndarray] = []  # of the documents of each `extend`
+        self._goes_on = False
         self._targets = [Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")]
         self._temporary = [temporary_beside(path) for path in self._targets]
 
@@ -210,11 +211,20 @@ class BinIdxWriter:
         """Append one document."""
         self.extend(np.asarray(ids, self.dtype), [len(ids)])
 
-    def extend(self, tokens: np.ndarray, sizes: Sequence[int] | np.ndarray) -> None:
-        """Append several documents: their tokens in one array (sum(sizes),), then the sizes."""
-        lengths = np.asarray(sizes, np.int64)
+    def extend(
+        self, tokens: np.ndarray, sizes: Sequence[int] | np.ndarray, goes_on: bool = False
+    ) -> None:
+        """Append several documents: their tokens in one array (sum(sizes),), then the sizes.
+
+        `goes_on`: the last document is not complete; the next call begins with more of it.
+        """
+        lengths = np.array(sizes, np.int64)
         assert tokens.dtype == self.dtype
         assert len(tokens) == lengths.sum()
+        if self._goes_on:
+            lengths[0] += self.sizes[-1][-1]
+            self.sizes[-1] = self.sizes[-1][:-1]
+            self.n_documents -= 1
         if len(lengths) and lengths.max() > MAX_DOCUMENT:
             raise UserError(
                 f"document {self.n_documents + int(lengths.argmax())} has {lengths.max()} tokens, "
@@ -227,6 +237,7 @@ class BinIdxWriter:
         self.sizes.append(lengths.astype("<i4"))
         self.n_documents += len(lengths)
         self.n_tokens += len(tokens)
+        self._goes_on = goes_on
 
     def __exit__(
         self,

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 from finchtune.errors import UserError
-from finchtune.world_trie import WorldTrie, load_library
+from finchtune.world_trie import WorldTrie, kept_states, load_library
 
 END_OF_DOCUMENT = 0
 WORLD_VOCAB_SIZE = 65536
 BYTES_VOCAB_SIZE = 256
+SEARCHED_BYTES = 1 << 16
 PLAIN_LITERAL = re.compile(r"'[^'\\]*'")
 
 
@@ -61,6 +62,12 @@ class Tokenizer:
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
 
+    def last_cut(self, raw: bytes) -> int:
+        """The last place inside UTF-8 text at which no token and no character is divided, whatever
+        the text goes on with; 0 if none is known.
+        """
+        return 0
+
     def id_bytes(self, id: int) -> bytes:
         """The bytes that one token stands for, possibly a part of a character."""
         raise NotImplementedError
@@ -85,6 +92,10 @@ class BytesTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def last_cut(self, raw: bytes) -> int:
+        """As in the base class."""
+        return next((i for i in reversed(range(1, len(raw))) if raw[i] >> 6 != 0b10), 0)
 
     def id_bytes(self, id: int) -> bytes:
         self.check_id(id)
@@ -117,7 +128,9 @@ class WorldTokenizer(Tokenizer):
     @cached_property
     def _trie(self) -> WorldTrie | None:
         library = load_library()
-        return None if library is None else WorldTrie(library, self._bytes_of)
+        if library is None:
+            return None
+        return WorldTrie(library, kept_states(library, self._vocab_file, lambda: self._bytes_of))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
@@ -135,6 +148,23 @@ class WorldTokenizer(Tokenizer):
         ids, sizes = self._trie.encode(raw, closed)
         return ids.astype(dtype, copy=False), sizes
 
+    def last_cut(self, raw: bytes) -> int:
+        """As in the base class: between two bytes that no token holds next to each other."""
+        pairs = _pairs(raw[-SEARCHED_BYTES:])
+        starts_character = (pairs & 0xC0) != 0x80
+        places = np.flatnonzero(~self._held[pairs] & starts_character)
+        return len(raw) - len(pairs) + int(places[-1]) if len(places) else 0
+
+    @cached_property
+    def _held(self) -> np.ndarray:
+        """Which two bytes stand next to each other in a token, (65536,) bool."""
+        held = np.zeros(1 << 16, bool)
+        if not {bytes([byte]) for byte in range(256)} <= set(self._bytes_of):
+            held[:] = True  # a text with an unknown byte must fail as a whole, so it stays whole
+        for token in self._bytes_of:
+            held[_pairs(token)] = True
+        return held
+
     @cached_property
     def _bytes_of(self) -> list[bytes]:
         return _read_world_vocabulary(self._vocab_file)
@@ -142,6 +172,12 @@ class WorldTokenizer(Tokenizer):
     def id_bytes(self, id: int) -> bytes:
         self.check_id(id)
         return self._bytes_of[id]
+
+
+def _pairs(raw: bytes) -> np.ndarray:
+    """Each byte with the one after it, (n - 1,) uint16: 256 times the first plus the second."""
+    values = np.frombuffer(raw, np.uint8).astype(np.uint16)
+    return values[:-1] << 8 | values[1:]
 
 
 def _read_world_vocabulary(path: Path) -> list[bytes]:

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -76,9 +77,8 @@ void grow(Trie& trie, const Tokens& tokens, int32_t state, int64_t first, int64_
 
 extern "C" {
 
-// n different tokens, none empty, sorted by their bytes, ids from 1 to 65535. Never freed: there is
-// one a process.
-void* world_trie(const uint8_t* bytes, const int64_t* ends, const int32_t* ids, int64_t n) {
+// A trie of n different tokens, none empty, sorted by their bytes, ids from 1 to 65535.
+void* world_build(const uint8_t* bytes, const int64_t* ends, const int32_t* ids, int64_t n) {
   auto* trie = new Trie;
   trie->reserve(1);
   trie->states[0].label = 256;  // the root, which is nobody's child
@@ -86,12 +86,23 @@ void* world_trie(const uint8_t* bytes, const int64_t* ends, const int32_t* ids, 
   return trie;
 }
 
+int64_t world_bytes(const void* trie) {
+  return static_cast<const Trie*>(trie)->states.size() * sizeof(State);
+}
+
+// The states to out, which has room for world_bytes, and the trie freed.
+void world_take(void* handle, void* out) {
+  auto* trie = static_cast<Trie*>(handle);
+  std::memcpy(out, trie->states.data(), world_bytes(trie));
+  delete trie;
+}
+
 // Ids of n texts to out, which has room for one of each byte and text: text i is the bytes before
 // stops[i], and 0 follows it where closed[i]. sizes[i] says how many it has. Returns how many in all,
 // or -1 - the place of a byte that no token begins with.
-int64_t world_encode(const void* handle, const uint8_t* bytes, const int64_t* stops,
+int64_t world_encode(const void* taken, const uint8_t* bytes, const int64_t* stops,
                      const uint8_t* closed, int64_t n, uint16_t* out, int64_t* sizes) {
-  const State* states = static_cast<const Trie*>(handle)->states.data();
+  const State* states = static_cast<const State*>(taken);
   int64_t count = 0, start = 0;
   for (int64_t text = 0; text < n; text++) {
     int64_t before = count;

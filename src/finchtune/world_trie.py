@@ -1,4 +1,8 @@
-"""The World vocabulary's greedy longest match in C++ (world_trie.cpp), compiled on first use."""
+"""The World vocabulary's greedy longest match in C++ (world_trie.cpp), compiled on first use.
+
+The trie of a vocabulary is kept beside the compiled code, since making it takes longer than
+tokenising a million tokens.
+"""
 
 import ctypes
 import functools
@@ -7,7 +11,8 @@ import os
 import platform
 import subprocess
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -19,22 +24,14 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
 
 
-class WorldTrie:
-    """UTF-8 bytes -> token ids. `table` holds the bytes of each id, empty where it has none."""
+DIGEST_BYTES = 16
 
-    def __init__(self, library: ctypes.CDLL, table: list[bytes]):
-        tokens = sorted({token: id for id, token in enumerate(table) if token}.items())
-        ends = np.cumsum([len(token) for token, _ in tokens], dtype=np.int64)
-        ids = np.array([id for _, id in tokens], np.int32)
-        pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
-        build, self._encode = library.world_trie, library.world_encode
-        build.restype, build.argtypes = pointer, [text, pointer, pointer, number]
-        self._encode.restype, self._encode.argtypes = (
-            number,
-            [*(pointer, text, pointer, pointer, number, pointer, pointer)],
-        )
-        joined = b"".join(token for token, _ in tokens)
-        self._trie = build(joined, ends.ctypes.data, ids.ctypes.data, len(ids))
+
+class WorldTrie:
+    """UTF-8 bytes -> token ids, by the states that `build_states` makes."""
+
+    def __init__(self, library: ctypes.CDLL, states: np.ndarray):
+        self._encode, self._states = library.world_encode, states
 
     def encode(
         self, texts: Sequence[bytes], closed: Sequence[bool]
@@ -47,7 +44,9 @@ class WorldTrie:
         closing = np.array(closed, np.uint8)
         ids, sizes = np.empty(len(joined) + len(texts), np.uint16), np.empty_like(stops)
         tables = (stops.ctypes.data, closing.ctypes.data, len(texts))
-        n = self._encode(self._trie, joined, *tables, ids.ctypes.data, sizes.ctypes.data)
+        n = self._encode(
+            self._states.ctypes.data, joined, *tables, ids.ctypes.data, sizes.ctypes.data
+        )
         if n < 0:
             place = -1 - n
             start = stops[stops <= place].max(initial=0)
@@ -56,6 +55,37 @@ class WorldTrie:
                 f"{place - start}"
             )
         return ids[:n], sizes
+
+
+def build_states(library: ctypes.CDLL, table: list[bytes]) -> np.ndarray:
+    """The trie of a vocabulary, as bytes (n,). `table` holds the bytes of each id, or b""."""
+    tokens = sorted({token: id for id, token in enumerate(table) if token}.items())
+    ends = np.cumsum([len(token) for token, _ in tokens], dtype=np.int64)
+    ids = np.array([id for _, id in tokens], np.int32)
+    joined = b"".join(token for token, _ in tokens)
+    trie = library.world_build(joined, ends.ctypes.data, ids.ctypes.data, len(ids))
+    states = np.empty(library.world_bytes(trie), np.uint8)
+    library.world_take(trie, states.ctypes.data)
+    return states
+
+
+def kept_states(
+    library: ctypes.CDLL, vocab_file: Path, table: Callable[[], list[bytes]]
+) -> np.ndarray:
+    """`build_states` of a vocabulary file, from an earlier run where it is kept intact."""
+    key = _digest(vocab_file.read_bytes() + SOURCE.read_bytes()).hex()
+    path = cache_folder() / f"finchtune_world_states_{key}.bin"
+    kept = path.read_bytes() if path.is_file() else b""
+    if kept and _digest(kept[DIGEST_BYTES:]) == kept[:DIGEST_BYTES]:
+        return np.frombuffer(kept, np.uint8, offset=DIGEST_BYTES)
+    states = build_states(library, table())
+    with suppress(OSError, UserError), atomic_path(path) as temporary:
+        temporary.write_bytes(_digest(states.tobytes()) + states.tobytes())
+    return states
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
 
 
 @functools.cache
@@ -69,8 +99,21 @@ def load_library() -> ctypes.CDLL | None:
             with atomic_path(library) as temporary:
                 command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
                 subprocess.run(command, check=True, capture_output=True, text=True)
-        return ctypes.CDLL(str(library))
+        return _declare(ctypes.CDLL(str(library)))
     except (OSError, UserError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"tokenising takes twice as long without g++: {reason}", stacklevel=2)
         return None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, text, number = ctypes.c_void_p, ctypes.c_char_p, ctypes.c_int64
+    for name, result, arguments in (
+        ("world_build", pointer, [text, pointer, pointer, number]),
+        ("world_bytes", number, [pointer]),
+        ("world_take", None, [pointer, pointer]),
+        ("world_encode", number, [pointer, text, pointer, pointer, number, pointer, pointer]),
+    ):
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library

@@ -1,10 +1,11 @@
 """Files, globs and folders -> blocks of records, read one after the other in bounded memory."""
 
+import codecs
 import glob
 import gzip
 import io
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ class Block:
 
     The lines are `lines`, or what stands in the file between the bytes `span`. `first` is the
     number of its first line or row, from 1; `read_bytes` counts what it took of the file as
-    stored, for the progress line.
+    stored, for the progress line. `goes_on`: the next block has more of the last record's text.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Block:
     span: tuple[int, int] | None = None
     rows: tuple[Any, ...] = ()
     read_bytes: int = 0
+    goes_on: bool = False
 
     def records(self) -> Iterator[tuple[str, Any]]:
         """Each record, or the BadRecord that says why it is none, after its `file:line`."""
@@ -79,8 +81,16 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
     return list(found)
 
 
-def read_blocks(path: Path, text_field: str) -> Iterator[Block]:
-    """The file's records in order. A .txt file is one record with the field `text_field`.
+def no_cut(raw: bytes) -> int:
+    """For `read_blocks`: each text in one piece."""
+    return 0
+
+
+def read_blocks(
+    path: Path, text_field: str, last_cut: Callable[[bytes], int] = no_cut
+) -> Iterator[Block]:
+    """The file's records in order. A .txt file is one record with the field `text_field`, over
+    several blocks if `last_cut` finds a place inside what is read of it.
 
     UserError naming the file where it cannot be read or decompressed.
     """
@@ -89,7 +99,7 @@ def read_blocks(path: Path, text_field: str) -> Iterator[Block]:
         if kind in TABLE:
             yield from _read_table(path)
         elif kind in TEXT:
-            yield _read_text(path, text_field)
+            yield from _read_text(path, text_field, last_cut)
         else:
             yield from _read_lines(path)
     except (OSError, EOFError, zlib.error) as error:
@@ -179,14 +189,47 @@ def _read_span(path: str, start: int, stop: int) -> bytes:
         return file.read(stop - start)
 
 
-def _read_text(path: Path, field: str) -> Block:
+def _read_text(path: Path, field: str, last_cut: Callable[[bytes], int]) -> Iterator[Block]:
+    # Before the first piece is given away, since a bad text is left out as a whole.
+    if bad := _not_utf8(path):
+        yield Block(str(path), 1, rows=(bad,), read_bytes=path.stat().st_size)
+        return
     with _open(path) as (content, stored):
-        raw = content.read().removeprefix(BOM)
+        held = [content.read(len(BOM)).removeprefix(BOM)]
+        position = 0
+        while piece := content.read(BLOCK_BYTES):
+            held.append(piece)
+            # A piece is searched with what it may complete, not again with all that is held.
+            cut = last_cut(piece)
+            if not cut:
+                continue
+            held[-1], rest = piece[:cut], piece[cut:]
+            read = stored.tell() - position
+            yield _text_block(path, field, held, read, goes_on=True)
+            held = [rest]
+            position += read
+        yield _text_block(path, field, held, stored.tell() - position)
+
+
+def _text_block(
+    path: Path, field: str, pieces: list[bytes], read: int, goes_on: bool = False
+) -> Block:
+    row = {field: b"".join(pieces).decode()}
+    return Block(str(path), 1, rows=(row,), read_bytes=read, goes_on=goes_on)
+
+
+def _not_utf8(path: Path) -> BadRecord | None:
+    decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
+    with _open(path) as (content, _):
         try:
-            row: Any = {field: raw.decode()}
+            while piece := content.read(BLOCK_BYTES):
+                decoder.decode(piece)
+                start += len(piece)
+            decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            row = BadRecord(f"byte 0x{raw[error.start]:02x} at {error.start} is not UTF-8")
-        return Block(str(path), 1, rows=(row,), read_bytes=stored.tell())
+            place = start - len(decoder.getstate()[0]) + error.start
+            return BadRecord(f"byte 0x{error.object[error.start]:02x} at {place} is not UTF-8")
+    return None
 
 
 def _read_table(path: Path) -> Iterator[Block]:

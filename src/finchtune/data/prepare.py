@@ -15,7 +15,7 @@ import numpy as np
 
 from finchtune.binidx import BinIdxWriter, remove, strip_extension
 from finchtune.data.documents import MASK_SUFFIX, Encoded, encode_records, is_held_out
-from finchtune.data.inputs import Block, find_inputs, read_blocks
+from finchtune.data.inputs import Block, find_inputs, no_cut, read_blocks
 from finchtune.data.records import BadRecords
 from finchtune.data.render import Layout
 from finchtune.errors import UserError
@@ -56,6 +56,7 @@ class EncodedBlock(NamedTuple):
     """A block's documents for each file to write (two where some are held out), and bad records."""
 
     parts: list[Encoded]
+    goes_on: bool
     read_bytes: int
     skipped: int
     first_bad: str
@@ -65,9 +66,10 @@ def encode_block(block: Block, recipe: Recipe, tokenizer: Tokenizer) -> EncodedB
     """Tokenise a block. UserError at its first bad record unless these are skipped."""
     bad = BadRecords(recipe.on_bad)
     dtype = np.dtype(recipe.dtype)
-    encoded = encode_records(block.records(), recipe.layout, tokenizer, bad, dtype, recipe.end)
+    end = recipe.end and not block.goes_on
+    encoded = encode_records(block.records(), recipe.layout, tokenizer, bad, dtype, end)
     parts = _divide(encoded, recipe.val_split) if recipe.val_split else [encoded]
-    return EncodedBlock(parts, block.read_bytes, bad.count, bad.first)
+    return EncodedBlock(parts, block.goes_on, block.read_bytes, bad.count, bad.first)
 
 
 def _divide(encoded: Encoded, val_split: float) -> list[Encoded]:
@@ -185,15 +187,15 @@ class _Output:
         self.mask: BinIdxWriter | None = None
         self.masked_tokens = 0
 
-    def add(self, encoded: Encoded) -> None:
-        """Append documents."""
+    def add(self, encoded: Encoded, goes_on: bool) -> None:
+        """Append documents; `goes_on`: more of the last one comes in the next call."""
         if encoded.trained is not None:
             if self.mask is None:
                 self._begin_mask()
             self.masked_tokens += int((encoded.trained == 0).sum())
         if self.mask is not None:
-            self.mask.extend(encoded.flags(), encoded.sizes)
-        self.tokens.extend(encoded.tokens, encoded.sizes)
+            self.mask.extend(encoded.flags(), encoded.sizes, goes_on)
+        self.tokens.extend(encoded.tokens, encoded.sizes, goes_on)
 
     def _begin_mask(self) -> None:
         """A mask file in which all earlier documents are trained on."""
@@ -217,15 +219,20 @@ def prepare(
     paths = find_inputs(inputs)
     output = strip_extension(output)
     # Encoding once makes the tables here, which workers that are forked then share.
-    load_tokenizer(recipe.tokenizer).encode_array("", np.dtype(recipe.dtype))
+    tokenizer = load_tokenizer(recipe.tokenizer)
+    tokenizer.encode_array("", np.dtype(recipe.dtype))
+    # Where a document goes, or what in it is trained on, may depend on all of its text.
+    whole = recipe.val_split or recipe.layout.split_turns
+    last_cut = no_cut if whole else tokenizer.last_cut
     totals = Totals()
     prefixes = [output] + ([output + VALIDATION_SUFFIX] if recipe.val_split else [])
     with ExitStack() as stack:
         outputs = [_Output(prefix, recipe.dtype, stack) for prefix in prefixes]
-        blocks = (block for path in paths for block in read_blocks(path, recipe.layout.fields[0]))
+        field = recipe.layout.fields[0]
+        blocks = (block for path in paths for block in read_blocks(path, field, last_cut))
         for block in _encode_all(blocks, recipe, workers):
             for target, part in zip(outputs, block.parts, strict=True):
-                target.add(part)
+                target.add(part, block.goes_on)
             _count(totals, block)
             totals.masked_tokens = sum(target.masked_tokens for target in outputs)
             progress(totals)
@@ -237,7 +244,7 @@ def prepare(
 
 
 def _count(totals: Totals, block: EncodedBlock) -> None:
-    totals.documents += sum(len(part.sizes) for part in block.parts)
+    totals.documents += sum(len(part.sizes) for part in block.parts) - block.goes_on
     totals.held_out += sum(len(part.sizes) for part in block.parts[1:])
     totals.tokens += sum(len(part.tokens) for part in block.parts)
     totals.read_bytes += block.read_bytes
