@@ -13,7 +13,7 @@ LAYERS = [
     {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals"},
     {"launch", "flags", "data", "wkv", "loss", "adapters"},
     {"model", "optim"},
-    {"memory"},
+    {"memory", "deepspeed_start"},
     {"checkpoint", "engine", "generate"},
     {"adapter_files", "folder"},
     {"merging", "hf_peft", "run", "evaluate", "report", "validation", "samples", "batch_size"},

@@ -1,6 +1,7 @@
 """Weights in and out: strict loading, adapter files, and checkpoints that resume exactly."""
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finchtune import distributed
 from finchtune.adapters import file_key
 from finchtune.errors import NotFinite, UserError
 from finchtune.files import atomic_path, discard, read_json, require_space, sha256, write_json
@@ -77,11 +79,13 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     grad_checkpoint: int = 0,
+    shared: bool = False,
 ) -> RWKV6:
     """An RWKV-6 from an official weight file; every size is read off the tensors.
 
-    `dtype` defaults to the file's own, `device` to the CPU. Raises UserError listing every
-    missing, extra or misshapen tensor.
+    `dtype` defaults to the file's own, `device` to the CPU. With `shared` all processes of the run
+    load the same file, a collective call, and those of a machine hold one copy of it on the host.
+    Raises UserError listing every missing, extra or misshapen tensor.
     """
     weights = read_base(path)
     config = _sizes_of(weights, path)
@@ -89,8 +93,34 @@ def load_model(
         model = RWKV6(config, grad_checkpoint)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     check_shapes({name: tuple(t.shape) for name, t in weights.items()}, expected, path)
+    dtype = dtype or weights["emb.weight"].dtype
+    if shared:
+        weights = converted_once(weights, dtype)
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(device=device, dtype=dtype or weights["emb.weight"].dtype)
+    return model.to(device=device, dtype=dtype)
+
+
+def converted_once(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The same numbers in `dtype`, in pages that the processes of a machine share.
+
+    Where the file has another dtype, one process of each machine writes a converted one into
+    anonymous memory, which is given back when nobody maps it any more. A collective call.
+    """
+    if all(tensor.dtype == dtype for tensor in weights.values()):
+        return weights
+    path = descriptor = None
+    if distributed.local_rank() == 0:
+        descriptor = os.memfd_create("weights")
+        path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        layout = {name: tensor.to("meta", dtype) for name, tensor in weights.items()}
+        write_pth(layout, lambda name: weights[name].to(dtype), Path(path))
+    machine = distributed.machine()
+    shown = distributed.all_gather((machine, path))
+    converted = read_tensors(next(p for where, p in shown if where == machine and p is not None))
+    distributed.barrier()
+    if descriptor is not None:
+        os.close(descriptor)
+    return converted
 
 
 def model_sizes(path: str | Path) -> ModelConfig:

@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -141,11 +142,27 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     return result
 
 
+def all_gather(value: T) -> list[T]:
+    """What each process gives, by rank: any object that can be pickled. A collective call."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def broadcast(tensors: Iterable[Tensor]) -> None:
     """Give every process rank 0's values of `tensors`, in place. A collective call."""
     if dist.is_initialized():
         for tensor in tensors:
             dist.broadcast(tensor, 0)
+
+
+def machine() -> tuple[str, int]:
+    """Names the machine, or the container on it: whose processes can open each other's files in
+    /proc.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return boot, os.stat("/proc/self/ns/pid").st_ino
 
 
 def say(message: str) -> None:

@@ -3,9 +3,6 @@
 Everything here that touches DeepSpeed's internals was checked against the pinned version.
 """
 
-import logging
-import os
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,6 +14,7 @@ from torch import Tensor, nn
 from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.data import Batch, Data
+from finchtune.deepspeed_start import start_deepspeed
 from finchtune.errors import UserError
 from finchtune.loss import IGNORE
 from finchtune.memory import REDUCE_BUCKET
@@ -84,7 +82,7 @@ class Engine:
         self.stage = config.stage
         module = SummedLoss(model, config.l2wrap)
         timeout = timedelta(minutes=config.timeout_minutes)
-        self.ds = _initialize(module, optimizer, self._ds_config(config), device, timeout)
+        self.ds = start_deepspeed(module, optimizer, self._ds_config(config), device, timeout)
 
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
@@ -265,33 +263,3 @@ class Engine:
             utils.safe_set_local_fp32_param(parameter, mine)
         else:
             utils.safe_set_local_optimizer_state(parameter, mine, moment)
-
-
-def _initialize(
-    module: nn.Module,
-    optimizer,
-    ds_config: dict[str, Any],
-    device: torch.device,
-    timeout: timedelta,
-):
-    if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # spares a warning that it guessed so
-    import deepspeed
-    import deepspeed.ops
-
-    if device.type == "cpu":
-        # Compiling DeepSpeed's shared-memory collectives takes half a minute; gloo gives the same.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Its use of collectives that torch renamed would warn at every step.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device.type == "cuda" else "gloo", dist_init_required=False
-    )
-    # DeepSpeed's own copy of the world group would wait torch's half hour for a hung rank.
-    deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
-    engine, _, _, _ = deepspeed.initialize(
-        model=module, optimizer=optimizer, model_parameters=trainable, config=ds_config
-    )
-    return engine

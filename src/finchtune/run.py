@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finchtune import distributed
 from finchtune.adapter_files import FORMAT, start_from_file
-from finchtune.adapters import adapter_state, attach, start_from_gradients
+from finchtune.adapters import attach, start_from_gradients
 from finchtune.checkpoint import (
     adapter_keys,
     load_checkpoint,
@@ -35,11 +35,14 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     # Quantised from the file as it is, one layer at a time: the codes do not depend on `dtype`,
     # and the device never holds the whole weights.
     quantised = config.quant != "none"
+    # What is trained is written, and every process needs pages of its own for it.
+    shared = config.peft != "none" and device.type == "cpu" and distributed.world_size() > 1
     model = load_model(
         config.load_model,
         None if quantised else dtype,
         None if quantised else device,
         config.grad_cp,
+        shared,
     )
     check_sizes(config, model)
     if config.peft == "none":
@@ -61,9 +64,9 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
 def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch.device) -> None:
     """Start a method that begins at the gradient of the run's first rows (lora_ga).
 
-    Rank 0 computes it, whatever the number of processes, and the others take its tensors. Needs
-    the gradients of all adapted weights in rank 0's memory, in float32. A collective call, before
-    DeepSpeed divides the model; does nothing for other methods.
+    Rank 0 computes it, whatever the number of processes; the others take its tensors as DeepSpeed
+    starts. Needs the gradients of all adapted weights in rank 0's memory, in float32. A collective
+    call, before DeepSpeed divides the model; does nothing for other methods.
     """
     if config.peft != "lora_ga" or config.peft_load:
         return
@@ -79,7 +82,6 @@ def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch
         start_from_gradients(model, loss, config.lora_ga_batches)
 
     distributed.from_rank_zero(compute)
-    distributed.broadcast(adapter_state(model).values())
 
 
 def check_sizes(config: TrainConfig, model: RWKV6) -> None:
