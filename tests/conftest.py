@@ -33,3 +33,22 @@ def gsm8k_train() -> Path:
     if not path.exists():
         pytest.skip(f"needs the data set {path.name}, which is not shipped")
     return path
+
+
+@pytest.fixture(scope="session")
+def byte_level_bpe(tmp_path_factory) -> str:
+    """A tokenizer.json like the Pile's: byte-level BPE, <|endoftext|> first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["Finch 芬奇 🐦 def f(x): return x ** 2\n" * 5], trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path)

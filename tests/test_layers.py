@@ -9,7 +9,6 @@ PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
     {"files", "pth"},
-    {"world_trie"},
     {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals"},
     {"launch", "flags", "data", "wkv", "loss", "adapters"},
     {"model", "optim"},

@@ -14,7 +14,7 @@ from rwkv.rwkv_tokenizer import TRIE_TOKENIZER
 
 from finchtune.errors import UserError
 from finchtune.tokenizer import BytesTokenizer, Decoder, WorldTokenizer, load_tokenizer
-from finchtune.world_trie import WorldTrie, build_states, kept_states, load_library
+from finchtune.tokenizer.world_trie import WorldTrie, build_states, kept_states, load_library
 
 TEXT = "Finch 芬奇 🐦\n\n\tdef f(x):\n        return x ** 2  # naïve  \r\n"
 VOCABULARY = Path(rwkv.__file__).parent / "rwkv_vocab_v20230424.txt"
@@ -32,25 +32,6 @@ def world():
 @pytest.fixture(scope="module")
 def trie():
     return TRIE_TOKENIZER(str(VOCABULARY))
-
-
-@pytest.fixture(scope="module")
-def byte_level_bpe(tmp_path_factory) -> str:
-    """A tokenizer.json like the Pile's: byte-level BPE, <|endoftext|> first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator([TEXT * 5], trainer)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return str(path)
 
 
 @given(text=any_text)

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from finchtune.binidx import BinIdx
 from finchtune.tokenizer import load_tokenizer
@@ -98,6 +99,35 @@ def test_json2binidx_takes_its_inputs_with_commas(run, corpus, tmp_path):
     )  # fmt: skip
     assert status == 0
     assert len(BinIdx(tmp_path / "sample_text_document")) == 4
+
+
+def test_json2binidx_with_a_tokenizer_json(run, corpus, tmp_path, byte_level_bpe):
+    status, _, _ = run(
+        "--input", corpus, "--output-prefix", tmp_path / "sample", "--vocab", byte_level_bpe,
+        "--dataset-impl", "mmap", "--tokenizer-type", "HFTokenizer", "--append-eod",
+        "--workers", 2
+    )  # fmt: skip
+    assert status == 0
+    data = BinIdx(tmp_path / "sample_text_document")
+    plain = tokenizers.Tokenizer.from_file(byte_level_bpe)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    assert [data.doc(i).tolist() for i in range(3)] == [[*plain.encode(t).ids, 0] for t in texts]
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65_499, "<u2"), (65_500, "<i4")])
+def test_json2binidx_writes_int32_from_65500_ids_on(run, corpus, tmp_path, vocab_size, dtype):
+    words = {f"w{i}": i for i in range(1, vocab_size)}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<|endoftext|>": 0} | words, unk_token="w1")
+    )
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    status, _, _ = run(
+        "--input", corpus, "--output-prefix", tmp_path / "sample",
+        "--vocab", tmp_path / "tokenizer.json", "--tokenizer-type", "HFTokenizer", "--workers", 1
+    )  # fmt: skip
+    assert status == 0
+    assert BinIdx(tmp_path / "sample_text_document").dtype.str == dtype
 
 
 def vocabulary() -> Path:
