@@ -58,6 +58,7 @@ def test_turns_are_named_and_assistant_turns_trained_on(key):
         turns = [("system", "S"), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
         record = {key: [{"from": role, "value": text} for role, text in turns]}
     pieces = Layout().pieces(record)
+    assert pieces == Layout(("talk",)).pieces({"talk": record[key]})
     assert joined(pieces) == ("System: S\n\nUser: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n")
     assert trained(pieces) == " b\n\n| d\n\n"
 
@@ -108,6 +109,7 @@ QA = Layout(("question", "answer"))
         (QA, {"question": "a", "answer": " \n"}, "the field 'answer' is empty"),
         (QA, {"question": "", "answer": "b"}, "the field 'question' is empty"),
         (Layout(), {"text": ["a"]}, "the field 'text' must be a string, but it is a list"),
+        (Layout(("talk",)), {"talk": [{}]}, "talk[0]: there is no field 'from'"),
         (Layout(), {"Text": "a"}, "there is no field 'text'; the fields are 'Text'"),
         (Layout(), {"messages": "hi"}, "'messages' must be a list of messages, but it is a str"),
         (Layout(), {"messages": []}, "a list of messages, but it is an empty list"),

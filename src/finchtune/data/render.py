@@ -36,9 +36,10 @@ class Layout:
     """Which fields of a record make its document.
 
     One field is plain text; two are a question and its answer; three an instruction, its input
-    (which may be empty) and its output. Without the plain text field, `messages` or
-    `conversations` are read instead. `split_turns` marks what follows `Assistant:` in plain text,
-    up to the next `User:`, as the part to train on; otherwise all of a plain text is.
+    (which may be empty) and its output. A plain text field may hold a chat, a list of messages;
+    without it `messages` or `conversations` are read instead. `split_turns` marks what follows
+    `Assistant:` in plain text, up to the next `User:`, as the part to train on; otherwise all of a
+    plain text is.
     """
 
     fields: tuple[str, ...] = ("text",)
@@ -49,11 +50,8 @@ class Layout:
         if not isinstance(record, dict):
             raise BadRecord(f"a JSON object is needed, but this is {_kind(record)}")
         if len(self.fields) == 1:
-            if self.fields[0] not in record:
-                for key in CHAT_KEYS:
-                    if key in record:
-                        return _chat(record[key], key)
-            return self._plain(_string(record, self.fields[0]))
+            key = self._chat_key(record)
+            return _chat(record[key], key) if key else self._plain(_string(record, self.fields[0]))
         *parts, answer = [_string(record, name) for name in self.fields]
         if not answer.strip():
             raise BadRecord(f"the field {self.fields[-1]!r} is empty")
@@ -61,6 +59,14 @@ class Layout:
         if not question.strip():
             raise BadRecord(f"the field {self.fields[0]!r} is empty")
         return [(PROMPT.format(question=question), False), (answer, True)]
+
+    def _chat_key(self, record: dict[str, Any]) -> str | None:
+        """The field that holds a chat, if one does."""
+        name = self.fields[0]
+        if name not in record:
+            return next((key for key in CHAT_KEYS if key in record), None)
+        is_chat = isinstance(record[name], list) and isinstance(next(iter(record[name]), 0), dict)
+        return name if is_chat else None
 
     def _plain(self, text: str) -> list[Piece]:
         if not text:
