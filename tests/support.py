@@ -67,6 +67,18 @@ def run_script(script: str, *arguments, launcher=(), timeout: float = 300, **env
     )
 
 
+def children_of(pid: int) -> list[int]:
+    """Ids of the processes that a process started and that still have it as their parent."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead but not yet fetched by its parent does not."""
+    stat = Path("/proc", str(pid), "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
 def train(*arguments, **options):
     """Run train.py and insist that it succeeds."""
     done = run_script("train.py", *arguments, **options)

@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from support import children_of, is_alive
 
 from finchtune import faults
 from finchtune.checkpoint import (
@@ -24,6 +24,7 @@ from finchtune.checkpoint import (
     write_tensors,
 )
 from finchtune.config import TrainConfig
+from finchtune.distributed import die_with
 from finchtune.engine import StepResult
 from finchtune.errors import LOST_RANK, NotFinite, UserError
 from finchtune.files import atomic_path, remove_leftovers, require_space
@@ -298,9 +299,7 @@ def test_the_launcher_passes_signals_on():
 
 def test_ranks_do_not_outlive_the_launcher():
     process = start_launcher(PROGRAM.format(action="pass"))
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+    children = children_of(process.pid)
     assert len(children) == 2
     process.kill()
     process.wait()
@@ -308,10 +307,22 @@ def test_ranks_do_not_outlive_the_launcher():
     assert not any(is_alive(child) for child in children)
 
 
-def is_alive(pid):
-    """Whether a process runs; one that is dead but not yet fetched by its parent does not."""
-    stat = Path("/proc", pid, "stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+def test_a_rank_whose_launcher_died_before_it_could_tell_ends():
+    another = os.getppid()
+    child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: die_with(another))
+    assert child.wait(10) == -signal.SIGKILL
+
+
+def test_the_launcher_gives_the_callers_signal_handlers_back():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    mine = [signal.getsignal(number) for number in numbers]
+    try:
+        assert run_processes(1, ["-c", ""]) == 0
+        assert [signal.getsignal(number) for number in numbers] == mine
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 WAITER = """

@@ -1,7 +1,9 @@
 """Which process am I, and how do the processes meet. The only reader of RANK and WORLD_SIZE."""
 
 import atexit
+import ctypes
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +18,8 @@ from torch import Tensor
 from finchtune.errors import UserError
 
 T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None)
 
 
 def rank() -> int:
@@ -72,11 +76,35 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cuda", local_rank())
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, dies or is dead already.
+
+    A launcher that is killed outright ends nobody itself: its workers would train on unseen.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_agent() -> None:
+    """`die_with` the process that started this one, if it is torchrun's or DeepSpeed's agent.
+
+    Not for other launchers: a shell may start ranks in the background, and end before they do.
+    """
+    if torch.distributed.is_torchelastic_launched() or "CROSS_RANK" in os.environ:
+        parent = os.getppid()
+        # The system's first process adopts whose parent is dead; in a container it may be the agent.
+        adopted = parent == 1 and "python" not in os.path.basename(os.path.realpath("/proc/1/exe"))
+        die_with(-1 if adopted else parent)
+
+
 def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
     """Join the other processes (nccl on GPUs, gloo on CPUs); a lone process gets a group of one.
 
-    A collective call that waits longer than `timeout_minutes` for another rank fails.
+    A collective call that waits longer than `timeout_minutes` for another rank fails. From here on
+    the process ends with the launcher that started it.
     """
+    die_with_agent()
     lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if not launched():
         os.environ.update(lone, MASTER_PORT=str(free_port()))
