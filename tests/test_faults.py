@@ -283,6 +283,31 @@ def test_the_launcher_gives_the_first_failures_status(action, status, monkeypatc
         assert "the process of rank 1 was ended by SIGKILL" in capfd.readouterr().err
 
 
+MISTAKEN = """
+import sys, torch
+from finchtune import distributed
+from finchtune.errors import UserError, run_cli
+
+def main():
+    distributed.init_process_group(torch.device("cpu"))
+    if str(distributed.rank()) in sys.argv[1]:
+        raise UserError("a mistake in\\nthe file")
+    distributed.barrier()
+
+run_cli(main, lambda _: UserError("another is gone"), distributed.tell_once)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+def test_a_mistake_is_told_once_whoever_finds_it(ranks, capfd):
+    assert run_processes(2, ["-c", MISTAKEN, ranks]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines.count("error: a mistake in the file") == 1
+    assert lines.count("error: another is gone") == 2 - len(ranks)
+    assert not any("Traceback" in line for line in lines)
+
+
 def start_launcher(program):
     command = ["-c", program, "nobody", "catch"]
     code = f"import sys, finchtune.launch as launch; sys.exit(launch.run_processes(2, {command}))"

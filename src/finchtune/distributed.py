@@ -5,7 +5,7 @@ import ctypes
 import os
 import signal
 import socket
-import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import UserError, print_error
 
 T = TypeVar("T")
+TELL_SECONDS = 2.0  # within which all ranks find a mistake that all of them find
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
 
@@ -93,7 +94,7 @@ def die_with_agent() -> None:
     """
     if torch.distributed.is_torchelastic_launched() or "CROSS_RANK" in os.environ:
         parent = os.getppid()
-        # The system's first process adopts whose parent is dead; in a container it may be the agent.
+        # The first process adopts those whose parent is dead; in a container it may be the agent.
         adopted = parent == 1 and "python" not in os.path.basename(os.path.realpath("/proc/1/exe"))
         die_with(-1 if adopted else parent)
 
@@ -150,10 +151,7 @@ def all_min(value: float, device: torch.device) -> float:
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 while the others wait; its result, or its failure, is everyone's.
-
-    A user's mistake is told by rank 0 alone: the others leave with its exit status.
-    """
+    """Run `work` on rank 0 while the others wait; its result, or its failure, is everyone's."""
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -163,8 +161,6 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
     result, failure = outcome
-    if isinstance(failure, UserError) and rank() != 0:
-        sys.exit(failure.status)
     if failure is not None:
         raise failure
     return result
@@ -191,6 +187,27 @@ def machine() -> tuple[str, int]:
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     return boot, os.stat("/proc/self/ns/pid").st_ino
+
+
+def tell_once(line: str) -> None:
+    """Print an error, unless another rank that has made the same one did so.
+
+    Before the processes have met, the first one of each machine prints it.
+    """
+    if not dist.is_initialized():
+        if local_rank() == 0:
+            print_error(line)
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if store.add(line, 1) == 1:
+            print_error(line)
+        # The store may live in rank 0, which therefore goes last.
+        deadline = time.monotonic() + TELL_SECONDS
+        while rank() == 0 and store.add(line, 0) < world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except RuntimeError:  # rank 0 is gone already
+        print_error(line)
 
 
 def say(message: str) -> None:

@@ -182,7 +182,10 @@ MISTAKES = {
     "unknown flag": (["--bone_rr", "8"], ["unknown flag --bone_rr; did you mean --bone_r?"]),
     "rank": (["--peft", "bat", "--bat_r", "48"], ["48", "64"]),
     "head size": (["--head_size_a", "64"], ["--head_size_a 64 contradicts", "16"]),
-    "part": (["--peft", "bone", "--train_parts", "nose"], ["--train_parts nose: no parameter"]),
+    "part, which both processes find": (
+        ["--peft", "bone", "--train_parts", "nose", "--devices", "2"],
+        ["--train_parts nose: no parameter"],
+    ),
     "code": (["--load_model", "{folder}/evil.pth"], ["could run code"]),
     "existing run": (["--proj_dir", "{folder}/bone"], ["already holds a run", "--resume auto"]),
     "fp16": (["--precision", "fp16", "--accelerator", "cpu"], ["fp16 needs a GPU"]),
@@ -199,6 +202,14 @@ def test_mistakes_end_in_one_line_and_leave_nothing(folder, bone_run, name):
     words = [word.format(folder=folder) for word in words]
     assert_one_error_line(run_script("train.py", *flags(folder, proj, *words)), *parts)
     assert not proj.exists()
+
+
+@pytest.mark.slow
+def test_torchrun_shows_a_mistake_in_the_flags_once(folder):
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    done = run_script("train.py", *flags(folder, "x", "--bone_rr", 8), launcher=launcher)
+    assert done.returncode
+    assert done.stderr.count("error: unknown flag --bone_rr; did you mean --bone_r?") == 1
 
 
 @pytest.mark.slow
