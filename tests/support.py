@@ -29,6 +29,15 @@ def save_model(model: RWKV6, path: Path) -> Path:
     return path
 
 
+def whole_state(engine) -> dict:
+    """An engine's state with its tensors in it, as a checkpoint file holds it."""
+    layout, tensors = engine.state()
+    parts = {k: v for k, v in layout.items() if isinstance(v, dict) and k != "loss_scale"}
+    filled = {k: {name: next(tensors) for name in part} for k, part in parts.items()}
+    assert next(tensors, None) is None
+    return layout | filled
+
+
 def rwkv_package_logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """Logits (T, V) of the independent `rwkv` package for a .pth, on the CPU in fp32."""
     os.environ.pop("RWKV_V7_ON", None)

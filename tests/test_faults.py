@@ -30,11 +30,12 @@ from finchtune.errors import LOST_RANK, NotFinite, UserError
 from finchtune.files import atomic_path, remove_leftovers, require_space
 from finchtune.folder import choose_checkpoint, clean_folder
 from finchtune.launch import run_processes
+from finchtune.pth import tensors_of
 
 
 def save(folder, step, keep_last=0, value=1.0):
     state = {"trained": {"a": torch.full((8,), value)}, "adam_step": step}
-    return save_checkpoint(folder, step, state, {"config": {}}, keep_last)
+    return save_checkpoint(folder, step, state, tensors_of(state), {"config": {}}, keep_last)
 
 
 def names(folder):

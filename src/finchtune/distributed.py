@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor
 from finchtune.errors import UserError, print_error
 
 T = TypeVar("T")
+Item = TypeVar("Item")
 TELL_SECONDS = 2.0  # within which all ranks find a mistake that all of them find
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
@@ -164,6 +165,29 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     return result
+
+
+def rank_zero_takes(items: Iterator[Item], work: Callable[[Iterator[Item]], T]) -> T:
+    """`from_rank_zero(work)`, with items that all ranks make together, one collective call each.
+
+    Every rank makes all of them, whether `work` takes them all or fails half-way.
+    """
+
+    def take() -> T:
+        try:
+            return work(items)
+        finally:
+            exhaust(items)
+
+    if rank() != 0:
+        exhaust(items)
+    return from_rank_zero(take)
+
+
+def exhaust(items: Iterator) -> None:
+    """Make all items, and keep none."""
+    for _ in items:
+        pass
 
 
 def all_gather(value: T) -> list[T]:
