@@ -309,6 +309,35 @@ def test_a_mistake_is_told_once_whoever_finds_it(ranks, capfd):
     assert not any("Traceback" in line for line in lines)
 
 
+HALF_WAY = """
+import torch
+from finchtune import distributed
+from finchtune.errors import UserError
+
+def fail_at_the_second(items):
+    next(items)
+    raise UserError("the disk is full")
+
+cpu = torch.device("cpu")
+distributed.init_process_group(cpu)
+me = distributed.rank()
+for work, expected in ((list, [[1.0], [3.0], [5.0]]), (fail_at_the_second, "the disk is full")):
+    items = (distributed.all_sum([number + me], cpu) for number in range(3))
+    try:
+        found = distributed.rank_zero_takes(items, work)
+    except UserError as error:
+        found = str(error)
+    assert found == expected, found
+    assert distributed.all_sum([1], cpu) == [2], "the ranks are in step again"
+distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_stay_in_step_when_writing_fails_half_way():
+    assert run_processes(2, ["-c", HALF_WAY]) == 0
+
+
 def start_launcher(program):
     command = ["-c", program, "nobody", "catch"]
     code = f"import sys, finchtune.launch as launch; sys.exit(launch.run_processes(2, {command}))"

@@ -248,22 +248,24 @@ def test_no_memory_is_told_with_remedies(folder):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints(folder):
-    small = folder / "small"
+@pytest.mark.parametrize("more", [ONE, TWO], ids=["one process", "two processes"])
+def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints(folder, more):
+    small = folder / f"small-{len(more)}"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small file system")
     try:
-        words = [*BONE, *ONE, "--epoch_steps", 200, "--save_every", 1]
-        done = run_script("train.py", *flags(folder, "small/run", *words))
+        words = [*BONE, *more, "--epoch_steps", 200, "--save_every", 1]
+        done = run_script("train.py", *flags(folder, small / "run", *words))
         assert done.returncode == 2, done.stdout + done.stderr
         assert "MB are free" in done.stderr or "the disk is full" in done.stderr
+        assert done.stderr.count("error: ") == 1
         saved = checkpoints(small / "run" / "checkpoints")
         assert all(checkpoint_problem(path) is None for path in saved)
         for path in saved[1:]:  # make room
             shutil.rmtree(path)
-        train(*flags(folder, "small/run", *words[:-4], "--epoch_steps", 200, "--save_every", 50,
+        train(*flags(folder, small / "run", *words[:-4], "--epoch_steps", 200, "--save_every", 50,
                      "--keep_last", 1, "--resume", "auto"))  # fmt: skip
         assert [p.name for p in (small / "run" / "checkpoints").iterdir()] == ["step-200"]
     finally:

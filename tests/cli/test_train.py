@@ -166,11 +166,19 @@ def test_wandb_offline(folder):
 def test_bf16_masks_parts_windows_and_epochs(folder):
     proj = folder / "mixed"
     words = "--peft bat --bat_r 8 --precision bf16 --dataload get --train_parts ln_out".split()
-    words += "--epoch_steps 3 --epoch_count 2 --epoch_begin 5 --warmup_steps 2".split()
+    words += "--epoch_steps 2 --epoch_count 5 --epoch_begin 5 --epoch_save 2".split()
+    words += "--warmup_steps 2".split()
     words += "--accumulate_grad_batches 2 --strategy deepspeed_stage_2".split()
     train(*flags(folder, proj, *words))
-    assert sorted(path.name for path in proj.glob("rwkv-*.pth")) == ["rwkv-5.pth", "rwkv-6.pth"]
-    tensors = torch.load(proj / "rwkv-6.pth", weights_only=True)
+    steps = {"rwkv-6": 4, "rwkv-8": 8, "rwkv-9": 10}  # every second epoch, and the last
+    files = [f"{name}.{suffix}" for name in steps for suffix in ("json", "pth")]
+    files += ["config.json", "data_cache", "loss.png", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in proj.iterdir()) == sorted(files)
+    for name, step in steps.items():
+        record = json.loads((proj / f"{name}.json").read_text())
+        assert (record["step"], record["sha256"]) == (step, sha256(proj / f"{name}.pth"))
+    assert [row["epoch"] for row in metrics(proj)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    tensors = torch.load(proj / "rwkv-9.pth", weights_only=True)
     assert tensors["ln_out.weight"].shape == (64,)
     assert not torch.equal(tensors["ln_out.weight"], load_model(folder / "base.pth").ln_out.weight)
     assert metrics(proj)[0]["lr"] == pytest.approx(1e-4)
