@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from finchtune.adapters import METHODS, AdaptedLinear, bat
+from finchtune.adapters.frozen import product_plus
 from finchtune.adapters.registry import hyperparameters_of
 
 SMALL = {"r": 4, "r1": 3, "r2": 5, "alpha": 6}
@@ -141,6 +143,20 @@ def test_forward_and_gradients_are_the_formulas(name, settings, size):
     wanted = torch.autograd.grad(expected, inputs.values(), dy)
     for key, gradient, want in zip(inputs, gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, want, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@every_case
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_second_derivatives_are_those_of_the_formula(name, settings, size):
+    adapter, W = make(name, settings, *size)
+    x = torch.randn(3, W.shape[1], dtype=W.dtype, requires_grad=True)
+    inputs = [x, *adapter.parameters()]
+
+    def second(y):
+        first = torch.autograd.grad(y.pow(3).sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), inputs)
+
+    torch.testing.assert_close(second(adapter(x, W)), second(x @ FORMULAS[name](adapter, W).T))
 
 
 @every_case
@@ -324,3 +340,16 @@ def test_compiles_as_one_graph(name):
     gradients = torch.autograd.grad(y, inputs, torch.ones_like(y))
     wanted = torch.autograd.grad(expected, inputs, torch.ones_like(y))
     torch.testing.assert_close(gradients, wanted)
+
+
+@pytest.mark.parametrize("rows", [4, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_operator_of_two_products(rows, dtype):
+    s, x, W = (torch.randn(n, k).to(dtype) for n, k in ((5, 4), (5, 8), (12, 8)))
+    D = torch.randn(rows, 12).to(dtype) if rows else None
+    torch.library.opcheck(product_plus, (s, D, x, W))
+    other = s @ D if rows else torch.cat([s] * 3, 1)
+    with FlopCounterMode(display=False) as counter:
+        y = product_plus(s, D, x, W)
+    torch.testing.assert_close(y, other + x @ W.T, rtol=2e-2, atol=2e-2)
+    assert counter.get_total_flops() == 2 * 5 * 12 * (8 + (rows or 0))

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
-from finchtune.adapters.frozen import compute_dtype, dense_weight, weight_parts
+from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
 from finchtune.errors import UserError
 
-GROUP_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+GROUP_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 """Largest temporary tensor: on a CPU one that its cache holds, on a GPU few but full launches."""
 
 
@@ -104,12 +104,10 @@ class BatRow(torch.autograd.Function):
         sums = torch.zeros_like(x[:, 0], dtype=merge_precision(x))
         for part in groups(D, len(x)):
             u = torch.bmm(x[:, part].transpose(0, 1), D[part].mT)
-            moved[:, part] = u.transpose(0, 1)
-            moved[:, part] += x[:, part]
+            torch.add(x[:, part], u.transpose(0, 1), out=moved[:, part])
             sums += u.sum(0)
         W = dense_weight(main, scales, form, D.dtype)
-        # Not in place: selective recomputation keeps the product's result.
-        return torch.addmm(sums.to(x.dtype).repeat(1, len(W) // D.shape[1]), moved.flatten(1), W.T)
+        return product_plus(sums.to(x.dtype), None, moved.flatten(1), W)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

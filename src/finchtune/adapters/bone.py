@@ -1,11 +1,14 @@
 """Bone: one trainable r x d matrix, shared by all blocks of the input."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
-from finchtune.adapters.frozen import frozen_linear_plus
+from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
+from finchtune.adapters.quantise import Form
 
 
 class Bone(Adapter):
@@ -27,13 +30,53 @@ class Bone(Adapter):
         nn.init.zeros_(self.bone)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        return frozen_linear_plus(x, W, block_sum(x, self.r), self.bone)
+        dtype = compute_dtype(x)
+        tokens, D = x.reshape(-1, self.in_features).to(dtype), self.bone.to(dtype)
+        y, _ = BoneLinear.apply(tokens, D, *weight_parts(W, dtype))
+        return y.view(*x.shape[:-1], self.out_features)
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
         blocks = -(-self.in_features // self.r)
         tiled = self.bone.detach().to(W.device, dtype).T.repeat(1, blocks)
         return tiled[:, : self.in_features].add_(W.detach())
+
+
+class BoneLinear(torch.autograd.Function):
+    """x W^T + s D with s the sums of x's blocks, and gradients for x, D and W.
+
+    s is an output too, so that autograd knows what it depends on when it differentiates twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, D: Tensor, main: Tensor, scales: Tensor | None, form: Form | None
+    ) -> tuple[Tensor, Tensor]:
+        """x (T, k), D (r, d) of one dtype and the parts of a W (d, k) -> (T, d), s (T, r)."""
+        s = block_sum(x, len(D))
+        ctx.save_for_backward(s, D, x if ctx.needs_input_grad[2] else None, main, scales)
+        ctx.form = form
+        return product_plus(s, D, x, dense_weight(main, scales, form, x.dtype)), s
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
+        """dx = dy W + (dy D^T + ds) on each block, dD = s^T dy, dW = dy^T x, where asked for."""
+        s, D, x, main, scales = ctx.saved_tensors
+        of_x, of_D, of_W = ctx.needs_input_grad[:3]
+        dx = None
+        if of_x:
+            dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype)
+            # Into dx itself: a gradient of s spread out and then added would take two more.
+            add_to_blocks(dx, torch.addmm(ds, dy, D.T))
+        return dx, s.T @ dy if of_D else None, dy.T @ x if of_W else None, None, None
+
+
+def add_to_blocks(x: Tensor, s: Tensor) -> None:
+    """Add s (T, r) to every block of r columns of x (T, k), in place; the last may be narrower."""
+    r = s.shape[1]
+    whole = x.shape[1] // r * r
+    x[:, :whole].unflatten(1, (-1, r)).add_(s.unsqueeze(1))
+    x[:, whole:].add_(s[:, : x.shape[1] - whole])
 
 
 def block_sum(x: Tensor, r: int) -> Tensor:

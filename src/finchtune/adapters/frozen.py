@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from finchtune.adapters.quantise import Form, QuantisedWeight, dequantise
 
@@ -35,6 +36,29 @@ def dense_weight(
     if scales is None or form is None:
         return main
     return dequantise(main, scales, form, dtype)
+
+
+@torch.library.custom_op("finchtune::product_plus", mutates_args=())
+def product_plus(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
+    """s D + x W^T for s (n, r), D (r, d), x (n, k), W (d, k); without D, s is repeated d / r times.
+
+    The large product is added in place. As one operator that is invisible to selective
+    recomputation, which keeps the result and could not if it saw it written to. No gradients:
+    autograd functions call it.
+    """
+    y = s.repeat(1, W.shape[0] // s.shape[1]) if D is None else s @ D
+    return y.addmm_(x, W.T)
+
+
+@product_plus.register_fake
+def _(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], W.shape[0])
+
+
+@register_flop_formula(torch.ops.finchtune.product_plus)
+def product_plus_flops(s: Any, D: Any, x: Any, W: Any, *_: Any, **__: Any) -> int:
+    """Multiplications and additions, by the shapes of the inputs."""
+    return 2 * x[0] * W[0] * (x[1] + (D[0] if D else 0))
 
 
 def frozen_linear(x: Tensor, W: Weight) -> Tensor:
@@ -101,8 +125,7 @@ class FrozenLinearPlus(torch.autograd.Function):
         ctx.save_for_backward(s, D, x if ctx.needs_input_grad[3] else None, main, scales)
         ctx.form = form
         W = dense_weight(main, scales, form, x.dtype)
-        # Not in place: selective recomputation keeps the sum, and makes the thin product again.
-        return torch.addmm(s @ D, x, W.T)
+        return product_plus(s, D, x, W)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
