@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 from support import relative_error, rwkv_package_logits, save_model, small_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import finchtune
 from finchtune.adapters import attach
@@ -75,7 +77,7 @@ def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings):
     gradients, kept = [], []
     for mode in (0, 1, 2):
         torch.manual_seed(1)
-        model = small_model(n_layer=3)
+        model = small_model(n_layer=5)
         if peft != "none":
             attach(model, peft, **settings)
         for name, parameter in model.named_parameters():
@@ -88,6 +90,18 @@ def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings):
         for name, gradient in gradients[0].items():
             assert torch.equal(gradients[mode][name], gradient), (mode, name)
     assert kept[1] < kept[2] < kept[0], "each mode keeps what it says"
+
+
+@pytest.mark.parametrize("peft", ["bone", "bat", "lora"])
+def test_selective_recomputation_makes_no_product_with_W_again(peft):
+    model = attach(small_model(n_layer=3), peft, r=8)
+    tokens = torch.randint(0, 256, (2, 64))
+    counts = []
+    for model.grad_checkpoint in (0, 1, 2):
+        with FlopCounterMode(display=False) as counter:
+            model.loss(tokens, tokens).backward()
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.finchtune.product_plus])
+    assert counts[2] == counts[0] < counts[1]
 
 
 def peak_bytes(work):
@@ -110,6 +124,25 @@ def peak_bytes(work):
 def test_written_out_gradients_are_those_of_the_function(function, shapes):
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(function.apply, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squared_relu_keeps_what_the_linear_after_it_keeps(dtype):
+    """Its result alone, whose root gives the gradient to the last bit."""
+    kept = set()
+
+    def pack(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = (4 * torch.randn(2**16)).to(dtype).requires_grad_()
+    weight = nn.Parameter(torch.ones((), dtype=dtype))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = fused.SquaredReLU.apply(x) * weight
+    assert len(kept) == 2, "the result and the weight"
+    dy = torch.randn(2**16).to(dtype)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(dx, x.detach().relu() * dy * 2)
 
 
 @pytest.mark.parametrize("starts", [None, [0], [0, 3, 4]])

@@ -35,19 +35,13 @@ class LostRank(UserError):
     status = LOST_RANK
 
 
-def print_error(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
-
-
 def run_cli(
-    main: Callable[[], int | None],
-    explain: Callable[[Exception], UserError | None] | None = None,
-    tell: Callable[[str], None] = print_error,
+    main: Callable[[], int | None], explain: Callable[[Exception], UserError | None] | None = None
 ) -> None:
     """Run a command's `main`; a UserError becomes one line on stderr and its exit status.
 
-    `explain` may turn other exceptions into one, `tell` prints it. Anything else is a fault of
-    finchtune itself and keeps its traceback.
+    `explain` may turn other exceptions into one. Anything else is a fault of finchtune itself and
+    keeps its traceback.
     """
     try:
         status = main()
@@ -57,6 +51,7 @@ def run_cli(
         told = error if isinstance(error, UserError) else explain(error) if explain else None
         if told is None:
             raise
-        tell(" ".join(str(told).split()))
+        line = " ".join(str(told).split())
+        print(f"error: {line}", file=sys.stderr, flush=True)
         sys.exit(told.status)
     sys.exit(status or 0)

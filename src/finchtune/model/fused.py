@@ -104,15 +104,20 @@ class Gate(torch.autograd.Function):
 
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2. Keeps relu(x)."""
+    """relu(x)^2. Keeps the result, which the linear after it may keep too.
+
+    Its root is relu(x) to the last bit: in binary the root of a rounded square always is, unless
+    the square underflows.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = torch.relu(x)
-        ctx.save_for_backward(x)
-        return x * x
+        y = torch.relu(x)
+        y.mul_(y)
+        ctx.save_for_backward(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        return (gradients[0] * x).mul_(2)
+        (y,) = ctx.saved_tensors
+        return y.sqrt().mul_(gradients[0]).mul_(2)
