@@ -148,4 +148,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run_cli(main, explain)
+    run_cli(main, explain, distributed.tell_once)

@@ -29,6 +29,15 @@ def save_model(model: RWKV6, path: Path) -> Path:
     return path
 
 
+def whole_state(engine) -> dict:
+    """An engine's state with its tensors in it, as a checkpoint file holds it."""
+    layout, tensors = engine.state()
+    parts = {k: v for k, v in layout.items() if isinstance(v, dict) and k != "loss_scale"}
+    filled = {k: {name: next(tensors) for name in part} for k, part in parts.items()}
+    assert next(tensors, None) is None
+    return layout | filled
+
+
 def rwkv_package_logits(path: Path, tokens: list[int]) -> torch.Tensor:
     """Logits (T, V) of the independent `rwkv` package for a .pth, on the CPU in fp32."""
     os.environ.pop("RWKV_V7_ON", None)
@@ -65,6 +74,18 @@ def run_script(script: str, *arguments, launcher=(), timeout: float = 300, **env
     return subprocess.run(
         command, env=env | environment, capture_output=True, text=True, timeout=timeout
     )
+
+
+def children_of(pid: int) -> list[int]:
+    """Ids of the processes that a process started and that still have it as their parent."""
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead but not yet fetched by its parent does not."""
+    stat = Path("/proc", str(pid), "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def train(*arguments, **options):

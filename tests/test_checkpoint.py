@@ -17,6 +17,7 @@ from finchtune.checkpoint import (
     write_tensors,
 )
 from finchtune.errors import UserError
+from finchtune.pth import tensors_of
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -115,7 +116,8 @@ def test_failed_writing_leaves_the_old_file(tmp_path):
 
 def test_newest_intact_checkpoint_is_found(tmp_path):
     for step in (5, 10, 20):
-        save_checkpoint(tmp_path, step, {"trained": {"a": torch.ones(1) * step}}, {"k": 1})
+        state = {"trained": {"a": torch.ones(1) * step}}
+        save_checkpoint(tmp_path, step, state, tensors_of(state), {"k": 1})
     (tmp_path / "step-30").mkdir()
     flipped = tmp_path / "step-20" / "state.pth"
     content = bytearray(flipped.read_bytes())

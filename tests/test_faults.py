@@ -9,10 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from support import children_of, is_alive
 
 from finchtune import faults
 from finchtune.checkpoint import (
@@ -24,16 +24,18 @@ from finchtune.checkpoint import (
     write_tensors,
 )
 from finchtune.config import TrainConfig
+from finchtune.distributed import die_with
 from finchtune.engine import StepResult
 from finchtune.errors import LOST_RANK, NotFinite, UserError
 from finchtune.files import atomic_path, remove_leftovers, require_space
 from finchtune.folder import choose_checkpoint, clean_folder
 from finchtune.launch import run_processes
+from finchtune.pth import tensors_of
 
 
 def save(folder, step, keep_last=0, value=1.0):
     state = {"trained": {"a": torch.full((8,), value)}, "adam_step": step}
-    return save_checkpoint(folder, step, state, {"config": {}}, keep_last)
+    return save_checkpoint(folder, step, state, tensors_of(state), {"config": {}}, keep_last)
 
 
 def names(folder):
@@ -282,6 +284,60 @@ def test_the_launcher_gives_the_first_failures_status(action, status, monkeypatc
         assert "the process of rank 1 was ended by SIGKILL" in capfd.readouterr().err
 
 
+MISTAKEN = """
+import sys, torch
+from finchtune import distributed
+from finchtune.errors import UserError, run_cli
+
+def main():
+    distributed.init_process_group(torch.device("cpu"))
+    if str(distributed.rank()) in sys.argv[1]:
+        raise UserError("a mistake in\\nthe file")
+    distributed.barrier()
+
+run_cli(main, lambda _: UserError("another is gone"), distributed.tell_once)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", ["0", "1", "01"])
+def test_a_mistake_is_told_once_whoever_finds_it(ranks, capfd):
+    assert run_processes(2, ["-c", MISTAKEN, ranks]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines.count("error: a mistake in the file") == 1
+    assert lines.count("error: another is gone") == 2 - len(ranks)
+    assert not any("Traceback" in line for line in lines)
+
+
+HALF_WAY = """
+import torch
+from finchtune import distributed
+from finchtune.errors import UserError
+
+def fail_at_the_second(items):
+    next(items)
+    raise UserError("the disk is full")
+
+cpu = torch.device("cpu")
+distributed.init_process_group(cpu)
+me = distributed.rank()
+for work, expected in ((list, [[1.0], [3.0], [5.0]]), (fail_at_the_second, "the disk is full")):
+    items = (distributed.all_sum([number + me], cpu) for number in range(3))
+    try:
+        found = distributed.rank_zero_takes(items, work)
+    except UserError as error:
+        found = str(error)
+    assert found == expected, found
+    assert distributed.all_sum([1], cpu) == [2], "the ranks are in step again"
+distributed.shutdown()
+"""
+
+
+@pytest.mark.slow
+def test_ranks_stay_in_step_when_writing_fails_half_way():
+    assert run_processes(2, ["-c", HALF_WAY]) == 0
+
+
 def start_launcher(program):
     command = ["-c", program, "nobody", "catch"]
     code = f"import sys, finchtune.launch as launch; sys.exit(launch.run_processes(2, {command}))"
@@ -298,9 +354,7 @@ def test_the_launcher_passes_signals_on():
 
 def test_ranks_do_not_outlive_the_launcher():
     process = start_launcher(PROGRAM.format(action="pass"))
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+    children = children_of(process.pid)
     assert len(children) == 2
     process.kill()
     process.wait()
@@ -308,10 +362,22 @@ def test_ranks_do_not_outlive_the_launcher():
     assert not any(is_alive(child) for child in children)
 
 
-def is_alive(pid):
-    """Whether a process runs; one that is dead but not yet fetched by its parent does not."""
-    stat = Path("/proc", pid, "stat")
-    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+def test_a_rank_whose_launcher_died_before_it_could_tell_ends():
+    another = os.getppid()
+    child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: die_with(another))
+    assert child.wait(10) == -signal.SIGKILL
+
+
+def test_the_launcher_gives_the_callers_signal_handlers_back():
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: None) for number in numbers]
+    mine = [signal.getsignal(number) for number in numbers]
+    try:
+        assert run_processes(1, ["-c", ""]) == 0
+        assert [signal.getsignal(number) for number in numbers] == mine
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 WAITER = """

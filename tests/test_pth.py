@@ -1,5 +1,6 @@
 """Files written tensor by tensor are read as those of torch.save."""
 
+import hashlib
 import zipfile
 
 import pytest
@@ -24,7 +25,8 @@ TENSORS = {
 @pytest.mark.parametrize("mmap", [True, False])
 def test_files_are_read_by_torch_and_by_zip(tmp_path, mmap):
     path = tmp_path / "a.pth"
-    write_pth(TENSORS, TENSORS.__getitem__, path)
+    digest = write_pth(TENSORS, TENSORS.values(), path)
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None, "every checksum is right"
     found = torch.load(path, weights_only=True, mmap=mmap)
@@ -38,12 +40,26 @@ def test_files_are_read_by_torch_and_by_zip(tmp_path, mmap):
         assert found[name].data_ptr() % 64 == 0
 
 
-def test_tensors_are_asked_for_one_by_one(tmp_path):
-    asked = []
+def test_dicts_in_the_dict_are_kept(tmp_path):
+    state = {"a": {"x": torch.ones(3), "none": {}}, "step": 7, "b": {"y": {"z": torch.arange(2)}}}
+    layout = {"a": {"x": torch.empty(3, device="meta"), "none": {}}, "step": 7, "b": state["b"]}
+    write_pth(layout, [torch.ones(3), torch.arange(2)], tmp_path / "a.pth")
+    found = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert str(found) == str(state)
 
-    def tensor_of(name):
-        asked.append((name, (tmp_path / "a.pth").exists()))
-        return TENSORS[name]
 
-    write_pth(TENSORS, tensor_of, tmp_path / "a.pth")
-    assert asked == [(name, True) for name in TENSORS]
+def test_tensors_are_asked_for_one_by_one_and_must_be_those_of_the_layout(tmp_path):
+    path, sizes = tmp_path / "a.pth", []
+
+    def tensors():
+        for tensor in TENSORS.values():
+            sizes.append(path.stat().st_size)
+            yield tensor
+
+    write_pth(TENSORS, tensors(), path)
+    assert len(sizes) == len(TENSORS)
+    assert min(sizes) > 0
+    with pytest.raises(ValueError, match="shorter"):
+        write_pth(TENSORS, list(TENSORS.values())[:-1], path)
+    with pytest.raises(AssertionError):
+        write_pth(TENSORS, [TENSORS["row"]] * len(TENSORS), path)

@@ -5,7 +5,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from finchtune.adapters import file_key
 from finchtune.errors import NotFinite, UserError
 from finchtune.files import atomic_path, discard, read_json, require_space, sha256, write_json
 from finchtune.model import RWKV6, ModelConfig
-from finchtune.pth import write_pth
+from finchtune.pth import tensors_of, write_pth
 
 STATE = "state.pth"
 SPARE_BYTES = 1 << 20  # what a checkpoint takes besides its tensors, amply
@@ -59,10 +59,16 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     return content
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write a flat dict of tensors atomically; each tensor is stored by itself, contiguous."""
+def write_tensors(
+    tensors: Mapping[str, Tensor], path: str | Path, stream: Iterable[Tensor] | None = None
+) -> str:
+    """Write a flat dict of tensors atomically, each stored by itself, contiguous; returns sha256.
+
+    Where they are not all in memory, `tensors` has only their shapes and dtypes, and `stream`
+    yields them in the same order.
+    """
     with atomic_path(path) as temporary:
-        write_pth(tensors, tensors.__getitem__, temporary)
+        return write_pth(tensors, tensors.values() if stream is None else stream, temporary)
 
 
 def read_base(path: str | Path) -> dict[str, Tensor]:
@@ -113,7 +119,7 @@ def converted_once(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, 
         descriptor = os.memfd_create("weights")
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
         layout = {name: tensor.to("meta", dtype) for name, tensor in weights.items()}
-        write_pth(layout, lambda name: weights[name].to(dtype), Path(path))
+        write_pth(layout, (tensor.to(dtype) for tensor in weights.values()), Path(path))
     machine = distributed.machine()
     shown = distributed.all_gather((machine, path))
     converted = read_tensors(next(p for where, p in shown if where == machine and p is not None))
@@ -189,14 +195,33 @@ def load_adapter(model: RWKV6, path: str | Path, initial: str | Path | None = No
             own[name].copy_(tensors[key])
 
 
-def save_adapter(tensors: dict[str, Tensor], record: dict[str, Any], path: str | Path) -> None:
-    """Write `path` (.pth) and, beside it, `record` as .json with the sha256 of what was written."""
+def save_adapter(
+    tensors: Mapping[str, Tensor],
+    record: dict[str, Any],
+    path: str | Path,
+    stream: Iterable[Tensor] | None = None,
+) -> None:
+    """Write `path` (.pth) and, beside it, `record` as .json with the sha256 of what was written.
+
+    `stream` as in `write_tensors`. Raises UserError, and leaves what was there, if a tensor holds
+    NaN or infinity.
+    """
     path = Path(path)
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{name} holds NaN or infinity; {path} is not written")
-    write_tensors(tensors, path)
-    write_json(path.with_suffix(".json"), record | {"sha256": sha256(path)})
+    good = finite(tensors, tensors.values() if stream is None else stream, path)
+    digest = write_tensors(tensors, path, good)
+    write_json(path.with_suffix(".json"), record | {"sha256": digest})
+
+
+def finite(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> Iterator[Tensor]:
+    """The same tensors. Raises NotFinite, naming it, at one that holds NaN or infinity."""
+    for name, tensor in zip(names, tensors, strict=True):
+        # Their extremes show NaN too, and take no memory, as a mask of a large tensor would.
+        if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+            raise NotFinite(
+                f"{name} holds NaN or infinity; {path} is not written, earlier files stay; a run "
+                "goes on from an earlier checkpoint, with a lower --lr_init or --grad_clip"
+            )
+        yield tensor
 
 
 def adapter_record(path: str | Path) -> dict[str, Any] | None:
@@ -206,22 +231,28 @@ def adapter_record(path: str | Path) -> dict[str, Any] | None:
 
 
 def save_checkpoint(
-    folder: Path, step: int, state: dict[str, Any], record: dict[str, Any], keep_last: int = 0
+    folder: Path,
+    step: int,
+    layout: dict[str, Any],
+    tensors: Iterable[Tensor],
+    record: dict[str, Any],
+    keep_last: int = 0,
 ) -> Path:
     """Write `folder`/step-N atomically: state.pth, and the manifest that vouches for it.
 
-    With `keep_last` all but the newest so many are removed then; the one just written stays.
-    Raises UserError, and leaves the earlier ones as they are, if a tensor is not finite or there
-    is no room.
+    `layout` is the state with the shapes and dtypes of its tensors, which `tensors` yields in the
+    same order. With `keep_last` all but the newest so many are removed then; the one just written
+    stays. Raises UserError, and leaves the earlier ones as they are, if a tensor is not finite or
+    there is no room.
     """
     path = folder / f"step-{step}"
-    check_finite(state, path)
     folder.mkdir(parents=True, exist_ok=True)
-    require_space(folder, state_bytes(state) + SPARE_BYTES)
+    require_space(folder, sum(tensor.nbytes for tensor in tensors_of(layout)) + SPARE_BYTES)
     with atomic_path(path) as temporary:
         temporary.mkdir()
-        torch.save(state, temporary / STATE)
-        manifest = record | {"step": step, "sha256": {STATE: sha256(temporary / STATE)}}
+        good = finite(tensor_names(layout), tensors, path)
+        digest = write_pth(layout, good, temporary / STATE)
+        manifest = record | {"step": step, "sha256": {STATE: digest}}
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     others = [other for other in checkpoints(folder) if other != path]
     for other in others[keep_last - 1 :] if keep_last else ():
@@ -229,27 +260,12 @@ def save_checkpoint(
     return path
 
 
-def state_tensors(state: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in a state, e.g. exp_avg of blocks.0.att.key.weight."""
-    for part, tensors in state.items():
+def tensor_names(layout: dict[str, Any]) -> Iterator[str]:
+    """What each tensor of a state is, e.g. exp_avg of blocks.0.att.key.weight."""
+    for part, tensors in layout.items():
         for name, tensor in tensors.items() if isinstance(tensors, dict) else ():
             if isinstance(tensor, Tensor):
-                yield f"{part} of {name}", tensor
-
-
-def state_bytes(state: dict[str, Any]) -> int:
-    """Size of all tensors of a state, which is about the size of its file."""
-    return sum(tensor.nbytes for _, tensor in state_tensors(state))
-
-
-def check_finite(state: dict[str, Any], path: Path) -> None:
-    """Raise NotFinite, naming the tensor, if a checkpoint would hold NaN or infinity."""
-    for name, tensor in state_tensors(state):
-        if not torch.isfinite(tensor).all():
-            raise NotFinite(
-                f"{name} holds NaN or infinity; {path} is not written, earlier checkpoints stay; "
-                "go on from one of them with a lower --lr_init or --grad_clip"
-            )
+                yield f"{part} of {name}"
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,10 +1,12 @@
 """Which process am I, and how do the processes meet. The only reader of RANK and WORLD_SIZE."""
 
 import atexit
+import ctypes
 import os
+import signal
 import socket
-import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,9 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import UserError, print_error
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+TELL_SECONDS = 2.0  # within which all ranks find a mistake that all of them find
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+LIBC = ctypes.CDLL(None)
 
 
 def rank() -> int:
@@ -72,11 +78,35 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cuda", local_rank())
 
 
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent`, which started it, dies or is dead already.
+
+    A launcher that is killed outright ends nobody itself: its workers would train on unseen.
+    """
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_with_agent() -> None:
+    """`die_with` the process that started this one, if it is torchrun's or DeepSpeed's agent.
+
+    Not for other launchers: a shell may start ranks in the background, and end before they do.
+    """
+    if torch.distributed.is_torchelastic_launched() or "CROSS_RANK" in os.environ:
+        parent = os.getppid()
+        # The first process adopts those whose parent is dead; in a container it may be the agent.
+        adopted = parent == 1 and "python" not in os.path.basename(os.path.realpath("/proc/1/exe"))
+        die_with(-1 if adopted else parent)
+
+
 def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
     """Join the other processes (nccl on GPUs, gloo on CPUs); a lone process gets a group of one.
 
-    A collective call that waits longer than `timeout_minutes` for another rank fails.
+    A collective call that waits longer than `timeout_minutes` for another rank fails. From here on
+    the process ends with the launcher that started it.
     """
+    die_with_agent()
     lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if not launched():
         os.environ.update(lone, MASTER_PORT=str(free_port()))
@@ -122,10 +152,7 @@ def all_min(value: float, device: torch.device) -> float:
 
 
 def from_rank_zero(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 while the others wait; its result, or its failure, is everyone's.
-
-    A user's mistake is told by rank 0 alone: the others leave with its exit status.
-    """
+    """Run `work` on rank 0 while the others wait; its result, or its failure, is everyone's."""
     outcome: list[Any] = [None, None]
     if rank() == 0:
         try:
@@ -135,11 +162,32 @@ def from_rank_zero(work: Callable[[], T]) -> T:
     if dist.is_initialized():
         dist.broadcast_object_list(outcome)
     result, failure = outcome
-    if isinstance(failure, UserError) and rank() != 0:
-        sys.exit(failure.status)
     if failure is not None:
         raise failure
     return result
+
+
+def rank_zero_takes(items: Iterator[Item], work: Callable[[Iterator[Item]], T]) -> T:
+    """`from_rank_zero(work)`, with items that all ranks make together, one collective call each.
+
+    Every rank makes all of them, whether `work` takes them all or fails half-way.
+    """
+
+    def take() -> T:
+        try:
+            return work(items)
+        finally:
+            exhaust(items)
+
+    if rank() != 0:
+        exhaust(items)
+    return from_rank_zero(take)
+
+
+def exhaust(items: Iterator) -> None:
+    """Make all items, and keep none."""
+    for _ in items:
+        pass
 
 
 def all_gather(value: T) -> list[T]:
@@ -163,6 +211,27 @@ def machine() -> tuple[str, int]:
     """
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
     return boot, os.stat("/proc/self/ns/pid").st_ino
+
+
+def tell_once(line: str) -> None:
+    """Print an error, unless another rank that has made the same one did so.
+
+    Before the processes have met, the first one of each machine prints it.
+    """
+    if not dist.is_initialized():
+        if local_rank() == 0:
+            print_error(line)
+        return
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        if store.add(line, 1) == 1:
+            print_error(line)
+        # The store may live in rank 0, which therefore goes last.
+        deadline = time.monotonic() + TELL_SECONDS
+        while rank() == 0 and store.add(line, 0) < world_size() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    except RuntimeError:  # rank 0 is gone already
+        print_error(line)
 
 
 def say(message: str) -> None:

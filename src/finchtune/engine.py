@@ -64,6 +64,11 @@ def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """The shape of a parameter of which ZeRO-3 may have left this rank a part."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 class Engine:
     """A model under DeepSpeed's ZeRO: forward, backward and step, and its whole training state."""
 
@@ -170,53 +175,54 @@ class Engine:
         """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""
         self.ds.destroy()
 
-    def trained_tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole tensor) of every trained parameter in master precision, on the CPU.
+    def whole(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        """A trained parameter, or one of its Adam moments, whole, in fp32, on the CPU.
 
-        A collective call: every rank must exhaust it, in step.
+        A collective call under ZeRO; the same on all ranks.
         """
-        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                yield name, safe_get_full_fp32_param(parameter).cpu()
+        if moment is None:
+            return safe_get_full_fp32_param(parameter).cpu()
+        return safe_get_full_optimizer_state(parameter, moment).cpu()
 
-    def whole_tensors(self) -> dict[str, Tensor]:
-        """`trained_tensors` as a dict on rank 0; empty on the others, which hold no copy."""
-        keep = distributed.rank() == 0
-        whole = {}
-        for name, tensor in self.trained_tensors():
-            whole.update({name: tensor} if keep else {})
-        return whole
+    def state(self) -> tuple[dict[str, Any], Iterator[Tensor]]:
+        """Everything that resuming needs, whatever the ZeRO stage and number of ranks.
 
-    def state(self) -> dict[str, Any]:
-        """Everything that resuming needs, whole, whatever the ZeRO stage and number of ranks.
-
-        {"trained": {name: tensor}, "exp_avg": {...}, "exp_avg_sq": {...}, "adam_step": int}.
-        A collective call; only rank 0 gets the tensors, the others empty dicts.
+        First its layout, {"exp_avg": {name: tensor}, "exp_avg_sq": {...}, "trained": {...},
+        "frozen": {...}, "adam_step": int}, whose tensors are on the meta device. Second an iterator
+        that yields them in this order, whole, on the CPU. Each is gathered when it is its turn, a
+        collective call: every rank must exhaust the iterator, in step.
         """
-        from deepspeed.utils import safe_get_full_optimizer_state
-
         inner = self.ds.optimizer.optimizer
         if not inner.state:  # no step was taken yet, or every one was skipped
             self._set_moments_to_zero(adam_step=0)
-        keep = distributed.rank() == 0
-        state: dict[str, Any] = {moment: {} for moment in MOMENTS}
-        state["trained"] = self.whole_tensors()
-        for name, parameter in self.model.named_parameters():
-            for moment in MOMENTS if parameter.requires_grad else ():
-                tensor = safe_get_full_optimizer_state(parameter, moment).cpu()
-                state[moment].update({name: tensor} if keep else {})
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
         frozen = {n: b for n, b in self.model.named_buffers() if ".adapter." in n}
-        state["frozen"] = {n: b.cpu() for n, b in frozen.items()} if keep else {}
-        state["adam_step"] = int(next(iter(inner.state.values()))["step"])
+        layout: dict[str, Any] = {
+            part: {
+                name: torch.empty(whole_shape(parameter), dtype=torch.float32, device="meta")
+                for name, parameter in trained.items()
+            }
+            for part in (*MOMENTS, "trained")
+        }
+        layout["frozen"] = {name: buffer.to("meta") for name, buffer in frozen.items()}
+        layout["adam_step"] = int(next(iter(inner.state.values()))["step"])
         if self.ds.fp16_enabled():
-            state["loss_scale"] = dict(vars(self.ds.optimizer.loss_scaler))
-        return state
+            layout["loss_scale"] = dict(vars(self.ds.optimizer.loss_scaler))
+
+        def tensors() -> Iterator[Tensor]:
+            for moment in (*MOMENTS, None):
+                for parameter in trained.values():
+                    yield self.whole(parameter, moment)
+            for buffer in frozen.values():
+                yield buffer.cpu()
+
+        return layout, tensors()
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take up a state that `state` returned, under any ZeRO stage and number of ranks.
+        """Take up a state, its layout filled with tensors, under any ZeRO stage, number of ranks.
 
         The model's parameters must hold state["trained"] already, since DeepSpeed copied them.
         """

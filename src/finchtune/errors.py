@@ -35,13 +35,19 @@ class LostRank(UserError):
     status = LOST_RANK
 
 
+def print_error(line: str) -> None:
+    print(f"error: {line}", file=sys.stderr, flush=True)
+
+
 def run_cli(
-    main: Callable[[], int | None], explain: Callable[[Exception], UserError | None] | None = None
+    main: Callable[[], int | None],
+    explain: Callable[[Exception], UserError | None] | None = None,
+    tell: Callable[[str], None] = print_error,
 ) -> None:
     """Run a command's `main`; a UserError becomes one line on stderr and its exit status.
 
-    `explain` may turn other exceptions into one. Anything else is a fault of finchtune itself and
-    keeps its traceback.
+    `explain` may turn other exceptions into one, `tell` prints it. Anything else is a fault of
+    finchtune itself and keeps its traceback.
     """
     try:
         status = main()
@@ -51,7 +57,6 @@ def run_cli(
         told = error if isinstance(error, UserError) else explain(error) if explain else None
         if told is None:
             raise
-        line = " ".join(str(told).split())
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        tell(" ".join(str(told).split()))
         sys.exit(told.status)
     sys.exit(status or 0)

@@ -1,18 +1,18 @@
 """Several processes on one machine, without torchrun: their signals, their exit statuses."""
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from finchtune.distributed import free_port
+from finchtune.distributed import die_with, free_port
 from finchtune.errors import LOST_RANK
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 20.0  # for the others to notice a dead one, say so, and leave
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_processes(n_processes: int, command: list[str]) -> int:
@@ -25,7 +25,7 @@ def run_processes(n_processes: int, command: list[str]) -> int:
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # torch's default of a thread per core and process starves a CPU run.
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
-    prctl = ctypes.CDLL(None).prctl
+    launcher = os.getpid()
 
     def start(rank: int) -> subprocess.Popen:
         return subprocess.Popen(
@@ -33,18 +33,30 @@ def run_processes(n_processes: int, command: list[str]) -> int:
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             # A session of its own: Ctrl-C on the terminal reaches it once, through us.
             start_new_session=True,
-            preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+            preexec_fn=lambda: die_with(launcher),
         )
 
-    processes = [start(rank) for rank in range(n_processes)]
+    processes: list[subprocess.Popen] = []
 
     def pass_on(number: int, _frame) -> None:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, pass_on)
-    return _wait(processes)
+    with handling((signal.SIGTERM, signal.SIGINT), pass_on):
+        for rank in range(n_processes):
+            processes.append(start(rank))
+        return _wait(processes)
+
+
+@contextmanager
+def handling(numbers: tuple[signal.Signals, ...], handler: Callable) -> Iterator[None]:
+    """Have `handler` take these signals within; what took them before takes them afterwards."""
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _wait(processes: list[subprocess.Popen]) -> int:

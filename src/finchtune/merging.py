@@ -148,7 +148,7 @@ def write_changed(
             raise UserError(f"{name} would hold NaN or infinity; nothing is written")
         return new
 
-    write_pth(weights, tensor_of, path)
+    write_pth(weights, map(tensor_of, weights), path)
     return largest
 
 

@@ -1,6 +1,7 @@
 """A run's folder: what may start or go on in it, and what is saved there."""
 
 import dataclasses
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from finchtune.checkpoint import (
 )
 from finchtune.config import TrainConfig
 from finchtune.data import Data, load_data
-from finchtune.engine import Engine
+from finchtune.engine import Engine, whole_shape
 from finchtune.errors import UserError
 from finchtune.files import sha256, write_json
 from finchtune.folder import clean_folder
@@ -201,32 +202,48 @@ class Run:
 
     def _save_weights(self, name: str, more: dict[str, Any]) -> Path:
         path = self.folder / name
-        whole = self.engine.whole_tensors()
+        layout, tensors = self._file_tensors()
 
-        def write() -> None:
-            save_adapter(self._file_tensors(whole), self.record() | more, path)
+        def write(stream: Iterator[Tensor]) -> None:
+            save_adapter(layout, self.record() | more, path, stream)
 
-        distributed.from_rank_zero(write)
+        distributed.rank_zero_takes(tensors, write)
         return path
 
-    def _file_tensors(self, whole: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What save_epoch writes, by file key; a fully tuned model in its own dtype."""
-        model = self.engine.model
-        keys = adapter_keys(model)
-        if self.config.peft == "none":
-            return {keys[name]: tensor.to(self.base_dtype) for name, tensor in whole.items()}
-        own = dict(model.named_buffers()) | whole
-        return {key: own[name] for name, key in keys.items()}
+    def _file_tensors(self) -> tuple[dict[str, Tensor], Iterator[Tensor]]:
+        """What an epoch's file holds: its layout by file key, and the tensors, gathered in turn.
+
+        Trained ones are in fp32, a fully tuned model in its own dtype.
+        """
+        model, keys = self.engine.model, adapter_keys(self.engine.model)
+        dtype = self.base_dtype if self.config.peft == "none" else torch.float32
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        layout = {}
+        for name, key in keys.items():
+            if name in trained:
+                shape = whole_shape(trained[name])
+                layout[key] = torch.empty(shape, dtype=dtype, device="meta")
+            else:
+                layout[key] = model.get_buffer(name).to("meta")
+
+        def tensors() -> Iterator[Tensor]:
+            for name in keys:
+                if name in trained:
+                    yield self.engine.whole(trained[name]).to(dtype)
+                else:
+                    yield model.get_buffer(name)
+
+        return layout, tensors()
 
     def save_checkpoint(self, step: int, more: dict[str, Any]) -> None:
         """Write checkpoints/step-N, with `more` in its manifest. A collective call."""
-        state = self.engine.state()
+        folder, keep_last = self.folder / "checkpoints", self.config.keep_last
+        layout, tensors = self.engine.state()
 
-        def write() -> None:
-            folder = self.folder / "checkpoints"
-            save_checkpoint(folder, step, state, self.record() | more, self.config.keep_last)
+        def write(stream: Iterator[Tensor]) -> None:
+            save_checkpoint(folder, step, layout, stream, self.record() | more, keep_last)
 
-        distributed.from_rank_zero(write)
+        distributed.rank_zero_takes(tensors, write)
 
     def check_resumable(self, manifest: dict[str, Any]) -> None:
         """Raise UserError, naming what differs, unless the checkpoint continues this very run."""

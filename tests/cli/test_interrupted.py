@@ -10,7 +10,16 @@ import time
 
 import pytest
 import torch
-from support import metrics, run_script, save_model, script_command, small_model, train
+from support import (
+    children_of,
+    is_alive,
+    metrics,
+    run_script,
+    save_model,
+    script_command,
+    small_model,
+    train,
+)
 
 from finchtune.checkpoint import checkpoint_problem, checkpoints
 from finchtune.errors import INTERRUPTED, LOST_RANK, NOT_FINITE, OUT_OF_MEMORY
@@ -48,9 +57,9 @@ def flags(folder, proj, *more, base="base.pth", data="good.jsonl"):
     ]
 
 
-def start(*arguments, **environment):
+def start(*arguments, launcher=(), **environment):
     """Start train.py in the background, its output in pipes."""
-    command, env = script_command("train.py", *arguments)
+    command, env = script_command("train.py", *arguments, launcher=launcher)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=env | environment, start_new_session=True, **pipes)
 
@@ -74,15 +83,9 @@ def final_state(proj):
     return newest.name, sha256(newest / "state.pth"), sha256(proj / "rwkv-0.pth")
 
 
-def descendants(process):
-    """Ids of the processes that a launcher started."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
 def interrupt(process, number, proj, whom="all"):
     wait_for(lambda: steps_done(proj) >= 3, process)
-    ranks = descendants(process)
+    ranks = children_of(process.pid)
     os.kill(ranks[-1] if whom == "last rank" else process.pid, number)
     return process.communicate(timeout=120)
 
@@ -121,10 +124,7 @@ def test_ranks_agree_to_stop(folder, number, whom):
 @pytest.mark.slow
 def test_torchrun_passes_a_signal_on(folder):
     arguments = flags(folder, "torchrun", *BONE, "--micro_bsz", 2, "--epoch_steps", 5000)
-    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    command, env = script_command("train.py", *arguments, launcher=launcher)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, env=env, **pipes)
+    process = start(*arguments, launcher=AGENTS["torchrun"])
     out, err = interrupt(process, signal.SIGTERM, folder / "torchrun")
     assert process.returncode != 0
     assert "saved; go on with --resume auto" in out, out + err
@@ -137,11 +137,46 @@ def test_a_killed_rank_is_named(folder, whom):
     proj = f"killed-{whom}"
     process = start(*flags(folder, proj, *BONE, *TWO, "--epoch_steps", 5000))
     wait_for(lambda: steps_done(folder / proj) >= 3, process)
-    os.kill(descendants(process)[whom], signal.SIGKILL)
+    os.kill(children_of(process.pid)[whom], signal.SIGKILL)
     out, err = process.communicate(timeout=60)
     assert process.returncode == LOST_RANK, out + err
     assert f"lost rank {whom} of 2" in err
     assert f"rank {whom} was ended by SIGKILL" in err
+
+
+AGENTS = {
+    "train.py": [],
+    "torchrun": "-m torch.distributed.run --standalone --nproc_per_node 2".split(),
+    "deepspeed": "-m deepspeed.launcher.runner --num_gpus 2 --master_port 29678".split(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["starting", "training"])
+@pytest.mark.parametrize("launcher", AGENTS)
+def test_no_rank_outlives_a_killed_launcher(folder, launcher, moment):
+    """Also where the launcher dies before its ranks have so much as imported torch."""
+    proj = f"orphans-{launcher}-{moment}"
+    words = [*BONE, "--micro_bsz", 2, "--epoch_steps", 50000]
+    words += [] if AGENTS[launcher] else ["--devices", 2]
+    process = start(*flags(folder, proj, *words), launcher=AGENTS[launcher], DS_ACCELERATOR="cpu")
+
+    def agent():  # DeepSpeed's runner starts the process that starts the ranks
+        return children_of(process.pid)[0] if launcher == "deepspeed" else process.pid
+
+    wait_for(lambda: children_of(process.pid) and len(children_of(agent())) == 2, process)
+    if moment == "training":
+        wait_for(lambda: steps_done(folder / proj) >= 3, process)
+    ranks = children_of(agent())
+    os.kill(agent(), signal.SIGKILL)
+    deadline = time.monotonic() + (2 if moment == "training" else 30)
+    while any(is_alive(rank) for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = [rank for rank in ranks if is_alive(rank)]
+    for rank in left:
+        os.kill(rank, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert not left
 
 
 @pytest.mark.slow
@@ -149,7 +184,7 @@ def test_a_hung_rank_is_named_after_the_timeout(folder):
     words = [*BONE, *TWO, "--epoch_steps", 5000, "--timeout_minutes", 0.1]
     process = start(*flags(folder, "hung", *words))
     wait_for(lambda: steps_done(folder / "hung") >= 3, process)
-    os.kill(descendants(process)[1], signal.SIGSTOP)
+    os.kill(children_of(process.pid)[1], signal.SIGSTOP)
     began = time.monotonic()
     out, err = process.communicate(timeout=90)
     assert process.returncode == LOST_RANK, out + err
@@ -213,22 +248,24 @@ def test_no_memory_is_told_with_remedies(folder):
 
 
 @pytest.mark.slow
-def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints(folder):
-    small = folder / "small"
+@pytest.mark.parametrize("more", [ONE, TWO], ids=["one process", "two processes"])
+def test_a_disk_that_fills_up_keeps_the_earlier_checkpoints(folder, more):
+    small = folder / f"small-{len(more)}"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(small)]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root may mount a small file system")
     try:
-        words = [*BONE, *ONE, "--epoch_steps", 200, "--save_every", 1]
-        done = run_script("train.py", *flags(folder, "small/run", *words))
+        words = [*BONE, *more, "--epoch_steps", 200, "--save_every", 1]
+        done = run_script("train.py", *flags(folder, small / "run", *words))
         assert done.returncode == 2, done.stdout + done.stderr
         assert "MB are free" in done.stderr or "the disk is full" in done.stderr
+        assert done.stderr.count("error: ") == 1
         saved = checkpoints(small / "run" / "checkpoints")
         assert all(checkpoint_problem(path) is None for path in saved)
         for path in saved[1:]:  # make room
             shutil.rmtree(path)
-        train(*flags(folder, "small/run", *words[:-4], "--epoch_steps", 200, "--save_every", 50,
+        train(*flags(folder, small / "run", *words[:-4], "--epoch_steps", 200, "--save_every", 50,
                      "--keep_last", 1, "--resume", "auto"))  # fmt: skip
         assert [p.name for p in (small / "run" / "checkpoints").iterdir()] == ["step-200"]
     finally:

@@ -166,11 +166,19 @@ def test_wandb_offline(folder):
 def test_bf16_masks_parts_windows_and_epochs(folder):
     proj = folder / "mixed"
     words = "--peft bat --bat_r 8 --precision bf16 --dataload get --train_parts ln_out".split()
-    words += "--epoch_steps 3 --epoch_count 2 --epoch_begin 5 --warmup_steps 2".split()
+    words += "--epoch_steps 2 --epoch_count 5 --epoch_begin 5 --epoch_save 2".split()
+    words += "--warmup_steps 2".split()
     words += "--accumulate_grad_batches 2 --strategy deepspeed_stage_2".split()
     train(*flags(folder, proj, *words))
-    assert sorted(path.name for path in proj.glob("rwkv-*.pth")) == ["rwkv-5.pth", "rwkv-6.pth"]
-    tensors = torch.load(proj / "rwkv-6.pth", weights_only=True)
+    steps = {"rwkv-6": 4, "rwkv-8": 8, "rwkv-9": 10}  # every second epoch, and the last
+    files = [f"{name}.{suffix}" for name in steps for suffix in ("json", "pth")]
+    files += ["config.json", "data_cache", "loss.png", "metrics.jsonl", "report.html"]
+    assert sorted(path.name for path in proj.iterdir()) == sorted(files)
+    for name, step in steps.items():
+        record = json.loads((proj / f"{name}.json").read_text())
+        assert (record["step"], record["sha256"]) == (step, sha256(proj / f"{name}.pth"))
+    assert [row["epoch"] for row in metrics(proj)] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    tensors = torch.load(proj / "rwkv-9.pth", weights_only=True)
     assert tensors["ln_out.weight"].shape == (64,)
     assert not torch.equal(tensors["ln_out.weight"], load_model(folder / "base.pth").ln_out.weight)
     assert metrics(proj)[0]["lr"] == pytest.approx(1e-4)
@@ -182,7 +190,10 @@ MISTAKES = {
     "unknown flag": (["--bone_rr", "8"], ["unknown flag --bone_rr; did you mean --bone_r?"]),
     "rank": (["--peft", "bat", "--bat_r", "48"], ["48", "64"]),
     "head size": (["--head_size_a", "64"], ["--head_size_a 64 contradicts", "16"]),
-    "part": (["--peft", "bone", "--train_parts", "nose"], ["--train_parts nose: no parameter"]),
+    "part, which both processes find": (
+        ["--peft", "bone", "--train_parts", "nose", "--devices", "2"],
+        ["--train_parts nose: no parameter"],
+    ),
     "code": (["--load_model", "{folder}/evil.pth"], ["could run code"]),
     "existing run": (["--proj_dir", "{folder}/bone"], ["already holds a run", "--resume auto"]),
     "fp16": (["--precision", "fp16", "--accelerator", "cpu"], ["fp16 needs a GPU"]),
@@ -199,6 +210,14 @@ def test_mistakes_end_in_one_line_and_leave_nothing(folder, bone_run, name):
     words = [word.format(folder=folder) for word in words]
     assert_one_error_line(run_script("train.py", *flags(folder, proj, *words)), *parts)
     assert not proj.exists()
+
+
+@pytest.mark.slow
+def test_torchrun_shows_a_mistake_in_the_flags_once(folder):
+    launcher = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    done = run_script("train.py", *flags(folder, "x", "--bone_rr", 8), launcher=launcher)
+    assert done.returncode
+    assert done.stderr.count("error: unknown flag --bone_rr; did you mean --bone_r?") == 1
 
 
 @pytest.mark.slow
