@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import REPOSITORY, metrics, save_model, small_model, train
+from support import (
+    REPOSITORY,
+    children_of,
+    is_alive,
+    metrics,
+    save_model,
+    small_model,
+    train,
+)
+
+from finchtune.files import sha256
 
 pytestmark = pytest.mark.slow
 WORDS = "--peft bone --bone_r 8 --epoch_steps 4 --micro_bsz 2".split()
@@ -97,11 +107,7 @@ def test_two_hosts_give_the_losses_of_one_process(folder, hosts, strategy):
 def test_a_signal_on_one_host_saves_and_ends_both(folder, hosts):
     arguments = flags(folder, "signal", "--epoch_steps", 5000, "--num_nodes", 2)
     processes = on_every_host(hosts, arguments)
-    path = folder / "signal" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(folder / "signal" / "metrics.jsonl", 3)
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert all(process.returncode for process in processes)
@@ -109,6 +115,58 @@ def test_a_signal_on_one_host_saves_and_ends_both(folder, hosts):
     (checkpoint,) = (folder / "signal" / "checkpoints").iterdir()
     state = torch.load(checkpoint / "state.pth", weights_only=True)
     assert f"step-{state['adam_step']}" == checkpoint.name
+
+
+def rank_under(process):
+    """The rank that torchrun started, which took the place of the script.
+
+    Of the children, the script's own have ended.
+    """
+    (rank,) = [child for child in children_of(process.pid) if is_alive(child)]
+    return rank
+
+
+def wait_for_steps(path, n_steps):
+    deadline = time.monotonic() + 120
+    while not path.exists() or path.read_text().count("\n") < n_steps:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_dead_rank_is_started_again_and_the_run_ends_like_one_without_it(folder, hosts):
+    """RESTARTS: every rank starts anew and goes on from the newest checkpoint."""
+    words = ["--epoch_steps", 150, "--num_nodes", 2]
+    outputs = []
+    for proj in ("undisturbed", "restarted"):
+        arguments = flags(folder, proj, *words, "--save_every", 1, "--keep_last", 2)
+        arguments += ["--resume", "auto"]
+        processes = on_every_host(hosts, arguments, RESTARTS="2")
+        if proj == "restarted":
+            wait_for_steps(folder / proj / "metrics.jsonl", 5)
+            os.kill(rank_under(processes[1]), signal.SIGKILL)
+        outputs = [process.communicate(timeout=250)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], outputs
+    assert any("resumed from" in output for output in outputs), outputs
+    expected, found = (metrics(folder / proj) for proj in ("undisturbed", "restarted"))
+    assert [(r["step"], r["loss"]) for r in found] == [(r["step"], r["loss"]) for r in expected]
+    hashes = [sha256(folder / proj / "rwkv-0.pth") for proj in ("undisturbed", "restarted")]
+    assert hashes[0] == hashes[1]
+
+
+def test_ranks_die_with_the_agent_of_their_machine(folder, hosts):
+    processes = on_every_host(
+        hosts, flags(folder, "agent", "--epoch_steps", 5000, "--num_nodes", 2)
+    )
+    wait_for_steps(folder / "agent" / "metrics.jsonl", 3)
+    ranks = [rank_under(process) for process in processes]
+    processes[1].kill()
+    deadline = time.monotonic() + 60
+    while any(is_alive(rank) for rank in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_alive(rank) for rank in ranks)
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert processes[0].returncode, outputs
+    assert "lost rank" in outputs[0], outputs
 
 
 SRUN = """#!/usr/bin/env bash
@@ -144,11 +202,7 @@ def test_slurm_queues_an_interrupted_job_again(folder):
         return subprocess.Popen(script, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, text=True)
 
     first = job(600)
-    path = folder / "job" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_steps(folder / "job" / "metrics.jsonl", 3)
     for task in (tools / "tasks").read_text().split():
         os.kill(int(task), signal.SIGTERM)
     first.send_signal(signal.SIGTERM)
