@@ -8,6 +8,7 @@ import torch
 from support import save_model, small_model
 
 from finchtune.checkpoint import (
+    adapter_record,
     load_checkpoint,
     load_model,
     newest_checkpoint,
@@ -105,6 +106,22 @@ def test_adapters_with_nan_are_not_written(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_flipped_bit_in_an_adapter_is_seen(tmp_path):
+    path = tmp_path / "rwkv-0.pth"
+    save_adapter({"a": torch.randn(1000)}, {"adapter": {}}, path)
+    assert set(adapter_record(path)) == {"adapter", "sha256"}
+    flip_a_bit(path)
+    assert read_tensors(path).keys() == {"a"}, "torch does not see it"
+    with pytest.raises(UserError, match=r"rwkv-0\.pth \(.* bytes\) does not match its checksum"):
+        adapter_record(path)
+
+
 def test_failed_writing_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.pth"
     write_tensors({"a": torch.zeros(2)}, path)
@@ -119,10 +136,7 @@ def test_newest_intact_checkpoint_is_found(tmp_path):
         state = {"trained": {"a": torch.ones(1) * step}}
         save_checkpoint(tmp_path, step, state, tensors_of(state), {"k": 1})
     (tmp_path / "step-30").mkdir()
-    flipped = tmp_path / "step-20" / "state.pth"
-    content = bytearray(flipped.read_bytes())
-    content[len(content) // 2] ^= 1
-    flipped.write_bytes(content)
+    flip_a_bit(tmp_path / "step-20" / "state.pth")
     found, skipped = newest_checkpoint(tmp_path)
     assert found == tmp_path / "step-10"
     assert "step-30" in skipped[0]

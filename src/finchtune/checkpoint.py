@@ -225,9 +225,19 @@ def finite(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> Itera
 
 
 def adapter_record(path: str | Path) -> dict[str, Any] | None:
-    """The JSON beside an adapter file, or None if there is none (files of other software)."""
-    path = Path(path).with_suffix(".json")
-    return read_json(path) if path.exists() else None
+    """The JSON beside an adapter file, or None if there is none (files of other software).
+
+    Raises UserError if the file is not the one that the JSON was written for.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    record = read_json(beside) if beside.exists() else None
+    if record and path.exists() and record.get("sha256") not in (None, sha256(path)):
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) does not match its checksum in "
+            f"{beside.name}; copy both again, or take the JSON away if you changed the file"
+        )
+    return record
 
 
 def save_checkpoint(
