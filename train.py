@@ -21,11 +21,17 @@ from finchtune.faults import StepWatch, explain
 from finchtune.flags import parse_train_flags
 from finchtune.folder import choose_checkpoint
 from finchtune.launch import run_processes
-from finchtune.metrics import peak_memory_mb
 from finchtune.optim import learning_rate
 from finchtune.plan import print_plan
 from finchtune.report import plot_loss, write_report
-from finchtune.run import Run, build_model, open_data, restore_tensors, start_from_data
+from finchtune.run import (
+    Run,
+    build_model,
+    describe_parameters,
+    open_data,
+    restore_tensors,
+    start_from_data,
+)
 from finchtune.samples import Samples
 from finchtune.signals import StopRequest
 from finchtune.validation import Validation
@@ -49,12 +55,7 @@ def main() -> int:
     model = build_model(config, dtype, device)
     config = settle_batch(config, model, device)
     state, manifest = restore_tensors(model, checkpoint) if checkpoint else ({}, {})
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total_parameters = sum(p.numel() for p in model.parameters())
-    distributed.say(
-        f"model: {total_parameters / 1e6:,.2f} M parameters in {dtype}, "
-        f"{trained / 1e6:,.2f} M trained ({config.peft})"
-    )
+    distributed.say(f"model: {describe_parameters(model)} ({config.peft})")
 
     # The data, and how many steps it makes.
     data = open_data(config, model.config.vocab_size)
@@ -74,8 +75,8 @@ def main() -> int:
         engine.load_state(state)
         del state  # its file is mapped, and may be removed by --keep_last
         start = manifest["step"]
-        done = "; this run is finished, nothing is left to do" if start >= total else ""
-        distributed.say(f"resumed from {checkpoint} at step {start} of {total}{done}")
+        finished = "; this run is finished, nothing is left to do" if start >= total else ""
+        distributed.say(f"resumed from {checkpoint} at step {start} of {total}{finished}")
 
     lr_final = config.lr_init if config.lr_final is None else config.lr_final
     validation = Validation(config, engine, data.validation, epoch_steps, manifest)
@@ -98,44 +99,30 @@ def main() -> int:
         began = time.perf_counter()
         # Rows and dropout are functions of seed, step and rank: resuming needs no more than `step`.
         torch.manual_seed(hash((config.random_seed, step, distributed.rank())))
-        rows = next(rows_ahead)
-        epoch = step // epoch_steps
         lr = learning_rate(
             step, total, config.lr_init, lr_final, config.lr_schedule, config.warmup_steps
         )
-        result = engine.step(rows, lr, bool(stop))
+        result = engine.step(next(rows_ahead), lr, bool(stop))
         watch.check(step, result)
-
         seconds = time.perf_counter() - began
-        last = step + 1 == total
-        val_loss = validation.loss(step + 1, last)
-        if metrics and not result.skipped:
-            metrics.log(
-                {
-                    "step": step + 1,
-                    "epoch": epoch,
-                    "loss": result.loss,
-                    "lr": lr,
-                    "grad_norm": result.grad_norm,
-                    "tokens": result.tokens,
-                    "tokens_per_s": result.tokens / seconds,
-                    "memory_mb": peak_memory_mb(),
-                    "seconds": seconds,
-                }
-                | ({} if val_loss is None else {"val_loss": val_loss})
-            )
-        samples.write(step + 1, last)
 
-        if val_loss is not None and validation.is_best(step + 1):
-            run.save_best(step + 1, val_loss)
-        if (step + 1) % epoch_steps == 0 and ((epoch + 1) % config.epoch_save == 0 or last):
-            path = run.save_epoch(epoch, step + 1)
-            distributed.say(f"saved {path}")
-        due = config.save_every and ((step + 1) % config.save_every == 0 or last)
+        done, epoch = step + 1, step // epoch_steps
+        last, epoch_ends = done == total, done % epoch_steps == 0
+        val_loss = validation.loss(done, last)
+        if metrics and not result.skipped:
+            row = {"step": done, "epoch": epoch, "lr": lr, **result.measured(seconds)}
+            metrics.log(row if val_loss is None else row | {"val_loss": val_loss})
+        samples.write(done, last)
+
+        if val_loss is not None and validation.is_best(done):
+            run.save_best(done, val_loss)
+        if epoch_ends and ((epoch + 1) % config.epoch_save == 0 or last):
+            run.save_epoch(epoch, done)
+        due = config.save_every and (done % config.save_every == 0 or last)
         if due or result.stopping:
-            run.save_checkpoint(step + 1, {"validation": validation.history})
+            run.save_checkpoint(done, {"validation": validation.history})
         if result.stopping and not last:
-            distributed.say(f"stopped after step {step + 1}, saved; go on with --resume auto")
+            distributed.say(f"stopped after step {done}, saved; go on with --resume auto")
             status = INTERRUPTED
             break
 

@@ -18,6 +18,7 @@ from finchtune.deepspeed_start import start_deepspeed
 from finchtune.errors import UserError
 from finchtune.loss import IGNORE
 from finchtune.memory import REDUCE_BUCKET
+from finchtune.metrics import peak_memory_mb
 from finchtune.model import RWKV6
 from finchtune.optim import adamw, parameter_groups, set_learning_rate
 
@@ -51,6 +52,17 @@ class StepResult:
     targets: int  # unmasked tokens
     skipped: bool  # the gradient was not finite: nothing was updated
     stopping: bool  # some rank asked to stop
+
+    def measured(self, seconds: float) -> dict[str, float]:
+        """What metrics.jsonl says of a step that took so long."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "tokens": self.tokens,
+            "tokens_per_s": self.tokens / seconds,
+            "memory_mb": peak_memory_mb(),
+            "seconds": seconds,
+        }
 
 
 def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:

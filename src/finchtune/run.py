@@ -62,6 +62,16 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     return model
 
 
+def describe_parameters(model: RWKV6) -> str:
+    """How many parameters a model has, in which dtype, and how many are trained."""
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return (
+        f"{sum(p.numel() for p in parameters) / 1e6:,.2f} M parameters in {parameters[0].dtype}, "
+        f"{trained / 1e6:,.2f} M trained"
+    )
+
+
 def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch.device) -> None:
     """Start a method that begins at the gradient of the run's first rows (lora_ga).
 
@@ -194,7 +204,10 @@ class Run:
 
     def save_epoch(self, epoch: int, step: int) -> Path:
         """Write rwkv-{epoch_begin + epoch}.pth and its JSON. A collective call."""
-        return self._save_weights(f"rwkv-{self.config.epoch_begin + epoch}.pth", {"step": step})
+        name = f"rwkv-{self.config.epoch_begin + epoch}.pth"
+        path = self._save_weights(name, {"step": step})
+        distributed.say(f"saved {path}")
+        return path
 
     def save_best(self, step: int, val_loss: float) -> Path:
         """Write rwkv-best.pth and its JSON, as save_epoch does. A collective call."""
