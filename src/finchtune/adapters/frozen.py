@@ -40,14 +40,16 @@ def dense_weight(
 
 @torch.library.custom_op("finchtune::product_plus", mutates_args=())
 def product_plus(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
-    """s D + x W^T for s (n, r), D (r, d), x (n, k), W (d, k); without D, s is repeated d / r times.
+    """x W^T + s D for s (n, r), D (r, d), x (n, k), W (d, k); without D, s is repeated d / r times.
 
-    The large product is added in place. As one operator that is invisible to selective
-    recomputation, which keeps the result and could not if it saw it written to. No gradients:
-    autograd functions call it.
+    Added in place. As one operator that is invisible to selective recomputation, which keeps the
+    result and could not if it saw it written to. No gradients: autograd functions call it.
     """
-    y = s.repeat(1, W.shape[0] // s.shape[1]) if D is None else s @ D
-    return y.addmm_(x, W.T)
+    y = x @ W.T
+    if D is not None:
+        return y.addmm_(s, D)
+    y.unflatten(1, (-1, s.shape[1])).add_(s.unsqueeze(1))
+    return y
 
 
 @product_plus.register_fake
