@@ -85,7 +85,8 @@ def by_mixture(low: Tensor, count: int) -> Tensor:
 
 def blends(low: Tensor, maa: Tensor, w2: Tensor) -> Tensor:
     """maa_j + low_j w2_j, (n, tokens, C)."""
-    return torch.baddbmm(maa, by_mixture(low, len(maa)), w2)
+    # baddbmm would first write maa out over all tokens.
+    return torch.bmm(by_mixture(low, len(maa)), w2).add_(maa)
 
 
 class Gate(torch.autograd.Function):
