@@ -4,6 +4,7 @@
 #include "wkv6_cpu.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <memory>
@@ -53,10 +54,12 @@ bool supported() { return true; }
 
 const Wkv6CpuPath kWkv6CpuPaths[] = {
 #ifdef FINCHTUNE_X86_PATHS
-    {"avx512", avx512::supported, avx512::forward, avx512::backward},
-    {"avx2", avx2::supported, avx2::forward, avx2::backward},
+    {"avx512", avx512::supported, avx512::forward, avx512::backward,
+     avx512::cross_entropy},
+    {"avx2", avx2::supported, avx2::forward, avx2::backward, avx2::cross_entropy},
 #endif
-    {"portable", portable::supported, portable::forward, portable::backward},
+    {"portable", portable::supported, portable::forward, portable::backward,
+     portable::cross_entropy},
 };
 const int kWkv6CpuPathCount = sizeof kWkv6CpuPaths / sizeof kWkv6CpuPaths[0];
 

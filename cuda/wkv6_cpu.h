@@ -61,6 +61,10 @@ struct Wkv6CpuPath {
                   int64_t last);
   void (*backward)(const Wkv6Shape&, const Wkv6Inputs&, const float* checkpoints,
                    const Wkv6OutputGradients&, const Wkv6Gradients&, int64_t first, int64_t last);
+  // Rows from first up to last of logits (rows, n): the loss of each against its label, and its
+  // gradient in the place of the logits, with l2wrap times the largest logit added at that one's.
+  void (*cross_entropy)(void* logits, Element element, int64_t n, const int64_t* labels,
+                        float l2wrap, float* losses, int64_t first, int64_t last);
 };
 
 constexpr int64_t kMaxHeadSize = 128;

@@ -16,3 +16,4 @@
 #include "wkv6_cpu_chunk.h"
 #include "wkv6_cpu_forward.h"
 #include "wkv6_cpu_backward.h"
+#include "wkv6_cpu_loss.h"

@@ -13,12 +13,11 @@ struct alignas(64) Row {
   const Vec& vec(int64_t n) const { return *reinterpret_cast<const Vec*>(at + n); }
 };
 
-// n is a multiple of 8.
 static inline void copy(float* to, const float* from, int64_t n) {
   int64_t i = 0;
   for (; i + LANES <= n; i += LANES)
     *reinterpret_cast<UnalignedVec*>(to + i) = *reinterpret_cast<const UnalignedVec*>(from + i);
-  if (i < n) std::memcpy(to + i, from + i, 8 * sizeof(float));
+  if (i < n) std::memcpy(to + i, from + i, (n - i) * sizeof(float));
 }
 
 // In memory a row is fp32 or bf16, the upper half of an fp32.

@@ -1,5 +1,5 @@
-// The torch operators finchtune::wkv6_forward and wkv6_backward: every check, all memory, and the
-// calls into the kernels for the CPU and, in a CUDA build, for the GPU.
+// The torch operators finchtune::wkv6_forward, wkv6_backward and cross_entropy_: every check, all
+// memory, and the calls into the kernels for the CPU and, in a CUDA build, for the GPU.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
@@ -171,6 +171,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   return {dr, dk, dv, dw, du.sum(0), dstate_in};
 }
 
+Tensor cross_entropy_cpu(const Tensor& logits, const Tensor& labels, double l2wrap) {
+  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && labels.is_contiguous() &&
+                  labels.sizes() == logits.sizes().slice(0, 1) && labels.scalar_type() == at::kLong,
+              "cross_entropy_: logits must be dense (rows, V), labels (rows) int64");
+  const bool wide = logits.scalar_type() == at::kFloat;
+  TORCH_CHECK(wide || logits.scalar_type() == at::kBFloat16,
+              "cross_entropy_: logits must be fp32 or bf16, not ", logits.scalar_type());
+  const int64_t rows = logits.size(0), n = logits.size(1);
+  const int64_t* label = labels.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < rows; ++i)
+    TORCH_CHECK_INDEX(0 <= label[i] && label[i] < n, "cross_entropy_: label ", label[i],
+                      " lies outside the vocabulary of ", n);
+  Tensor losses = at::empty({rows}, logits.options().dtype(at::kFloat));
+  void* data = logits.data_ptr();
+  float* loss = losses.data_ptr<float>();
+  at::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
+    cpu_path().cross_entropy(data, wide ? Element::kFloat32 : Element::kBfloat16, n, label,
+                             static_cast<float>(l2wrap), loss, first, last);
+  });
+  return losses;
+}
+
 #ifdef FINCHTUNE_CUDA
 
 struct CudaCall : Call {
@@ -263,6 +285,7 @@ TORCH_LIBRARY(finchtune, library) {
       "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, "
       "Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_y, Tensor grad_state) "
       "-> (Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state)");
+  library.def("cross_entropy_(Tensor(a!) logits, Tensor labels, float l2wrap) -> Tensor losses");
   library.def("wkv6_cpu_paths() -> str[]", &finchtune::cpu_paths);
   library.def("wkv6_use_cpu_path(str name) -> ()", &finchtune::use_cpu_path);
 }
@@ -270,6 +293,7 @@ TORCH_LIBRARY(finchtune, library) {
 TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
   library.impl("wkv6_forward", &finchtune::forward_cpu);
   library.impl("wkv6_backward", &finchtune::backward_cpu);
+  library.impl("cross_entropy_", &finchtune::cross_entropy_cpu);
 }
 
 #ifdef FINCHTUNE_CUDA

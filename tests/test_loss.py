@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from finchtune import loss
 from finchtune.loss import cross_entropy_sum
+from finchtune.wkv import native
 
 
 def plain(hidden, weight, labels):
@@ -90,3 +91,63 @@ def test_l2wrap_is_the_gradient_of_the_squared_largest_logits(monkeypatch, chunk
         strict=True,
     ):
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def cpu_path(request):
+    if not native.has_kernels("cpu"):
+        pytest.skip("needs a C++ compiler")
+    if request.param not in native.cpu_paths():
+        pytest.skip(f"this processor has no {request.param}")
+    native.use_cpu_path(request.param)
+    yield
+    native.use_cpu_path("fastest")
+
+
+def row_gradients(logits, labels, l2wrap):
+    """Losses and gradients of single rows, in the dtype of `logits`, by torch's formulas."""
+    largest = logits.max(-1, keepdim=True)
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    gradients = logits.softmax(-1).scatter_add(-1, labels[:, None], -torch.ones_like(logits))
+    return losses, gradients.scatter_add(-1, largest.indices, l2wrap * largest.values)
+
+
+@pytest.mark.parametrize("l2wrap", [0.0, 0.3])
+@pytest.mark.parametrize("vocab_size", [1, 7, 300, 2048, 5003])
+def test_the_compiled_rows_are_torchs(cpu_path, vocab_size, l2wrap):
+    """Small and large logits, among them rows that begin where no vector does."""
+    logits = torch.randn(11, vocab_size) * torch.logspace(-3, 3, 11)[:, None]
+    labels = torch.randint(vocab_size, (11,))
+    losses, gradients = row_gradients(logits.double(), labels, l2wrap)
+    torchs, _ = row_gradients(logits, labels, l2wrap)
+    found = torch.ops.finchtune.cross_entropy_(logits, labels, l2wrap)
+    error = 2 * (torchs - losses).abs() + 1e-6 * losses.abs() + 1e-7
+    assert ((found - losses).abs() <= error).all()
+    # A logit of 3,000 is itself only good to 2e-4, and so is the exponential of a difference.
+    assert torch.allclose(logits.double(), gradients, rtol=5e-4, atol=1e-7)
+    assert torch.allclose(logits[:6].double(), gradients[:6], rtol=1e-6, atol=1e-7)
+
+
+def test_the_compiled_rows_round_bf16_once(cpu_path):
+    logits = (torch.randn(9, 777) * 3).bfloat16()
+    labels = torch.randint(777, (9,))
+    losses, gradients = row_gradients(logits.double(), labels, 0.0)
+    found = torch.ops.finchtune.cross_entropy_(logits, labels, 0.0)
+    assert torch.allclose(found.double(), losses, rtol=1e-6)
+    assert torch.allclose(logits.double(), gradients, rtol=2**-8, atol=1e-30)
+
+
+def test_the_compiled_rows_keep_what_is_not_finite(cpu_path):
+    logits = torch.randn(3, 300)
+    logits[0, 5], logits[1, 7] = float("nan"), float("-inf")
+    found = torch.ops.finchtune.cross_entropy_(logits, torch.tensor([2, 3, 4]), 0.0)
+    assert found.isnan().tolist() == [True, False, False]
+    assert logits[0].isnan().all()
+    assert logits[1:].isfinite().all()
+    assert logits[1, 7] < 1e-37
+
+
+@pytest.mark.skipif(not native.has_kernels("cpu"), reason="needs a C++ compiler")
+def test_a_label_outside_the_vocabulary_is_an_error():
+    with pytest.raises(IndexError, match="label 9 lies outside the vocabulary of 9"):
+        cross_entropy_sum(torch.randn(2, 4), torch.randn(9, 4), torch.tensor([3, 9]))

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from finchtune.wkv.native import has_kernels
+
 IGNORE = -100
+KERNEL_KINDS = (("cpu", torch.float32), ("cpu", torch.bfloat16))
 # Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time;
 # a GPU needs enough rows to be busy.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}
@@ -25,9 +28,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         precise = torch.promote_types(hidden.dtype, torch.float32)
         d_weight = torch.zeros_like(weight, dtype=precise) if with_weight else None
         total = hidden.new_zeros((), dtype=precise)
-        # One pair of buffers for all chunks: fresh memory of this size costs as much as its use.
+        # The same memory for all chunks: fresh memory of this size costs as much as its use.
         low_buffer = hidden.new_empty(chunk, weight.shape[0])
-        buffer = low_buffer if precise == hidden.dtype else low_buffer.to(precise)
+        in_place = precise == hidden.dtype or _fits_kernel(hidden)
+        buffer = low_buffer if in_place else torch.empty_like(low_buffer, dtype=precise)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             n_rows = len(labels[rows])
@@ -60,8 +64,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
+def _fits_kernel(logits: Tensor) -> bool:
+    """Whether the compiled kernel takes such logits; it computes in fp32 whatever their dtype."""
+    kind = logits.device.type, logits.dtype
+    return kind in KERNEL_KINDS and has_kernels("cpu")
+
+
 def _losses_to_gradients(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
     """Each token's loss; turns `logits` (tokens, V) into their gradient, in place."""
+    if _fits_kernel(logits):
+        return torch.ops.finchtune.cross_entropy_(logits, labels, l2wrap)
     index = labels.unsqueeze(-1)
     largest = logits.max(-1, keepdim=True) if l2wrap else None
     torch.log_softmax(logits, -1, out=logits)

@@ -48,6 +48,11 @@ def fake_backward(
     return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))
 
 
+def fake_cross_entropy(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
+    """Shape of what `cross_entropy_` returns."""
+    return logits.new_empty(labels.shape, dtype=torch.float32)
+
+
 def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keep the inputs and the checkpoints."""
     *tensors, cu_seqlens, _ = inputs
@@ -75,6 +80,7 @@ def loaded_devices() -> frozenset[str]:
         return frozenset()
     torch.library.register_fake("finchtune::wkv6_forward", fake_forward)
     torch.library.register_fake("finchtune::wkv6_backward", fake_backward)
+    torch.library.register_fake("finchtune::cross_entropy_", fake_cross_entropy)
     torch.library.register_autograd(
         "finchtune::wkv6_forward", backward, setup_context=save_for_backward
     )
