@@ -79,7 +79,8 @@ def main() -> None:
     rows = []
     for table in given.tables:
         print(f"\n{table}, {device}\n{HEADER}")
-        for case in (replace(c, precision=p) for p in given.dtypes for c in TABLES[table]):
+        cases = [c for c in TABLES[table] if table != "length" or c.ctx_len in given.lengths]
+        for case in (replace(c, precision=p) for p in given.dtypes for c in cases):
             # A process of its own: what one row leaves in memory is not counted in the next.
             spawn = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, spawn) as pool:
@@ -102,6 +103,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, choices=LENGTHS,
+                        help="those of the table length")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=7, help="turns after a first, uncounted one")
     parser.add_argument("--quick", action="store_true", help="3 turns")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")

@@ -3,10 +3,10 @@
     python scripts/check_plan.py                # one process
     python scripts/check_plan.py --devices 2    # ZeRO 1 to 3 among two, with and without offload
 
-Every row builds a small model, takes three optimizer steps under DeepSpeed, and reads the highest
-sum of bytes that torch's CPU allocator had handed out at a time: the same for every run, to the
-byte, and the CPU's counterpart of torch.cuda.max_memory_allocated. Resident memory would add the
-interpreter, its libraries and whatever the C library keeps for later.
+Every row builds a small model, takes three optimizer steps under DeepSpeed, and follows every
+tensor's storage from birth to death: the highest sum of their bytes is the CPU's counterpart of
+torch.cuda.max_memory_allocated. Resident memory would add the interpreter, its libraries and
+whatever the C library keeps for later.
 """
 
 import argparse
@@ -16,11 +16,9 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from finchtune import distributed
 from finchtune.checkpoint import write_tensors
@@ -29,7 +27,7 @@ from finchtune.data import Batch
 from finchtune.engine import Engine, choose_precision
 from finchtune.errors import run_cli
 from finchtune.launch import run_processes
-from finchtune.memory import Estimate, estimate
+from finchtune.memory import Estimate, StorageCount, estimate
 from finchtune.model import RWKV6, ModelConfig
 from finchtune.run import build_model
 
@@ -37,9 +35,9 @@ SMALL = ModelConfig(n_layer=4, n_embd=256, vocab_size=4096)
 DEEP = ModelConfig(n_layer=12, n_embd=128, vocab_size=512)
 LARGE_VOCABULARY = ModelConfig(n_layer=2, n_embd=256, vocab_size=65536)
 METHODS = ("none", "bone", "bat", "lora", "pissa")
+STRATEGIES = ("2", "3", "2_offload", "3_offload")
 TOLERANCE = 0.10
 STEPS = 3
-MEASUREMENTS = 5
 ROWS_PER_PROCESS = 10  # max_tasks_per_child would do the same, but hangs (Python 3.11)
 
 
@@ -47,11 +45,19 @@ def rows(devices: int) -> Iterator[tuple[ModelConfig, TrainConfig]]:
     """Sizes and configurations to measure."""
     common = {"load_model": "-", "micro_bsz": 2, "ctx_len": 256, "devices": devices}
     if devices > 1:
-        for peft, stage, precision in itertools.product(
-            ("none", "bone"), ("1", "2", "3", "2_offload", "3_offload"), ("fp32", "bf16")
+        for peft, stage, precision, accumulate in itertools.product(
+            ("none", "bone"), ("1", *STRATEGIES), ("fp32", "bf16"), (1, 2)
         ):
-            strategy = {"strategy": f"deepspeed_stage_{stage}", "precision": precision}
-            yield SMALL, TrainConfig(**common, peft=peft, **strategy)
+            yield (
+                SMALL,
+                TrainConfig(
+                    **common,
+                    peft=peft,
+                    strategy=f"deepspeed_stage_{stage}",
+                    precision=precision,
+                    accumulate_grad_batches=accumulate,
+                ),
+            )
         return
     for precision, peft, grad_cp in itertools.product(("fp32", "bf16"), METHODS, (0, 1, 2)):
         yield SMALL, TrainConfig(**common, peft=peft, grad_cp=grad_cp, precision=precision)
@@ -59,6 +65,9 @@ def rows(devices: int) -> Iterator[tuple[ModelConfig, TrainConfig]]:
         (DEEP, LARGE_VOCABULARY), ("none", "bone"), (0, 1)
     ):
         yield sizes, TrainConfig(**common, peft=peft, grad_cp=grad_cp, precision="bf16")
+    for strategy, peft in itertools.product(STRATEGIES, ("none", "bone")):
+        more = {"strategy": f"deepspeed_stage_{strategy}", "precision": "bf16"}
+        yield SMALL, TrainConfig(**common, peft=peft, **more)
     for peft in ("none", "bone"):
         more = {"precision": "bf16", "accumulate_grad_batches": 2}
         yield SMALL, TrainConfig(**common, peft=peft, **more)
@@ -121,51 +130,24 @@ def foretold(found: Estimate) -> int:
 
 
 def measure(sizes: ModelConfig, config: TrainConfig) -> tuple[int, Estimate]:
-    """(highest bytes of this process during three steps, what was foretold).
-
-    A session of the profiler now and then loses events: a figure that is far off counts only when
-    a second measurement gives the same, or after MEASUREMENTS of them.
-    """
+    """(highest bytes of this process's tensors during three steps, what was foretold)."""
     device = torch.device("cpu")
     if not torch.distributed.is_initialized():
         distributed.init_process_group(device)
     dtype = choose_precision(config, device)
     found = estimate(config, sizes, dtype, distributed.world_size())
-    seen: list[int] = []
-    with tempfile.TemporaryDirectory() as folder:
+    shape = (STEPS, config.accumulate_grad_batches, config.micro_bsz, config.ctx_len)
+    with tempfile.TemporaryDirectory() as folder, StorageCount() as count:
         config.load_model = str(weight_file(sizes, dtype, Path(folder)))
-        for _ in range(MEASUREMENTS):
-            seen.append(peak_of_steps(sizes, config, dtype, device))
-            near = seen[-1] > 0 and abs(foretold(found) / seen[-1] - 1) <= TOLERANCE
-            if distributed.all_min(float(near or seen.count(seen[-1]) > 1), device):
-                break
-    return seen[-1], found
-
-
-def peak_of_steps(
-    sizes: ModelConfig, config: TrainConfig, dtype: torch.dtype, device: torch.device
-) -> int:
-    """The highest sum of live bytes while three steps run."""
-    with allocations() as built:
-        model = build_model(config, dtype, device)
-        engine = Engine(model, config, device)
-    shape = (config.accumulate_grad_batches, config.micro_bsz, config.ctx_len)
-    with allocations() as stepped:
-        for _ in range(STEPS):
-            draws = torch.randint(1, sizes.vocab_size, shape)
-            engine.step([Batch(tokens, tokens) for tokens in draws], 1e-3)
+        engine = Engine(build_model(config, dtype, device), config, device)
+        batches = [
+            [Batch(t, t) for t in step] for step in torch.randint(1, sizes.vocab_size, shape)
+        ]
+        count.restart_peak()
+        for step in batches:
+            engine.step(step, 1e-3)
     engine.close()
-    return sum(built) + max(itertools.accumulate(stepped), default=0)
-
-
-@contextmanager
-def allocations() -> Iterator[list[int]]:
-    """Bytes taken (above zero) and given back (below) by torch's CPU allocator, in their order."""
-    changes: list[int] = []
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        yield changes
-    events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-    changes += [event.nbytes() for event in sorted(events, key=lambda e: e.start_ns())]
+    return count.peak, found
 
 
 def weight_file(sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> Path:

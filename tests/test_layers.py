@@ -13,6 +13,7 @@ LAYERS = [
     {"launch", "flags", "data", "wkv", "adapters"},
     {"loss"},
     {"model", "optim"},
+    {"zero"},
     {"memory", "deepspeed_start"},
     {"checkpoint", "engine", "generate"},
     {"adapter_files", "folder"},

@@ -17,10 +17,10 @@ from finchtune.data import Batch, Data
 from finchtune.deepspeed_start import start_deepspeed
 from finchtune.errors import UserError
 from finchtune.loss import IGNORE
-from finchtune.memory import REDUCE_BUCKET
 from finchtune.metrics import peak_memory_mb
 from finchtune.model import RWKV6
 from finchtune.optim import adamw, parameter_groups, set_learning_rate
+from finchtune.zero import REDUCE_BUCKET
 
 DTYPES = {
     "bf16": torch.bfloat16,

@@ -19,10 +19,7 @@ from torch.utils._pytree import tree_leaves
 from finchtune.adapters import attach
 from finchtune.config import TrainConfig
 from finchtune.model import RWKV6, ModelConfig
-
-REDUCE_BUCKET = 50_000_000  # elements of gradient that ranks exchange at once
-LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
-PERSISTENT_ELEMENTS = 100_000  # its stage3_param_persistence_threshold
+from finchtune.zero import Zero
 
 
 class StorageCount(TorchDispatchMode):
@@ -39,7 +36,7 @@ class StorageCount(TorchDispatchMode):
             self.peak = max(self.peak, self.live + args[0].numel() * args[0].element_size())
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
                 self.add(leaf)
         return result
 
@@ -67,18 +64,20 @@ class StorageCount(TorchDispatchMode):
 class Activations:
     """Bytes that one micro batch takes beside weights and gradients.
 
-    `kept` lives from the forward to the backward; `loss` and `backward` come on top of it at the
-    highest points of the two. `by_part` says what the parts of one block keep.
+    `kept` lives from the forward to the backward; `forward`, `loss` and `backward` come on top of
+    it at the highest points of the blocks' forward, of the loss and of the backward. `by_part`
+    says what the parts of one block keep.
     """
 
     kept: int
+    forward: int
     loss: int
     backward: int
     by_part: dict[str, int]
 
     @property
     def peak(self) -> int:
-        return self.kept + max(self.loss, self.backward)
+        return self.kept + max(self.forward, self.loss, self.backward)
 
 
 def meta_model(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> RWKV6:
@@ -109,7 +108,7 @@ def activations(
         small, large = getattr(two, name), getattr(three, name)
         return small + (large - small) * (sizes.n_layer - 2)
 
-    return Activations(deep("kept"), deep("loss"), deep("backward"), two.by_part)
+    return Activations(deep("kept"), deep("forward"), deep("loss"), deep("backward"), two.by_part)
 
 
 def simulate(
@@ -124,12 +123,14 @@ def simulate(
             for tensor in [*model.parameters(), *model.buffers(), tokens]:
                 count.add(tensor)
             static = count.live
+            blocks: list[int] = []
+            model.head.register_forward_pre_hook(lambda *_: blocks.append(count.restart_peak()))
             with growth(model.blocks[-1], count) as by_part:
                 loss = model.loss(tokens, tokens)
             kept = count.live
-            forward = count.restart_peak()
+            forward, head = blocks[0] - kept, count.restart_peak() - kept
             loss.backward()
-    return Activations(kept - static, forward - kept, count.peak - kept, by_part)
+    return Activations(kept - static, forward, head, count.peak - kept, by_part)
 
 
 def materialise(model: nn.Module) -> None:
@@ -209,72 +210,31 @@ def estimate(
     the CUDA context.
     """
     made = made or activations(config, sizes, dtype, device)
-    model = meta_model(config, sizes, dtype)
-    stage = config.stage if stage is None else stage
-    offload = config.offload if offload is None else offload
-    accumulates = config.accumulate_grad_batches > 1
-    sums_in_fp32 = accumulates and dtype == torch.bfloat16
-    state = zero_state(model, dtype, stage, world, offload, device == "cuda", sums_in_fp32)
-    standing = {k: state[k] for k in ("weights", "masters", "moments")}
-    held = state["gradients"] if accumulates or stage == 3 else 0
-    moments = {
-        "forward and backward": [
-            {"activations": made.kept, "loss": made.loss, "gradients": held},
-            {"activations": made.kept + made.backward, "gradients": held,
-             "buffers": state["buffers"]},
-            {"activations": made.backward, "gradients": state["gradients"],
-             "buffers": state["buffers"]},
-        ],
-        "optimizer step": [{"gradients": state["gradients"], "update": state["update"]}],
-    }  # fmt: skip
-    gathered = {"gathered weights": state["gathered weights"]}
+    state = Zero(
+        meta_model(config, sizes, dtype),
+        dtype,
+        config.stage if stage is None else stage,
+        world,
+        config.offload if offload is None else offload,
+        on_gpu=device == "cuda",
+        accumulates=config.accumulate_grad_batches > 1,
+    ).state()
+    step, update = "forward and backward", "optimizer step"
+    moments = [
+        (step, {"activations": made.kept + made.forward}, state.forward),
+        (step, {"activations": made.kept, "loss": made.loss}, state.loss),
+        (step, {"activations": made.kept + made.backward}, state.backward),
+        (step, {"activations": made.backward}, state.backward_end),
+        (
+            step,
+            {"activations": made.kept + made.backward if state.exchanges_early else 0},
+            state.exchange,
+        ),
+        (update, {}, state.norm),
+        (update, {}, state.update),
+    ]
     found = [
-        Estimate(standing | gathered | parts, moment, state["host"])
-        for moment, choices in moments.items()
-        for parts in choices
+        Estimate(state.standing | {k: v for k, v in (ours | zeros).items() if v}, name, state.host)
+        for name, ours, zeros in moments
     ]
     return max(found, key=lambda one: one.total)
-
-
-def zero_state(
-    model: nn.Module,
-    dtype: torch.dtype,
-    stage: int,
-    world: int,
-    offload: bool = False,
-    overlap: bool = False,
-    sums_in_fp32: bool = False,
-) -> dict[str, int]:
-    """Bytes per device of what DeepSpeed's ZeRO `stage` 0 to 3 keeps, as its code allocates it.
-
-    Stage 1 shares fp32 masters and Adam's two moments among the ranks, 2 the gradients too, 3 the
-    weights too. "update" is what the optimizer step adds, "host" what offloading moves away.
-    `overlap`: gradients are exchanged during backward, from two buffers in turn. `sums_in_fp32`:
-    as `Engine` accumulates bf16 gradients, for which it takes stage 2 at least.
-    """
-    stage = max(2, stage) if sums_in_fp32 and stage else stage
-    tensors = [*model.parameters(), *model.buffers()]
-    whole = sum(t.numel() * t.element_size() for t in tensors)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    small = sum(p.numel() for p in model.parameters() if p.numel() <= PERSISTENT_ELEMENTS)
-    width = dtype.itemsize
-    share = -(-trained // world)
-    sharded = share if stage else trained
-    wide = 4 if sums_in_fp32 else width
-    state = {
-        "weights": whole if stage < 3 else whole // world + width * small,
-        "masters": 0 if stage == 0 and width == 4 else 4 * sharded,
-        "moments": 8 * sharded,
-        "gradients": wide * (share if stage >= 2 else trained),
-        "buffers": width * min(trained, REDUCE_BUCKET) * (2 if overlap else 1) if stage else 0,
-        "gathered weights": min(whole, width * LIVE_ELEMENTS) if stage == 3 else 0,
-        "update": (4 * sharded if wide < 4 else 0) + (wide * sharded if stage in (1, 2) else 0),
-        "host": 0,
-    }
-    if offload:
-        state["host"] = state["masters"] + state["moments"] + 4 * sharded
-        state |= {"masters": 0, "moments": 0, "update": 0}
-        if stage == 3:
-            state["host"] += whole // world
-            state["weights"] = width * small
-    return state

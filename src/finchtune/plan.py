@@ -38,7 +38,7 @@ COLUMNS = {
     "gradients": ("gradients",),
     "activations": ("activations",),
     "loss": ("loss",),
-    "buffers": ("buffers", "gathered weights"),
+    "buffers": ("buffers", "reduce bucket", "staging", "gathered"),
 }
 MIB, GIB = 1 << 20, 1 << 30
 
