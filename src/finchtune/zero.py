@@ -66,8 +66,10 @@ class Zero:
         numels = [p.numel() for p in model.parameters() if p.requires_grad]
         self.trained = sum(numels)
         self.share = -(-self.trained // world) if stage else self.trained
-        self.piece = min(max(numels, default=0), self.share)
+        self.largest = max(numels, default=0)
+        self.piece = min(self.largest, self.share)
         self.bucket = self.width * min(self.trained, REDUCE_BUCKET)
+        self.many_buckets = self.trained > REDUCE_BUCKET
         # What the optimizer reads: an fp32 copy of the gradients' share, made from a flat one.
         self.flat = self.width * self.share
         self.master_gradients = 4 * self.share if self.width < 4 else 0
@@ -97,54 +99,54 @@ class Zero:
 
     def whole_weights(self) -> ZeroState:
         """Stages 1 and 2, as stage_1_and_2.py has them."""
-        many = self.trained * self.width > self.bucket
         # Without overlap stage 1 exchanges gradients when all are there, else as they come.
         waits = self.stage == 1 and not (self.on_gpu and not self.accumulates)
         # averaged_gradients; offloaded ones go straight to the host, except sums in fp32.
         kept = 0 if self.offload else self.flat
         kept = 4 * self.share if self.sums_in_fp32 else kept
-        between = (self.width * self.trained if waits else kept) if self.accumulates else 0
+        all_gradients = self.width * self.trained
+        between = (all_gradients if waits else kept) if self.accumulates else 0
         buckets = self.bucket * (2 if self.on_gpu else 1)
+        copies = 0 if self.offload or self.sums_in_fp32 else self.flat + self.master_gradients
+        standing = {"weights": tensor_bytes(self.model)}
+        if self.offload:
+            standing["staging"] = self.width * self.largest  # temp_grad_buffer_for_gpu_offload
+        else:
+            standing |= {"masters": 4 * self.share, "moments": 8 * self.share}
+        return ZeroState(
+            standing,
+            self.host_of_whole_weights() if self.offload else 0,
+            self.many_buckets and not waits,
+            forward={"gradients": between},
+            loss={"gradients": between},
+            backward={"gradients": between, "buffers": buckets},
+            backward_end={"gradients": all_gradients if waits else between, "buffers": buckets},
+            exchange=self.exchange_of_whole_weights(
+                all_gradients - self.bucket if waits else between, kept, buckets
+            ),
+            norm={"gradients": kept, "update": NORM_BYTES * self.piece},
+            update={"gradients": kept, "update": copies},
+        )
+
+    def host_of_whole_weights(self) -> int:
+        """Masters, their gradients and moments, and buffers on the way there and back."""
+        # param_buffer_of_bit16_for_cpu_offload_groups, temp_grad_buffer_for_cpu_offload
+        host = 16 * self.share + self.flat + self.width * self.largest
+        accumulated = self.accumulates and not self.sums_in_fp32  # accumulated_grads_in_cpu
+        return host + (self.flat if accumulated else 0)
+
+    def exchange_of_whole_weights(self, before: int, kept: int, buckets: int) -> Parts:
+        """`before` bytes of gradients are there already, `kept` are there afterwards."""
         # allreduce_bucket flattens slices of several ranks into a copy of the bucket.
         copy = self.bucket if self.world > 1 else 0
         if self.offload:
             copy = max(copy, NORM_BYTES * self.piece)
         if self.sums_in_fp32:
             # Kept already while slices of the copy are added to it, each as fp32.
-            exchange = {"gradients": kept, "buffers": buckets + copy + 4 * self.piece}
-        else:
-            # A bucket that holds all gradients is copied and let go before they are kept.
-            rest = self.width * self.trained - self.bucket if waits else between
-            exchange = {
-                "gradients": rest + kept,
-                "buffers": buckets + (copy if many else max(0, copy - kept)),
-            }
-        standing = {"weights": tensor_bytes(self.model)}
-        host = 0
-        if self.offload:
-            standing["staging"] = self.width * self.piece  # temp_grad_buffer_for_gpu_offload
-            # Masters, their gradients and moments; param_buffer_of_bit16_for_cpu_offload_groups,
-            # temp_grad_buffer_for_cpu_offload; accumulated_grads_in_cpu.
-            host = 16 * self.share + self.flat + self.width * self.piece
-            host += self.flat if self.accumulates and not self.sums_in_fp32 else 0
-        else:
-            standing |= {"masters": 4 * self.share, "moments": 8 * self.share}
-        copies = 0 if self.offload or self.sums_in_fp32 else self.flat + self.master_gradients
-        return ZeroState(
-            standing,
-            host,
-            many and not waits,
-            forward={"gradients": between},
-            loss={"gradients": between},
-            backward={"gradients": between, "buffers": buckets},
-            backward_end={
-                "gradients": self.width * self.trained if waits else between,
-                "buffers": buckets,
-            },
-            exchange=exchange,
-            norm={"gradients": kept, "update": NORM_BYTES * self.piece},
-            update={"gradients": kept, "update": copies},
-        )
+            return {"gradients": kept, "buffers": buckets + copy + 4 * self.piece}
+        # The copy of a bucket that holds all gradients is let go before they are kept.
+        extra = copy if self.many_buckets else max(0, copy - kept)
+        return {"gradients": before + kept, "buffers": buckets + extra}
 
     def shared_weights(self) -> ZeroState:
         """Stage 3, as stage3.py and partition_parameters.py have it."""
@@ -160,7 +162,6 @@ class Zero:
         read_again = self.model.emb.weight.requires_grad
         gathered = self.width * min(large - (0 if read_again else embedding), LIVE_ELEMENTS)
         last = self.width * embedding if read_again else 0
-        many = self.trained * self.width > self.bucket
         # reduce_scatter_coalesced reorders the bucket into a copy; gloo takes another.
         copies = self.bucket * (1 if self.on_gpu else 2)
         gradients = (4 if self.sums_in_fp32 else self.width) * self.share
@@ -181,14 +182,14 @@ class Zero:
         return ZeroState(
             standing,
             host,
-            many,
+            self.many_buckets,
             # Copies are taken out of the buffer that was gathered into, which lives as long
             # as one of its weights was not used.
             forward={"gathered": gathered + self.width * min(large, PREFETCH_ELEMENTS)},
             loss={"gathered": gathered},
             backward={"gathered": gathered},
             backward_end={"gathered": last},
-            exchange={"gathered": gathered if many else last, "buffers": copies},
+            exchange={"gathered": gathered if self.many_buckets else last, "buffers": copies},
             norm={"update": norm},
             update={"update": 0 if self.offload else copies_of_share},
         )
