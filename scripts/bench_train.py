@@ -7,8 +7,7 @@ The floor multiplies tensors of the step's own shapes by the base's own weights:
 backward by the inputs where they need a gradient (by the weights too where those are trained),
 the forward of the blocks twice under --grad_cp 1. Step and floor take turns in one process, and
 every row has a process of its own, so that its peak memory is its own. "step MiB" is the highest
-use of memory during a step over that before it, "all MiB" the highest of the whole process: on a
-CPU both are resident memory. "live MiB" counts the tensors that a step makes, at their highest sum.
+use of memory during a step over that before it, "all MiB" the highest of the whole process.
 
 Tables: step (L12 C512, the loss in chunks and over whole logits), methods, sizes, length and
 batch (how cost grows with T and B), overhead (DeepSpeed's step against a bare loop).
@@ -34,7 +33,6 @@ from finchtune.adapters import attach
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
 from finchtune.measure import MIB, peak_bytes, seconds
-from finchtune.memory import StorageCount
 from finchtune.model import RWKV6, ModelConfig
 from finchtune.optim import adamw, parameter_groups
 
@@ -121,7 +119,7 @@ def parse() -> argparse.Namespace:
 
 HEADER = (
     "L   C     V      T     B   method dtype cp  loss     "
-    "step ms  against ms  ratio  tokens/s  step MiB  all MiB  live MiB"
+    "step ms  against ms  ratio  tokens/s  step MiB  all MiB"
 )
 
 
@@ -131,8 +129,7 @@ def line(case: Case, row: dict[str, float]) -> str:
         f"{case.n_layer:<3} {case.n_embd:<5} {case.vocab_size:<6} {case.ctx_len:<5} "
         f"{case.micro_bsz:<3} {case.peft:6} {case.precision:5} {case.grad_cp:<3} {case.loss:8} "
         f"{row['step_ms']:8.1f} {row['against_ms']:10.1f} {row['ratio']:7.3f} "
-        f"{row['tokens_per_s']:9.0f} {row['step_mib']:9.1f} {row['all_mib']:8.1f} "
-        f"{row['live_mib']:9.1f}"
+        f"{row['tokens_per_s']:9.0f} {row['step_mib']:9.1f} {row['all_mib']:8.1f}"
     )
 
 
@@ -154,8 +151,6 @@ def measure(case: Case, device_name: str, threads: int, repeats: int) -> dict[st
     step()
     before, peak = peak_bytes(step, device)
     other()
-    with StorageCount() as count:
-        step()
     pairs = [(seconds(step, device), seconds(other, device)) for _ in range(repeats)]
     step_s, other_s = (statistics.median(side) for side in zip(*pairs, strict=True))
     return {
@@ -165,7 +160,6 @@ def measure(case: Case, device_name: str, threads: int, repeats: int) -> dict[st
         "tokens_per_s": tokens.numel() / step_s,
         "step_mib": (peak - before) / MIB,
         "all_mib": peak / MIB,
-        "live_mib": count.peak / MIB,
     }
 
 

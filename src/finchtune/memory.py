@@ -22,11 +22,6 @@ from finchtune.model import RWKV6, ModelConfig
 from finchtune.zero import Zero
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
-    """All tensors of nested tuples, lists and dicts."""
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
 class StorageCount(TorchDispatchMode):
     """Bytes of all tensors made while it is on that are still alive, and their highest sum."""
 
@@ -40,11 +35,9 @@ class StorageCount(TorchDispatchMode):
             # Inside it, out of sight from here, the exponentials take what the input does.
             self.peak = max(self.peak, self.live + args[0].numel() * args[0].element_size())
         result = func(*args, **(kwargs or {}))
-        given = {t.untyped_storage()._cdata for t in tensors((args, kwargs))}
-        for tensor in tensors(result):
-            # A view of what was there before, or what was written to, is not new.
-            if tensor.device.type != "meta" and tensor.untyped_storage()._cdata not in given:
-                self.add(tensor)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self.add(leaf)
         return result
 
     def add(self, tensor: Tensor) -> None:
