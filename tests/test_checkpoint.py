@@ -9,16 +9,14 @@ from support import save_model, small_model
 
 from finchtune.checkpoint import (
     adapter_record,
-    load_checkpoint,
     load_model,
-    newest_checkpoint,
     read_tensors,
     save_adapter,
-    save_checkpoint,
     write_tensors,
 )
 from finchtune.errors import UserError
 from finchtune.pth import tensors_of
+from finchtune.resume import load_checkpoint, newest_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

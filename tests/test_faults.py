@@ -15,14 +15,7 @@ import torch
 from support import children_of, is_alive
 
 from finchtune import faults
-from finchtune.checkpoint import (
-    checkpoint_problem,
-    checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    save_checkpoint,
-    write_tensors,
-)
+from finchtune.checkpoint import write_tensors
 from finchtune.config import TrainConfig
 from finchtune.distributed import die_with
 from finchtune.engine import StepResult
@@ -31,6 +24,13 @@ from finchtune.files import atomic_path, remove_leftovers, require_space
 from finchtune.folder import choose_checkpoint, clean_folder
 from finchtune.launch import run_processes
 from finchtune.pth import tensors_of
+from finchtune.resume import (
+    checkpoint_problem,
+    checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 
 def save(folder, step, keep_last=0, value=1.0):

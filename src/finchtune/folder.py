@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from finchtune import distributed
-from finchtune.checkpoint import checkpoint_problem, checkpoints, newest_checkpoint
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
 from finchtune.files import remove, remove_leftovers
+from finchtune.resume import checkpoint_problem, checkpoints, newest_checkpoint
 
 # What a run writes. wandb's folder is its own affair.
 RUN_FILES = (

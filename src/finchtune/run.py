@@ -12,13 +12,7 @@ from torch import Tensor
 from finchtune import distributed
 from finchtune.adapter_files import FORMAT, start_from_file
 from finchtune.adapters import attach, start_from_gradients
-from finchtune.checkpoint import (
-    adapter_keys,
-    load_checkpoint,
-    load_model,
-    save_adapter,
-    save_checkpoint,
-)
+from finchtune.checkpoint import adapter_keys, load_model, save_adapter
 from finchtune.config import TrainConfig
 from finchtune.data import Data, load_data
 from finchtune.engine import Engine, whole_shape
@@ -28,6 +22,7 @@ from finchtune.folder import clean_folder
 from finchtune.loss import IGNORE
 from finchtune.metrics import Metrics
 from finchtune.model import RWKV6
+from finchtune.resume import load_checkpoint, save_checkpoint
 from finchtune.tokenizer import load_tokenizer
 
 

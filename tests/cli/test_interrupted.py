@@ -21,9 +21,9 @@ from support import (
     train,
 )
 
-from finchtune.checkpoint import checkpoint_problem, checkpoints
 from finchtune.errors import INTERRUPTED, LOST_RANK, NOT_FINITE, OUT_OF_MEMORY
 from finchtune.files import sha256
+from finchtune.resume import checkpoint_problem, checkpoints
 
 BONE = "--peft bone --bone_r 8".split()
 ONE, TWO = "--micro_bsz 4".split(), "--micro_bsz 2 --devices 2".split()
