@@ -201,8 +201,8 @@ def test_bat_goes_through_large_weights_in_groups(mode, elements, count, monkeyp
     inputs = [x, adapter.bone]
     expected = adapter(x, W)
     wanted = torch.autograd.grad(expected.square().sum(), inputs)
-    monkeypatch.setitem(bat.GROUP_ELEMENTS, "cpu", elements)
-    assert len(bat.groups(adapter.bone, 3 if mode == "row" else 40)) == count
+    monkeypatch.setitem(bat.GROUP_ELEMENTS[mode], "cpu", elements)
+    assert len(bat.groups(adapter.bone, 3 if mode == "row" else 40, mode)) == count
     y = adapter(x, W)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), inputs), wanted)

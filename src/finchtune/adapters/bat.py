@@ -10,8 +10,12 @@ from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus,
 from finchtune.adapters.quantise import Form
 from finchtune.errors import UserError
 
-GROUP_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
-"""Largest temporary tensor: on a CPU one that its cache holds, on a GPU few but full launches."""
+GROUP_ELEMENTS = {
+    "row": {"cpu": 2**20, "cuda": 2**24},
+    "col": {"cpu": 2**22, "cuda": 2**24},
+}
+"""Largest temporary tensor by mode: on a CPU small (in mode "col", where it holds rows of W', as
+large as its product needs to be fast), on a GPU few but full launches."""
 
 
 class Bat(Adapter):
@@ -102,7 +106,7 @@ class BatRow(torch.autograd.Function):
         x = x.unflatten(1, D.shape[:2])
         moved = torch.empty_like(x)
         sums = torch.zeros_like(x[:, 0], dtype=merge_precision(x))
-        for part in groups(D, len(x)):
+        for part in groups(D, len(x), "row"):
             u = torch.bmm(x[:, part].transpose(0, 1), D[part].mT)
             torch.add(x[:, part], u.transpose(0, 1), out=moved[:, part])
             sums += u.sum(0)
@@ -117,7 +121,7 @@ class BatRow(torch.autograd.Function):
         dx = (dy @ dense_weight(main, scales, ctx.form, dy.dtype)).unflatten(1, D.shape[:2])
         dD = torch.empty_like(D)
         sums = dy.unflatten(1, (-1, D.shape[1])).sum(1)
-        for part in groups(D, len(x)):
+        for part in groups(D, len(x), "row"):
             # Contiguous: a bmm of the transposed view would be slow in bfloat16 on a CPU.
             q = dx[:, part].transpose(0, 1).clone(memory_format=torch.contiguous_format)
             q += sums
@@ -136,7 +140,7 @@ class BatCol(torch.autograd.Function):
         ctx.save_for_backward(x, W, D)
         W = W.unflatten(0, D.shape[:2])
         y = x.new_empty(len(x), *D.shape[:2])
-        for part in groups(D, x.shape[1]):
+        for part in groups(D, x.shape[1], "col"):
             y[:, part] = (x @ changed(W[part], D[part]).T).unflatten(1, D[part].shape[:2])
         return y.flatten(1)
 
@@ -146,7 +150,7 @@ class BatCol(torch.autograd.Function):
         x, W, D = ctx.saved_tensors
         W, dy = W.unflatten(0, D.shape[:2]), dy.unflatten(1, D.shape[:2])
         dx, dD = torch.zeros_like(x), torch.empty_like(D)
-        for part in groups(D, x.shape[1]):
+        for part in groups(D, x.shape[1], "col"):
             dy_part = dy[:, part].flatten(1)
             dx.addmm_(dy_part, changed(W[part], D[part]))
             dW = blocks_of(dy_part.T @ x, D[part])
@@ -167,9 +171,10 @@ def blocks_of(W: Tensor, D: Tensor) -> Tensor:
     return W.reshape(D.shape[0], -1, D.shape[2])
 
 
-def groups(D: Tensor, length: int) -> list[slice]:
+def groups(D: Tensor, length: int, mode: str) -> list[slice]:
     """D's blocks in groups whose rows or columns of W, by `length`, fit into GROUP_ELEMENTS."""
     count, r, _ = D.shape
-    elements = GROUP_ELEMENTS.get(D.device.type, GROUP_ELEMENTS["cuda"])
+    sizes = GROUP_ELEMENTS[mode]
+    elements = sizes.get(D.device.type, sizes["cuda"])
     step = max(1, elements // max(1, length) // r)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
