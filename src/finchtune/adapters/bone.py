@@ -56,10 +56,11 @@ class BoneLinear(torch.autograd.Function):
         s = block_sum(x, len(D))
         ctx.save_for_backward(s, D, x if ctx.needs_input_grad[2] else None, main, scales)
         ctx.form = form
+        ctx.set_materialize_grads(False)
         return product_plus(s, D, x, dense_weight(main, scales, form, x.dtype)), s
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
         """dx = dy W + (dy D^T + ds) on each block, dD = s^T dy, dW = dy^T x, where asked for."""
         s, D, x, main, scales = ctx.saved_tensors
         of_x, of_D, of_W = ctx.needs_input_grad[:3]
@@ -67,7 +68,7 @@ class BoneLinear(torch.autograd.Function):
         if of_x:
             dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype)
             # Into dx itself: a gradient of s spread out and then added would take two more.
-            add_to_blocks(dx, torch.addmm(ds, dy, D.T))
+            add_to_blocks(dx, dy @ D.T if ds is None else torch.addmm(ds, dy, D.T))
         return dx, s.T @ dy if of_D else None, dy.T @ x if of_W else None, None, None
 
 
