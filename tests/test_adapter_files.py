@@ -152,6 +152,12 @@ def test_merging_gives_what_the_file_means(base, form):
     assert counts["replaced"] == sum("time" in name or "ln" in name for name in weights)
 
 
+def test_a_weight_under_bat_cannot_be_trained(base):
+    flags = {"bat_r": 8, "peft": "bat", "load_model": str(base), "train_parts": ["ln", "att.key"]}
+    with pytest.raises(UserError, match=r"att\.key: blocks\.0\.att\.key has an adapter of bat, be"):
+        build_model(TrainConfig(**flags), torch.float32, torch.device("cpu"))
+
+
 def test_other_trained_parameters_need_train_parts(base):
     path, _, weights = write_incumbent(base, "bone", ".bone", extra=("time", "ln"))
     with pytest.raises(UserError, match=r"holds .* trained tensors .* give --train_parts time ln"):

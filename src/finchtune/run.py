@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finchtune import distributed
 from finchtune.adapter_files import FORMAT, start_from_file
-from finchtune.adapters import attach, start_from_gradients
+from finchtune.adapters import adapted_layers, attach, start_from_gradients
 from finchtune.checkpoint import adapter_keys, load_model, save_adapter
 from finchtune.config import TrainConfig
 from finchtune.data import Data, load_data
@@ -47,14 +47,25 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     attach(model, config.peft, init=init, **config.adapter_hyperparameters)
     model.to(device=device, dtype=dtype)
     for part in config.train_parts:
-        chosen = [p for name, p in model.named_parameters() if part in name]
-        if not chosen:
-            raise UserError(f"--train_parts {part}: no parameter has this in its name")
-        for parameter in chosen:
-            parameter.requires_grad_(True)
+        train_part(model, part)
     if config.peft_load:
         start_from_file(model, config)
     return model
+
+
+def train_part(model: RWKV6, part: str) -> None:
+    """Make the parameters with `part` in their names trainable; UserError if that cannot be."""
+    chosen = {name: p for name, p in model.named_parameters() if part in name}
+    if not chosen:
+        raise UserError(f"--train_parts {part}: no parameter has this in its name")
+    for name, layer in adapted_layers(model).items():
+        if layer.adapter.freezes_W and f"{name}.weight" in chosen:
+            raise UserError(
+                f"--train_parts {part}: {name} has an adapter of {layer.adapter.name}, beside "
+                "which its weight cannot be trained; name other parts, or choose another --peft"
+            )
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
 
 
 def describe_parameters(model: RWKV6) -> str:

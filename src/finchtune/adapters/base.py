@@ -20,6 +20,8 @@ class Adapter(nn.Module):
     name: ClassVar[str]
     reads_W: bool = False
     """Whether W itself is needed, not only products with it: then it cannot be quantised."""
+    freezes_W: ClassVar[bool] = False
+    """Whether W cannot be trained beside the adapter."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ class Bat(Adapter):
     """
 
     name = "bat"
+    freezes_W = True
 
     def __init__(
         self, in_features: int, out_features: int, *, r: int = 64, mode: str = "row"
