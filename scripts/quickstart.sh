@@ -30,7 +30,7 @@ echo; echo "3. What it can do of the new skill"
 echo; echo "4. Fine-tune it on the new skill with Bone"
 python train.py --load_model "$out/base/rwkv-0.pth" --proj_dir "$out/bone" \
     --data_file "$out/new/train.jsonl" --data_type jsonl --loss_mask qa --ctx_len 160 \
-    --peft bone --bone_r 16 --micro_bsz 32 --epoch_steps 120 --lr_init 5e-3 --lr_final 5e-4 \
+    --peft bone --bone_r 32 --micro_bsz 32 --epoch_steps 200 --lr_init 8e-3 --lr_final 5e-4 \
     --warmup_steps 10 --grad_cp 0
 
 echo; echo "5. Merge the adapter into plain weights, and look again"
