@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from finchtune.wkv import native
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -52,3 +54,10 @@ def byte_level_bpe(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
     tokenizer.save(str(path))
     return str(path)
+
+
+@pytest.fixture
+def kernels():
+    """Skips where the compiled kernels cannot be had."""
+    if not native.has_kernels("cpu"):
+        pytest.skip("needs a C++ compiler")

@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 
 from finchtune.checkpoint import write_tensors
 from finchtune.model import RWKV6, ModelConfig, init_weights
+from finchtune.wkv import native
 
 
 def small_model(n_layer=2, n_embd=64, vocab_size=256, head_size=8, seed=0, **sizes) -> RWKV6:
@@ -107,3 +111,13 @@ def assert_one_error_line(done, *parts: str) -> None:
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@contextmanager
+def cpu_path_in_use(name: str) -> Iterator[None]:
+    """Run the CPU kernels in one of their forms; skips where this processor has not got it."""
+    if name not in native.cpu_paths():
+        pytest.skip(f"this processor has no {name}")
+    native.use_cpu_path(name)
+    yield
+    native.use_cpu_path("fastest")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support import cpu_path_in_use
 
 from finchtune import loss
 from finchtune.loss import cross_entropy_sum
-from finchtune.wkv import native
 
 
 def plain(hidden, weight, labels):
@@ -94,14 +94,9 @@ def test_l2wrap_is_the_gradient_of_the_squared_largest_logits(monkeypatch, chunk
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
-def cpu_path(request):
-    if not native.has_kernels("cpu"):
-        pytest.skip("needs a C++ compiler")
-    if request.param not in native.cpu_paths():
-        pytest.skip(f"this processor has no {request.param}")
-    native.use_cpu_path(request.param)
-    yield
-    native.use_cpu_path("fastest")
+def cpu_path(kernels, request):
+    with cpu_path_in_use(request.param):
+        yield
 
 
 def row_gradients(logits, labels, l2wrap):
@@ -147,7 +142,6 @@ def test_the_compiled_rows_keep_what_is_not_finite(cpu_path):
     assert logits[1, 7] < 1e-37
 
 
-@pytest.mark.skipif(not native.has_kernels("cpu"), reason="needs a C++ compiler")
-def test_a_label_outside_the_vocabulary_is_an_error():
+def test_a_label_outside_the_vocabulary_is_an_error(kernels):
     with pytest.raises(IndexError, match="label 9 lies outside the vocabulary of 9"):
         cross_entropy_sum(torch.randn(2, 4), torch.randn(9, 4), torch.tensor([3, 9]))

@@ -76,9 +76,10 @@ def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
-    """The shape of a parameter of which ZeRO-3 may have left this rank a part."""
-    return getattr(parameter, "ds_shape", parameter.shape)
+def whole_like(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """On the meta device, what `Engine.whole` gives: ZeRO-3 leaves a rank a part of a parameter."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 class Engine:
@@ -95,6 +96,7 @@ class Engine:
         betas = (config.beta1, config.beta2)
         optimizer = adamw(groups, config.lr_init, betas, config.adam_eps)
         self.model, self.device = model, device
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.accumulate = config.accumulate_grad_batches
         self.stage = config.stage
         module = SummedLoss(model, config.l2wrap)
@@ -103,7 +105,7 @@ class Engine:
 
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
-        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        trained = sum(p.numel() for p in self.trained.values())
         sums_in_fp32 = dtype == torch.bfloat16 and config.accumulate_grad_batches > 1
         on_gpu = self.device.type == "cuda"
         memory = {"device": "cpu" if config.offload else "none", "pin_memory": on_gpu}
@@ -209,14 +211,10 @@ class Engine:
         inner = self.ds.optimizer.optimizer
         if not inner.state:  # no step was taken yet, or every one was skipped
             self._set_moments_to_zero(adam_step=0)
-        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
         frozen = {n: b for n, b in self.model.named_buffers() if ".adapter." in n}
         layout: dict[str, Any] = {
-            part: {
-                name: torch.empty(whole_shape(parameter), dtype=torch.float32, device="meta")
-                for name, parameter in trained.items()
-            }
+            part: {name: whole_like(p, torch.float32) for name, p in self.trained.items()}
             for part in (*MOMENTS, "trained")
         }
         layout["frozen"] = {name: buffer.to("meta") for name, buffer in frozen.items()}
@@ -226,7 +224,7 @@ class Engine:
 
         def tensors() -> Iterator[Tensor]:
             for moment in (*MOMENTS, None):
-                for parameter in trained.values():
+                for parameter in self.trained.values():
                     yield self.whole(parameter, moment)
             for buffer in frozen.values():
                 yield buffer.cpu()
@@ -239,11 +237,10 @@ class Engine:
         The model's parameters must hold state["trained"] already, since DeepSpeed copied them.
         """
         self._set_moments_to_zero(state["adam_step"])
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                self._set_whole(parameter, state["trained"][name], None)
-                for moment in MOMENTS:
-                    self._set_whole(parameter, state[moment][name], moment)
+        for name, parameter in self.trained.items():
+            self._set_whole(parameter, state["trained"][name], None)
+            for moment in MOMENTS:
+                self._set_whole(parameter, state[moment][name], moment)
         if "loss_scale" in state:
             vars(self.ds.optimizer.loss_scaler).update(state["loss_scale"])
 

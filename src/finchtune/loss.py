@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from finchtune.wkv.native import has_kernels
+from finchtune.wkv.native import DTYPES, has_kernels
 
 IGNORE = -100
-KERNEL_KINDS = (("cpu", torch.float32), ("cpu", torch.bfloat16))
 # Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time;
 # a GPU needs enough rows to be busy.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}
@@ -66,8 +65,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _fits_kernel(logits: Tensor) -> bool:
     """Whether the compiled kernel takes such logits; it computes in fp32 whatever their dtype."""
-    kind = logits.device.type, logits.dtype
-    return kind in KERNEL_KINDS and has_kernels("cpu")
+    return logits.device.type == "cpu" and logits.dtype in DTYPES["cpu"] and has_kernels("cpu")
 
 
 def _losses_to_gradients(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:

@@ -15,7 +15,7 @@ from finchtune.adapters import adapted_layers, attach, start_from_gradients
 from finchtune.checkpoint import adapter_keys, load_model, save_adapter
 from finchtune.config import TrainConfig
 from finchtune.data import Data, load_data
-from finchtune.engine import Engine, whole_shape
+from finchtune.engine import Engine, whole_like
 from finchtune.errors import UserError
 from finchtune.files import sha256, write_json
 from finchtune.folder import clean_folder
@@ -236,14 +236,13 @@ class Run:
         """
         model, keys = self.engine.model, adapter_keys(self.engine.model)
         dtype = self.base_dtype if self.config.peft == "none" else torch.float32
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        layout = {}
-        for name, key in keys.items():
-            if name in trained:
-                shape = whole_shape(trained[name])
-                layout[key] = torch.empty(shape, dtype=dtype, device="meta")
-            else:
-                layout[key] = model.get_buffer(name).to("meta")
+        trained = self.engine.trained
+        layout = {
+            key: whole_like(trained[name], dtype)
+            if name in trained
+            else model.get_buffer(name).to("meta")
+            for name, key in keys.items()
+        }
 
         def tensors() -> Iterator[Tensor]:
             for name in keys:

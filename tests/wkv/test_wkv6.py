@@ -6,9 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import cpu_path_in_use
 
 from finchtune.errors import UserError
-from finchtune.wkv import native, wkv6, wkv6_chunked, wkv6_reference
+from finchtune.wkv import wkv6, wkv6_chunked, wkv6_reference
 
 FORMS = ["chunked", "avx512", "avx2", "portable"]
 REGIMES = ["strong", "weak", "typical", "mixed", "extreme"]
@@ -89,19 +90,9 @@ def form(request):
     if request.param == "chunked":
         yield wkv6_chunked
         return
-    if not native.has_kernels("cpu"):
-        pytest.skip("needs a C++ compiler")
-    if request.param not in native.cpu_paths():
-        pytest.skip(f"this processor has no {request.param}")
-    native.use_cpu_path(request.param)
-    yield wkv6
-    native.use_cpu_path("fastest")
-
-
-@pytest.fixture
-def kernels():
-    if not native.has_kernels("cpu"):
-        pytest.skip("needs a C++ compiler")
+    request.getfixturevalue("kernels")
+    with cpu_path_in_use(request.param):
+        yield wkv6
 
 
 every_form = pytest.mark.parametrize("form", FORMS, indirect=True)

@@ -22,8 +22,6 @@ from finchtune.files import atomic_path, cache_folder
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
-
-
 DIGEST_BYTES = 16
 
 
@@ -91,7 +89,7 @@ def _digest(content: bytes) -> bytes:
 @functools.cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled world_trie.cpp; None, with a warning, where it cannot be compiled."""
-    key = hashlib.sha256(SOURCE.read_bytes() + platform.machine().encode()).hexdigest()[:16]
+    key = _digest(SOURCE.read_bytes() + platform.machine().encode()).hex()
     library = cache_folder() / f"finchtune_world_trie_{key}.so"
     compiler = os.environ.get("CXX", "c++")
     try:
