@@ -33,7 +33,8 @@ from torch import Tensor
 
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
-from finchtune.wkv import build, native, wkv6, wkv6_chunked, wkv6_reference
+from finchtune.kernels import build, cpu_paths, has_kernels
+from finchtune.wkv import wkv6, wkv6_chunked, wkv6_reference
 from finchtune.wkv.sequential import Form, sequential_form
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -269,8 +270,8 @@ def main() -> None:
     floors = {dtype: machine_floor(device, DTYPES[dtype]) for dtype in args.dtypes}
     about = {"device": args.device, "threads": args.threads, "torch": torch.__version__}
     about |= {"processor": processor_name(device), "floors": floors}
-    if device.type == "cpu" and native.has_kernels("cpu"):
-        about["cpu_path"] = native.cpu_paths()[0]
+    if device.type == "cpu" and has_kernels("cpu"):
+        about["cpu_path"] = cpu_paths()[0]
     print(about["processor"])
     for dtype, floor in floors.items():
         copy, matmul = floor["bytes"] / 1e9, floor["flops"] / 1e9

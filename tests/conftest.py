@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finchtune.wkv import native
+from finchtune.kernels import has_kernels
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
@@ -59,5 +59,5 @@ def byte_level_bpe(tmp_path_factory) -> str:
 @pytest.fixture
 def kernels():
     """Skips where the compiled kernels cannot be had."""
-    if not native.has_kernels("cpu"):
+    if not has_kernels("cpu"):
         pytest.skip("needs a C++ compiler")

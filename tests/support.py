@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from finchtune import kernels
 from finchtune.checkpoint import write_tensors
 from finchtune.model import RWKV6, ModelConfig, init_weights
-from finchtune.wkv import native
 
 
 def small_model(n_layer=2, n_embd=64, vocab_size=256, head_size=8, seed=0, **sizes) -> RWKV6:
@@ -116,8 +116,8 @@ def metrics(folder: Path) -> list[dict]:
 @contextmanager
 def cpu_path_in_use(name: str) -> Iterator[None]:
     """Run the CPU kernels in one of their forms; skips where this processor has not got it."""
-    if name not in native.cpu_paths():
+    if name not in kernels.cpu_paths():
         pytest.skip(f"this processor has no {name}")
-    native.use_cpu_path(name)
+    kernels.use_cpu_path(name)
     yield
-    native.use_cpu_path("fastest")
+    kernels.use_cpu_path("fastest")

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
     {"files", "pth"},
-    {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals"},
+    {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals", "kernels"},
     {"launch", "flags", "data", "wkv", "adapters"},
     {"loss"},
     {"model", "optim"},

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from finchtune.wkv.native import DTYPES, has_kernels
+from finchtune.kernels import DTYPES, has_kernels
 
 IGNORE = -100
 # Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time;

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from finchtune.errors import UserError
-from finchtune.wkv import native
+from finchtune.kernels import DTYPES as KERNEL_DTYPES
+from finchtune.kernels import has_kernels
 from finchtune.wkv.chunked import wkv6_chunked
 from finchtune.wkv.sequences import compute_dtype, zero_state
 
@@ -57,6 +58,29 @@ def check_arguments(
             raise UserError(f"wkv6: {name} is {tensor.dtype}, r is {r.dtype}; use one dtype")
 
 
+def fits_kernel(r: Tensor) -> bool:
+    """Whether a compiled kernel exists for inputs like r (B, T, H, N) on this machine."""
+    device, N = r.device.type, r.shape[-1]
+    fits = r.dtype in KERNEL_DTYPES.get(device, ()) and N % 8 == 0 and 8 <= N <= 128
+    return fits and has_kernels(device)
+
+
+def wkv6_compiled(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`wkv6` by the compiled kernels; r, k, v, w in one dtype, u and state fp32."""
+    inputs = (r, k, v, w, u, state)
+    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    y, state, _ = torch.ops.finchtune.wkv6_forward(*inputs, cu_seqlens, for_backward)
+    return y, state
+
+
 def wkv6(
     r: Tensor,
     k: Tensor,
@@ -91,8 +115,8 @@ def wkv6(
     wide = compute_dtype(r)
     w, u = w.to(r.dtype), u.to(wide)
     state = zero_state(r, cu_seqlens) if state is None else state.to(wide)
-    if not native.fits(r):
+    if not fits_kernel(r):
         return wkv6_chunked(r, k, v, w, u, state, cu_seqlens)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(r.device, torch.int32)
-    return native.wkv6_native(r, k, v, w, u, state, cu_seqlens)
+    return wkv6_compiled(r, k, v, w, u, state, cu_seqlens)

@@ -1,5 +1,5 @@
 // The cross entropy of a token, and its gradient in the place of the logits. Part of
-// wkv6_cpu_kernel.h.
+// kernels.h.
 
 constexpr int64_t kStrip = 2048;  // floats that stay in the first-level cache
 constexpr float kLowest = std::numeric_limits<float>::lowest();

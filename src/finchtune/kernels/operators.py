@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.wkv.build import BuildError, load_library
+from finchtune.kernels.build import BuildError, load_library
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -96,36 +96,13 @@ def has_kernels(device_type: str) -> bool:
     return device_type in DTYPES and device_type in loaded_devices()
 
 
-def fits(r: Tensor) -> bool:
-    """Whether a compiled kernel exists for inputs like r (B, T, H, N) on this machine."""
-    device, N = r.device.type, r.shape[-1]
-    fits_kernel = r.dtype in DTYPES.get(device, ()) and N % 8 == 0 and 8 <= N <= 128
-    return fits_kernel and has_kernels(device)
-
-
-def wkv6_native(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`finchtune.wkv.wkv6` by the compiled kernels; r, k, v, w in one dtype, u and state fp32."""
-    inputs = (r, k, v, w, u, state)
-    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, state, _ = torch.ops.finchtune.wkv6_forward(*inputs, cu_seqlens, for_backward)
-    return y, state
-
-
 def cpu_paths() -> list[str]:
-    """Names of the CPU kernel's forms that this processor runs, the fastest first."""
+    """Names of the CPU kernels' forms that this processor runs, the fastest first."""
     assert has_kernels("cpu")
-    return torch.ops.finchtune.wkv6_cpu_paths()
+    return torch.ops.finchtune.cpu_paths()
 
 
 def use_cpu_path(name: str) -> None:
-    """Run the CPU kernel in this form from now on: a name from `cpu_paths`, or "fastest"."""
+    """Run the CPU kernels in this form from now on: a name from `cpu_paths`, or "fastest"."""
     assert has_kernels("cpu")
-    torch.ops.finchtune.wkv6_use_cpu_path(name)
+    torch.ops.finchtune.use_cpu_path(name)

@@ -1,4 +1,4 @@
-// Vectors of LANES floats: the exponential, sums of lanes, memory. Part of wkv6_cpu_kernel.h.
+// Vectors of LANES floats: the exponential, sums of lanes, memory. Part of kernels.h.
 
 typedef float Vec __attribute__((vector_size(4 * LANES), may_alias));
 typedef float UnalignedVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));

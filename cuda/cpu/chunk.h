@@ -1,4 +1,13 @@
-// A chunk of tokens: its rows, its decays, the weights of its pairs. Part of wkv6_cpu_kernel.h.
+// A chunk of tokens: its rows, its decays, the weights of its pairs. Part of kernels.h.
+//
+// Tokens are taken in chunks of kTokens. Inside a chunk each pair of tokens is weighed directly;
+// what crosses a chunk goes through the state. With d the decays of a chunk's tokens:
+//   before_i = product of d_l, l < i     after_j = product of d_l, l > j     kept = product of all
+//   A_ij = sum_n r_i k_j prod(d_l, j < l < i) for j < i,      A_ii = sum_n r_i u k_i
+//   y = A V + (r*before) S        S' = kept*S + (k*after)^T V
+// Backward runs the chunks in reverse with G, the gradient of the state at the chunk's end. All
+// factors are products of decays, so they lie in [0, 1]: no overflow, and no difference of large
+// sums anywhere. See docs/kernels.md.
 
 // Tokens past the end of a sequence have zero rows and decay nothing.
 struct Chunk {

@@ -17,15 +17,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from finchtune.wkv import build
+from finchtune.kernels import build
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-STARTED = "compiling the WKV6 kernels"
+STARTED = "compiling the kernels"
 TINY = """
 import sys
 from pathlib import Path
-from finchtune.wkv import build
+from finchtune.kernels import build
 build.SOURCE_FOLDER = Path(sys.argv[1])
 print(build.load_library(Path(sys.argv[2])))
 """
@@ -35,9 +35,10 @@ print(build.load_library(Path(sys.argv[2])))
 def sources(tmp_path):
     """A folder of sources like cuda/, but quick to compile."""
     folder = tmp_path / "sources"
-    folder.mkdir()
-    (folder / "wkv6_op.cpp").write_text("int finchtune_test_symbol = 1;\n")
-    (folder / "wkv6_cpu.cpp").write_text("")
+    (folder / "cpu").mkdir(parents=True)
+    (folder / "operators_wkv6.cpp").write_text("int finchtune_test_symbol = 1;\n")
+    (folder / "operators_cpu.cpp").write_text("")
+    (folder / "cpu" / "paths.cpp").write_text("")
     return folder
 
 
@@ -104,7 +105,7 @@ def test_whatever_the_library_depends_on_makes_a_new_one(sources, monkeypatch):
     monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
     keys = [build.build_key("g++ 12", None)]
     keys += [build.build_key("g++ 13", None), build.build_key("g++ 12", "9.0")]
-    (sources / "wkv6_cpu.h").write_text("// included by a source, so it counts\n")
+    (sources / "cpu" / "wkv6.h").write_text("// included by a source, so it counts\n")
     keys.append(build.build_key("g++ 12", None))
     assert len(set(keys)) == 4
 
@@ -126,7 +127,7 @@ def test_ninja_is_found_beside_python(sources, tmp_path, monkeypatch, capfd):
 
 @needs_compiler
 def test_the_compilers_message_is_shown(sources, tmp_path, monkeypatch):
-    (sources / "wkv6_op.cpp").write_text("#error what the compiler says\n")
+    (sources / "operators_wkv6.cpp").write_text("#error what the compiler says\n")
     monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
     with pytest.raises(build.BuildError, match="what the compiler says"):
         build.load_library(tmp_path / "cache")
@@ -191,7 +192,7 @@ def test_without_a_compiler_one_warning_and_plain_torch(tmp_path):
 
 
 def test_importing_builds_nothing(tmp_path):
-    program = "import finchtune, finchtune.wkv, finchtune.wkv.native"
+    program = "import finchtune, finchtune.wkv, finchtune.kernels"
     finish(start(program=program, XDG_CACHE_HOME=str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
@@ -212,7 +213,7 @@ def test_two_ranks_build_the_kernels_and_use_them(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(not CUDA_HEADERS.exists(), reason="needs CUDA's headers")
 def test_the_cuda_binding_compiles(tmp_path):
-    """The part of wkv6_op.cpp that only a CUDA build contains."""
+    """The part of operators_wkv6.cpp that only a CUDA build contains."""
     from torch.utils import cpp_extension
 
     # Torch for the CPU ships its CUDA headers, but not this generated one.
@@ -223,6 +224,6 @@ def test_the_cuda_binding_compiles(tmp_path):
     for folder in [*cpp_extension.include_paths(), str(CUDA_HEADERS)]:
         command += ["-isystem", folder]
     result = subprocess.run(
-        [*command, str(build.SOURCE_FOLDER / "wkv6_op.cpp")], capture_output=True, text=True
+        [*command, str(build.SOURCE_FOLDER / "operators_wkv6.cpp")], capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr

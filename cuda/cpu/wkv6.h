@@ -1,12 +1,9 @@
-// WKV6 on a CPU: the arguments of the kernel, and the instruction sets it is compiled for.
-// No torch here: the caller owns the memory and shares the heads out among its threads.
+// WKV6 on a CPU: the arguments of the kernel. The caller owns the memory.
 #pragma once
 
-#include <cstdint>
+#include "element.h"
 
 namespace finchtune {
-
-enum class Element { kFloat32, kBfloat16 };
 
 // A token's row of one head has head_size elements; the rows of one token lie side by side, and
 // the tokens of all sequences follow one another: (tokens, n_heads, head_size).
@@ -52,25 +49,6 @@ struct Wkv6Gradients {
   float* state;
 };
 
-// One compiled form of the kernel. Heads are numbered over all sequences, as sequence * n_heads +
-// head; a call works on those from first up to last, and no two calls may share one.
-struct Wkv6CpuPath {
-  const char* name;
-  bool (*supported)();
-  void (*forward)(const Wkv6Shape&, const Wkv6Inputs&, const Wkv6Outputs&, int64_t first,
-                  int64_t last);
-  void (*backward)(const Wkv6Shape&, const Wkv6Inputs&, const float* checkpoints,
-                   const Wkv6OutputGradients&, const Wkv6Gradients&, int64_t first, int64_t last);
-  // Rows from first up to last of logits (rows, n): the loss of each against its label, and its
-  // gradient in the place of the logits, with l2wrap times the largest logit added at that one's.
-  void (*cross_entropy)(void* logits, Element element, int64_t n, const int64_t* labels,
-                        float l2wrap, float* losses, int64_t first, int64_t last);
-};
-
 constexpr int64_t kMaxHeadSize = 128;
-
-// All compiled forms, the fastest first; the last runs everywhere.
-extern const Wkv6CpuPath kWkv6CpuPaths[];
-extern const int kWkv6CpuPathCount;
 
 }  // namespace finchtune

@@ -1,7 +1,6 @@
-// The CPU kernel of WKV6, compiled once for each instruction set. The kernel is in
-// wkv6_cpu_kernel.h; which form runs is decided at run time.
+// The CPU kernels, compiled once for each instruction set. Which form runs is decided at run time.
 
-#include "wkv6_cpu.h"
+#include "paths.h"
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +23,7 @@ namespace finchtune {
 #pragma GCC target("avx512f,avx512vl,avx512dq,avx512bw,avx2,fma,prefer-vector-width=512")
 namespace avx512 {
 #define LANES 16
-#include "wkv6_cpu_kernel.h"
+#include "kernels.h"
 #undef LANES
 bool supported() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
@@ -38,7 +37,7 @@ bool supported() {
 #pragma GCC target("avx2,fma")
 namespace avx2 {
 #define LANES 8
-#include "wkv6_cpu_kernel.h"
+#include "kernels.h"
 #undef LANES
 bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 }  // namespace avx2
@@ -47,20 +46,18 @@ bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_suppor
 
 namespace portable {
 #define LANES 4
-#include "wkv6_cpu_kernel.h"
+#include "kernels.h"
 #undef LANES
 bool supported() { return true; }
 }  // namespace portable
 
-const Wkv6CpuPath kWkv6CpuPaths[] = {
+const CpuPath kCpuPaths[] = {
 #ifdef FINCHTUNE_X86_PATHS
-    {"avx512", avx512::supported, avx512::forward, avx512::backward,
-     avx512::cross_entropy},
-    {"avx2", avx2::supported, avx2::forward, avx2::backward, avx2::cross_entropy},
+    {"avx512", avx512::supported, avx512::kKernels},
+    {"avx2", avx2::supported, avx2::kKernels},
 #endif
-    {"portable", portable::supported, portable::forward, portable::backward,
-     portable::cross_entropy},
+    {"portable", portable::supported, portable::kKernels},
 };
-const int kWkv6CpuPathCount = sizeof kWkv6CpuPaths / sizeof kWkv6CpuPaths[0];
+const int kCpuPathCount = sizeof kCpuPaths / sizeof kCpuPaths[0];
 
 }  // namespace finchtune

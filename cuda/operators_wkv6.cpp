@@ -1,17 +1,15 @@
-// The torch operators finchtune::wkv6_forward, wkv6_backward and cross_entropy_: every check, all
-// memory, and the calls into the kernels for the CPU and, in a CUDA build, for the GPU.
+// The torch operators finchtune::wkv6_forward and wkv6_backward: every check, all memory, and the
+// calls into the kernels for the CPU and, in a CUDA build, for the GPU.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <atomic>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "wkv6_cpu.h"
+#include "operators.h"
 
 #ifdef FINCHTUNE_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -25,12 +23,6 @@ namespace {
 
 using at::Tensor;
 using std::optional;
-
-// The same values one after another, from an address that vector instructions can load from.
-Tensor dense(const Tensor& x) {
-  Tensor y = x.contiguous();
-  return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0 ? y : y.clone();
-}
 
 // What a call works on: the inputs made dense and checked against each other.
 struct Call {
@@ -70,31 +62,6 @@ struct Call {
   }
 };
 
-// The form of the CPU kernel in use; null until the first call.
-std::atomic<const Wkv6CpuPath*> chosen_cpu_path{nullptr};
-
-std::vector<std::string> cpu_paths() {
-  std::vector<std::string> names;
-  for (int i = 0; i < kWkv6CpuPathCount; ++i)
-    if (kWkv6CpuPaths[i].supported()) names.push_back(kWkv6CpuPaths[i].name);
-  return names;
-}
-
-void use_cpu_path(const std::string& name) {
-  for (int i = 0; i < kWkv6CpuPathCount; ++i) {
-    if (kWkv6CpuPaths[i].supported() && (name == kWkv6CpuPaths[i].name || name == "fastest")) {
-      chosen_cpu_path = &kWkv6CpuPaths[i];
-      return;
-    }
-  }
-  TORCH_CHECK(false, "wkv6: this processor has no path named ", name);
-}
-
-const Wkv6CpuPath& cpu_path() {
-  if (!chosen_cpu_path) use_cpu_path("fastest");
-  return *chosen_cpu_path;
-}
-
 struct CpuCall : Call {
   std::vector<int64_t> bounds;
   Wkv6Shape shape;
@@ -102,16 +69,13 @@ struct CpuCall : Call {
 
   template <typename... Arguments>
   explicit CpuCall(const Arguments&... arguments) : Call(arguments...) {
-    TORCH_CHECK(r.scalar_type() == at::kFloat || r.scalar_type() == at::kBFloat16,
-                "wkv6: the CPU kernel takes fp32 and bf16, not ", r.scalar_type());
     for (int64_t i = 0; i <= n_sequences; ++i)
       bounds.push_back(cu_seqlens ? cu_seqlens->const_data_ptr<int32_t>()[i] : i * T);
     for (int64_t i = 0; i < n_sequences; ++i)
       TORCH_CHECK(bounds[i] <= bounds[i + 1], "wkv6: cu_seqlens must not fall");
     TORCH_CHECK(bounds[0] == 0 && bounds[n_sequences] == B * T,
                 "wkv6: cu_seqlens must go from 0 to ", T);
-    auto element = r.scalar_type() == at::kFloat ? Element::kFloat32 : Element::kBfloat16;
-    shape = {n_sequences, H, N, bounds.data(), element};
+    shape = {n_sequences, H, N, bounds.data(), element_of(r)};
     inputs = {r.const_data_ptr(),         k.const_data_ptr(),        v.const_data_ptr(),
               w.const_data_ptr(),         u.const_data_ptr<float>(), state.const_data_ptr<float>()};
   }
@@ -144,7 +108,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& r, const Tensor& k,
   Wkv6Outputs out = {y.data_ptr(), new_state.data_ptr<float>(),
                      for_backward ? checkpoints.data_ptr<float>() : nullptr};
   call.for_heads([&](int64_t first, int64_t last) {
-    cpu_path().forward(call.shape, call.inputs, out, first, last);
+    cpu_kernels().wkv6_forward(call.shape, call.inputs, out, first, last);
   });
   return {y, new_state, checkpoints};
 }
@@ -165,32 +129,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   Wkv6Gradients out = {dr.data_ptr(),         dk.data_ptr(),        dv.data_ptr(),
                        dw.data_ptr(),         du.data_ptr<float>(), dstate_in.data_ptr<float>()};
   call.for_heads([&](int64_t first, int64_t last) {
-    cpu_path().backward(call.shape, call.inputs, starts.const_data_ptr<float>(), from, out, first,
-                        last);
+    cpu_kernels().wkv6_backward(call.shape, call.inputs, starts.const_data_ptr<float>(), from, out,
+                                first, last);
   });
   return {dr, dk, dv, dw, du.sum(0), dstate_in};
-}
-
-Tensor cross_entropy_cpu(const Tensor& logits, const Tensor& labels, double l2wrap) {
-  TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && labels.is_contiguous() &&
-                  labels.sizes() == logits.sizes().slice(0, 1) && labels.scalar_type() == at::kLong,
-              "cross_entropy_: logits must be dense (rows, V), labels (rows) int64");
-  const bool wide = logits.scalar_type() == at::kFloat;
-  TORCH_CHECK(wide || logits.scalar_type() == at::kBFloat16,
-              "cross_entropy_: logits must be fp32 or bf16, not ", logits.scalar_type());
-  const int64_t rows = logits.size(0), n = logits.size(1);
-  const int64_t* label = labels.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows; ++i)
-    TORCH_CHECK_INDEX(0 <= label[i] && label[i] < n, "cross_entropy_: label ", label[i],
-                      " lies outside the vocabulary of ", n);
-  Tensor losses = at::empty({rows}, logits.options().dtype(at::kFloat));
-  void* data = logits.data_ptr();
-  float* loss = losses.data_ptr<float>();
-  at::parallel_for(0, rows, 1, [&](int64_t first, int64_t last) {
-    cpu_path().cross_entropy(data, wide ? Element::kFloat32 : Element::kBfloat16, n, label,
-                             static_cast<float>(l2wrap), loss, first, last);
-  });
-  return losses;
 }
 
 #ifdef FINCHTUNE_CUDA
@@ -277,7 +219,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
 }  // namespace
 }  // namespace finchtune
 
-TORCH_LIBRARY(finchtune, library) {
+TORCH_LIBRARY_FRAGMENT(finchtune, library) {
   library.def(
       "wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, "
       "Tensor? cu_seqlens, bool for_backward) -> (Tensor y, Tensor state, Tensor checkpoints)");
@@ -285,15 +227,11 @@ TORCH_LIBRARY(finchtune, library) {
       "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, "
       "Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_y, Tensor grad_state) "
       "-> (Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state)");
-  library.def("cross_entropy_(Tensor(a!) logits, Tensor labels, float l2wrap) -> Tensor losses");
-  library.def("wkv6_cpu_paths() -> str[]", &finchtune::cpu_paths);
-  library.def("wkv6_use_cpu_path(str name) -> ()", &finchtune::use_cpu_path);
 }
 
 TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
   library.impl("wkv6_forward", &finchtune::forward_cpu);
   library.impl("wkv6_backward", &finchtune::backward_cpu);
-  library.impl("cross_entropy_", &finchtune::cross_entropy_cpu);
 }
 
 #ifdef FINCHTUNE_CUDA

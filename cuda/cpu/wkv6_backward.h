@@ -1,4 +1,4 @@
-// The backward pass. Part of wkv6_cpu_kernel.h.
+// The backward pass. Part of kernels.h.
 
 struct ChunkGradients {
   Row dy[kTokens], dr[kTokens], dk[kTokens], dv[kTokens], dw[kTokens];
@@ -115,7 +115,7 @@ static void backward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const fl
   std::memcpy(out.u + index * n, du.at, n * sizeof(float));
 }
 
-static void backward(const Wkv6Shape& shape, const Wkv6Inputs& in, const float* checkpoints,
+static void wkv6_backward(const Wkv6Shape& shape, const Wkv6Inputs& in, const float* checkpoints,
                      const Wkv6OutputGradients& from, const Wkv6Gradients& out, int64_t first,
                      int64_t last) {
   DenormalsAreZero while_alive;

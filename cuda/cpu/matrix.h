@@ -1,5 +1,5 @@
 // Products of a chunk's rows with the state, in blocks that stay in registers. Part of
-// wkv6_cpu_kernel.h. Matrices have rows of `width` floats, head_size of them.
+// kernels.h. Matrices have rows of `width` floats, head_size of them.
 
 constexpr int kBlockRows = 4, kBlockVecs = LANES == 16 ? 4 : 2;
 

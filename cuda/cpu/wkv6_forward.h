@@ -1,4 +1,4 @@
-// The forward pass. Part of wkv6_cpu_kernel.h.
+// The forward pass. Part of kernels.h.
 
 // The heads of one sequence take turns of so many tokens: a token's heads lie side by side, so that
 // memory is then read nearly in order. Their states stay in the second-level cache.
@@ -24,7 +24,7 @@ static void forward_turn(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv
   }
 }
 
-static void forward(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv6Outputs& out,
+static void wkv6_forward(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv6Outputs& out,
                     int64_t first, int64_t last) {
   DenormalsAreZero while_alive;
   const int64_t n = shape.head_size, width = padded_width(n);

@@ -62,15 +62,17 @@ def cuda_target() -> str | None:
 
 def source_files(target: str | None) -> list[Path]:
     """The files to compile."""
-    names = ["wkv6_op.cpp", "wkv6_cpu.cpp"] + ([] if target is None else ["wkv6.cu"])
+    names = ["operators_wkv6.cpp", "operators_cpu.cpp", "cpu/paths.cpp"]
+    names += [] if target is None else ["wkv6.cu"]
     return [SOURCE_FOLDER / name for name in names]
 
 
 def build_key(compiler: str, target: str | None) -> str:
     """A digest of everything that the compiled library depends on."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in SOURCE_FOLDER.iterdir() if p.suffix != ".md"):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in sorted(p for p in SOURCE_FOLDER.rglob("*") if p.is_file() and p.suffix != ".md"):
+        name = str(path.relative_to(SOURCE_FOLDER))
+        digest.update(name.encode() + b"\0" + path.read_bytes())
     facts = [torch.__version__, platform.machine(), compiler, *C_FLAGS, f"CUDA: {target}"]
     digest.update("\0".join(facts).encode())
     return digest.hexdigest()[:16]
@@ -91,7 +93,7 @@ def compile_and_load(library: Path, target: str | None) -> None:
     for leftover in library.parent.glob(f"{library.stem}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(".tmp", f"{library.stem}.", library.parent))
-    print("compiling the WKV6 kernels, once for this machine ...", file=sys.stderr, flush=True)
+    print("compiling the kernels, once for this machine ...", file=sys.stderr, flush=True)
     try:
         cpp_extension.load(
             name=library.stem,
@@ -125,7 +127,7 @@ def build_or_wait(library: Path, target: str | None) -> None:
 
 
 def load_library(cache: Path | None = None) -> bool:
-    """Load the operators `torch.ops.finchtune.wkv6_*`, compiling them first where needed.
+    """Load the operators `torch.ops.finchtune.*`, compiling them first where needed.
 
     Safe to call from several processes at once: one compiles, the others wait. `cache` is the
     folder of compiled libraries. Returns whether the GPU kernels are in it.
@@ -139,7 +141,7 @@ def load_library(cache: Path | None = None) -> bool:
     cache = cache or cache_folder()
     with scripts_on_path():
         compiler = compiler_version(os.environ.get("CXX", "c++"))
-        library = cache / f"finchtune_wkv6_{build_key(compiler, target)}.so"
+        library = cache / f"finchtune_kernels_{build_key(compiler, target)}.so"
         if library.exists():
             torch.ops.load_library(str(library))
         else:

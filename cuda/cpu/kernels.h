@@ -1,0 +1,13 @@
+// All CPU kernels, written once on GCC's vector types and included once for each instruction set,
+// in a namespace that defines LANES, the number of floats in a register.
+
+#include "vector.h"
+#include "memory.h"
+#include "rows.h"
+#include "matrix.h"
+#include "chunk.h"
+#include "wkv6_forward.h"
+#include "wkv6_backward.h"
+#include "cross_entropy.h"
+
+constexpr CpuKernels kKernels = {wkv6_forward, wkv6_backward, cross_entropy};
