@@ -1,50 +1,28 @@
 """train.py as people start it: alone, under several processes, interrupted and resumed."""
 
 import json
-import random
 import shutil
 
 import pytest
 import torch
+from additions import flags, losses, make_folder
 from support import (
     assert_one_error_line,
     metrics,
     relative_error,
     run_script,
     rwkv_package_logits,
-    save_model,
-    small_model,
     train,
 )
 
-from finchtune.adapters import METHODS, attach
+from finchtune.adapters import attach
 from finchtune.checkpoint import load_adapter, load_model
-from finchtune.errors import UserError
 from finchtune.files import sha256
-from finchtune.merge_commands import verify
-from finchtune.merging import merge_files, unmerge_files
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A base model and a small corpus."""
-    path = tmp_path_factory.mktemp("train")
-    save_model(small_model(head_size=16), path / "base.pth")
-    rng = random.Random(0)
-    with (path / "text.jsonl").open("w") as file:
-        for _ in range(40):
-            a, b = rng.randrange(10), rng.randrange(10)
-            row = {"question": f"What is {a} plus {b}?", "answer": f"It is {a + b}."}
-            file.write(json.dumps(row | {"text": " ".join(row.values())}) + "\n")
-    return path
-
-
-def flags(folder, proj, *more):
-    return [
-        *("--load_model", folder / "base.pth", "--data_file", folder / "text.jsonl"),
-        *("--data_type", "jsonl", "--ctx_len", 64, "--lr_init", 1e-2, "--proj_dir", proj),
-        *more,
-    ]
+    return make_folder(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +32,6 @@ def bone_run(folder):
     words = "--peft bone --bone_r 8 --micro_bsz 8 --epoch_steps 6 --save_every 3".split()
     train(*flags(folder, proj, *words))
     return proj
-
-
-def losses(proj):
-    return [row["loss"] for row in metrics(proj)]
 
 
 def test_a_run_leaves_adapter_record_metrics_and_picture(folder, bone_run):
@@ -96,18 +70,6 @@ def test_two_processes_give_the_losses_of_one(folder, bone_run, stage):
     words = "--peft bone --bone_r 8 --micro_bsz 4 --epoch_steps 6 --devices 2".split()
     train(*flags(folder, proj, *words, "--strategy", f"deepspeed_stage_{stage}"))
     assert losses(proj) == pytest.approx(losses(bone_run), rel=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_full_tuning_in_two_processes_gives_the_losses_of_one(folder, stage):
-    for devices, micro_bsz in ((1, 8), (2, 4)):
-        words = f"--micro_bsz {micro_bsz} --epoch_steps 6 --devices {devices}".split()
-        words += ["--strategy", f"deepspeed_stage_{stage}", "--overwrite", "1"]
-        train(*flags(folder, folder / f"full-{devices}", *words))
-    assert losses(folder / "full-2") == pytest.approx(losses(folder / "full-1"), rel=1e-5)
-    tensors = torch.load(folder / "full-2" / "rwkv-0.pth", weights_only=True)
-    assert list(tensors) == list(torch.load(folder / "base.pth"))
 
 
 def test_resuming_repeats_the_uninterrupted_run_exactly(folder, bone_run):
@@ -218,97 +180,3 @@ def test_torchrun_shows_a_mistake_in_the_flags_once(folder):
     done = run_script("train.py", *flags(folder, "x", "--bone_rr", 8), launcher=launcher)
     assert done.returncode
     assert done.stderr.count("error: unknown flag --bone_rr; did you mean --bone_r?") == 1
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", [m for m in METHODS if m != "bone"])
-def test_every_method_trains_and_merges(folder, tmp_path, method):
-    rank = {"bat": "--bat_r 8", "pissa": "--pissa_r 4", "disha": "--disha_r1 8 --disha_r2 8"}
-    rank |= dict.fromkeys(("lora", "olora", "dora", "lora_ga"), "--lora_r 4")
-    words = f"--peft {method} {rank.get(method, '')} --micro_bsz 8 --epoch_steps 4".split()
-    words += ["--lr_init", "2e-3"]
-    train(*flags(folder, tmp_path / "run", *words))
-    assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
-    adapter, merged = tmp_path / "run" / "rwkv-0.pth", tmp_path / "merged.pth"
-    merge_files(folder / "base.pth", adapter, merged)
-    spec = json.loads(adapter.with_suffix(".json").read_text())["adapter"]
-    model = attach(load_model(folder / "base.pth"), init=False, **spec)
-    load_adapter(model, adapter)
-    tokens = torch.randint(1, 256, (1, 30))
-    assert relative_error(load_model(merged)(tokens)[0], model(tokens)[0]) < 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
-def test_lora_ga_starts_alike_in_one_process_and_in_two(folder, tmp_path, stage):
-    for devices, micro_bsz in ((1, 4), (2, 4)):
-        words = f"--peft lora_ga --lora_r 4 --micro_bsz {micro_bsz} --epoch_steps 3".split()
-        words += f"--accumulate_grad_batches {2 // devices} --devices {devices}".split()
-        words += ["--strategy", f"deepspeed_stage_{stage}", "--lora_plus_ratio", "4"]
-        train(*flags(folder, tmp_path / str(devices), *words))
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
-
-
-@pytest.mark.slow
-def test_two_processes_train_on_a_packed_mixture_of_text_from_one_cache(folder, tmp_path):
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text((folder / "text.jsonl").read_text() + '{"question": 1}\n')
-    words = [
-        *("--data_file", f"{folder / 'text.jsonl'}:0.7,{pairs}:0.3", "--data_type", "sft"),
-        *"--sft_field question answer --loss_mask qa --dataload pack --on_bad skip".split(),
-        *"--sft_split train --data_shuffle 1 --peft bone --bone_r 8 --devices 2".split(),
-        *("--micro_bsz 2 --ctx_len 512 --epoch_steps 4 --data_cache".split()),
-        tmp_path / "cache",
-    ]
-    train(*flags(folder, tmp_path / "first", *words))
-    entries = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-    assert len(entries) == 10
-    train(*flags(folder, tmp_path / "second", *words))
-    assert entries == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").iterdir()}
-    assert losses(tmp_path / "first") == losses(tmp_path / "second")
-    assert losses(tmp_path / "first")[-1] < losses(tmp_path / "first")[0]
-    record = json.loads((tmp_path / "first" / "rwkv-0.json").read_text())
-    assert record["data"]["skipped_records"] == 1
-    assert record["data"]["padding_waste"] < 0.3
-
-
-QUANT = "--peft pissa --pissa_r 4 --micro_bsz 4 --epoch_steps 4 --save_every 2 --quant nf4".split()
-
-
-@pytest.mark.slow
-def test_a_quantised_base_resumes_exactly_and_merges(folder, tmp_path):
-    proj, merged = tmp_path / "run", tmp_path / "merged.pth"
-    train(*flags(folder, proj, *QUANT))
-    final = sha256(proj / "rwkv-0.pth"), sha256(proj / "checkpoints/step-4/state.pth")
-    shutil.rmtree(proj / "checkpoints/step-4")
-    (proj / "rwkv-0.pth").unlink()
-    train(*flags(folder, proj, *QUANT, "--resume", "auto"))
-    assert (
-        sha256(proj / "rwkv-0.pth"),
-        sha256(proj / "checkpoints/step-4/state.pth"),
-    ) == final
-    spec = json.loads((proj / "rwkv-0.json").read_text())["adapter"]
-    assert spec["quant"] == "nf4"
-    frozen = torch.load(proj / "checkpoints/step-4/state.pth")["frozen"]
-    assert all(".adapter.init_lora_" in name for name in frozen), "the base's codes are not in it"
-
-    def check(path, spec):
-        print(verify(folder / "base.pth", torch.load(proj / "rwkv-0.pth"), spec, path, "A text."))
-
-    merge_files(folder / "base.pth", proj / "rwkv-0.pth", merged, check=check)
-    plain = attach(load_model(folder / "base.pth"), init=False, **(spec | {"quant": None}))
-    load_adapter(plain, proj / "rwkv-0.pth")
-    tokens = torch.randint(1, 256, (1, 30))
-    assert relative_error(load_model(merged)(tokens)[0], plain(tokens)[0]) > 1e-3
-    with pytest.raises(UserError, match="was made of a quantised base"):
-        unmerge_files(merged, proj / "rwkv-0.pth", tmp_path / "back.pth")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_quantised_base_under_every_stage(folder, tmp_path, stage):
-    for devices, accumulate in ((1, 2), (2, 1)):
-        words = [*QUANT, "--devices", devices, "--accumulate_grad_batches", accumulate]
-        words += ["--strategy", f"deepspeed_stage_{stage}"]
-        train(*flags(folder, tmp_path / str(devices), *words))
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=1e-5)
