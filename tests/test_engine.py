@@ -127,11 +127,12 @@ STRATEGIES = ["_1", "_2", "_3", "_2_offload", "_3_offload"]
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_goes_out_and_in_exactly(strategy, dtype):
-    config = settings(strategy=f"deepspeed_stage{strategy}")
+    """LoRA+ has two parameter groups."""
+    config = settings(strategy=f"deepspeed_stage{strategy}", lora_plus_ratio=4.0)
     steps = batches(6)
 
     def start(trained=None):
-        model = attach(small_model().to(dtype), "bone", r=8)
+        model = attach(small_model().to(dtype), "lora", r=4)
         for name, tensor in (trained or {}).items():
             model.state_dict()[name].copy_(tensor)
         return Engine(model, config, CPU)

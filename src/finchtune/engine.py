@@ -102,6 +102,7 @@ class Engine:
         module = SummedLoss(model, config.l2wrap)
         timeout = timedelta(minutes=config.timeout_minutes)
         self.ds = start_deepspeed(module, optimizer, self._ds_config(config), device, timeout)
+        self._make_moments()
 
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
@@ -208,9 +209,6 @@ class Engine:
         that yields them in this order, whole, on the CPU. Each is gathered when it is its turn, a
         collective call: every rank must exhaust the iterator, in step.
         """
-        inner = self.ds.optimizer.optimizer
-        if not inner.state:  # no step was taken yet, or every one was skipped
-            self._set_moments_to_zero(adam_step=0)
         # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
         frozen = {n: b for n, b in self.model.named_buffers() if ".adapter." in n}
         layout: dict[str, Any] = {
@@ -218,7 +216,7 @@ class Engine:
             for part in (*MOMENTS, "trained")
         }
         layout["frozen"] = {name: buffer.to("meta") for name, buffer in frozen.items()}
-        layout["adam_step"] = int(next(iter(inner.state.values()))["step"])
+        layout["adam_step"] = int(self._moments()[0]["step"])
         if self.ds.fp16_enabled():
             layout["loss_scale"] = dict(vars(self.ds.optimizer.loss_scaler))
 
@@ -236,7 +234,8 @@ class Engine:
 
         The model's parameters must hold state["trained"] already, since DeepSpeed copied them.
         """
-        self._set_moments_to_zero(state["adam_step"])
+        for flat in self._moments():
+            flat["step"].fill_(state["adam_step"])
         for name, parameter in self.trained.items():
             self._set_whole(parameter, state["trained"][name], None)
             for moment in MOMENTS:
@@ -244,8 +243,12 @@ class Engine:
         if "loss_scale" in state:
             vars(self.ds.optimizer.loss_scaler).update(state["loss_scale"])
 
-    def _set_moments_to_zero(self, adam_step: int) -> None:
-        """Make AdamW's state, which it would make itself in its first step."""
+    def _make_moments(self) -> None:
+        """Make AdamW's state, which it would make itself in its first step.
+
+        DeepSpeed 0.19 looks for it as soon as the first of several groups has taken that step, and
+        would miss the moments of the others for good.
+        """
         zero = self.ds.optimizer
         flats = (
             zero.fp32_partitioned_groups_flat
@@ -253,11 +256,15 @@ class Engine:
             else zero.single_partition_of_fp32_groups
         )
         for flat in flats:
-            step = torch.tensor(float(adam_step), device=flat.device)
+            step = torch.tensor(0.0, device=flat.device)
             moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
             zero.optimizer.state[flat] = {"step": step, **moments}
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
+
+    def _moments(self) -> list[dict[str, Tensor]]:
+        """AdamW's state of this rank: its step count and moments for each flat tensor."""
+        return list(self.ds.optimizer.optimizer.state.values())
 
     def _set_whole(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
         """Copy this rank's share of a whole tensor into the sharded state."""

@@ -34,6 +34,29 @@ def test_full_tuning_in_two_processes_gives_the_losses_of_one(folder, stage):
     assert list(tensors) == list(torch.load(folder / "base.pth"))
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_full_tuning_goes_on_with_another_number_of_processes(folder, stage):
+    """1 -> 2 -> 1 -> 3 processes, two steps each, end as one process does alone."""
+    words = f"--epoch_steps 8 --save_every 2 --weight_decay 0.1 --strategy deepspeed_stage_{stage}"
+
+    def run(processes, *more):
+        proj = folder / f"full-{stage}-{len(list(folder.glob(f'full-{stage}-*')))}"
+        rows = ["--devices", processes, "--micro_bsz", 6 // processes]
+        train(*flags(folder, proj, *words.split(), *rows, *more))
+        return proj
+
+    whole = earlier = run(1)
+    expected = torch.load(whole / "checkpoints/step-8/state.pth")
+    for step, processes in ((2, 2), (4, 1), (6, 3)):
+        earlier = run(processes, "--resume", earlier / f"checkpoints/step-{step}")
+        assert losses(earlier) == pytest.approx(losses(whole)[step:], rel=1e-5)
+        state = torch.load(earlier / "checkpoints/step-8/state.pth")
+        assert state["adam_step"] == 8
+        for part in ("trained", "exp_avg", "exp_avg_sq"):
+            for name, tensor in state[part].items():
+                assert relative_error(tensor, expected[part][name]) < 1e-3, (part, name)
+
+
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "bone"])
 def test_every_method_trains_and_merges(folder, tmp_path, method):
     rank = {"bat": "--bat_r 8", "pissa": "--pissa_r 4", "disha": "--disha_r1 8 --disha_r2 8"}
