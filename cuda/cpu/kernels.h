@@ -9,5 +9,7 @@
 #include "wkv6_forward.h"
 #include "wkv6_backward.h"
 #include "cross_entropy.h"
+#include "adapters.h"
 
-constexpr CpuKernels kKernels = {wkv6_forward, wkv6_backward, cross_entropy};
+constexpr CpuKernels kKernels = {wkv6_forward, wkv6_backward,   cross_entropy,   block_sums,
+                                add_to_blocks, bat_row_forward, bat_row_backward};

@@ -26,6 +26,11 @@ struct Block {
   void store(Row* rows, int64_t column) const {
     for (int r = 0; r < kBlockRows; ++r) std::memcpy(rows[r].at + column, at[r], sizeof at[r]);
   }
+
+  void add_to(float* rows, int64_t row) const {
+    for (int r = 0; r < kBlockRows; ++r)
+      for (int q = 0; q < kVecs; ++q) vec(rows + r * row + q * LANES) += at[r][q];
+  }
 };
 
 // Calls f(a Block's number of vectors as a type, its first column) for all columns.

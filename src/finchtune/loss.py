@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from finchtune.kernels import DTYPES, has_kernels
+from finchtune.kernels import fits_cpu
 
 IGNORE = -100
 # Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time;
@@ -29,7 +29,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=precise)
         # The same memory for all chunks: fresh memory of this size costs as much as its use.
         low_buffer = hidden.new_empty(chunk, weight.shape[0])
-        in_place = precise == hidden.dtype or _fits_kernel(hidden)
+        # The compiled operator computes in fp32 whatever the dtype of the logits.
+        in_place = precise == hidden.dtype or fits_cpu(hidden)
         buffer = low_buffer if in_place else torch.empty_like(low_buffer, dtype=precise)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -63,14 +64,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return d_hidden, d_weight, None, None, None
 
 
-def _fits_kernel(logits: Tensor) -> bool:
-    """Whether the compiled kernel takes such logits; it computes in fp32 whatever their dtype."""
-    return logits.device.type == "cpu" and logits.dtype in DTYPES["cpu"] and has_kernels("cpu")
-
-
 def _losses_to_gradients(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
     """Each token's loss; turns `logits` (tokens, V) into their gradient, in place."""
-    if _fits_kernel(logits):
+    if fits_cpu(logits):
         return torch.ops.finchtune.cross_entropy_(logits, labels, l2wrap)
     index = labels.unsqueeze(-1)
     largest = logits.max(-1, keepdim=True) if l2wrap else None

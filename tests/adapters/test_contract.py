@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from finchtune.adapters import METHODS, AdaptedLinear, bat
+from finchtune.adapters import METHODS, AdaptedLinear, bat, blocks
 from finchtune.adapters.frozen import product_plus
 from finchtune.adapters.registry import hyperparameters_of
 
@@ -193,16 +193,18 @@ def test_starts_as_the_base_and_leaves_W_alone(name, settings, dtype):
 
 
 @pytest.mark.parametrize(
-    ("mode", "elements", "count"), [("row", 1, 10), ("row", 36, 4), ("col", 1, 6), ("col", 640, 2)]
+    ("module", "mode", "elements", "count"),
+    [(blocks, "row", 1, 10), (blocks, "row", 36, 4), (bat, "col", 1, 6), (bat, "col", 640, 2)],
 )
-def test_bat_goes_through_large_weights_in_groups(mode, elements, count, monkeypatch):
+def test_bat_goes_through_large_weights_in_groups(module, mode, elements, count, monkeypatch):
     adapter, W = make("bat", {"r": 4, "mode": mode}, 24, 40)
     x = torch.randn(3, 40, dtype=W.dtype, requires_grad=True)
     inputs = [x, adapter.bone]
     expected = adapter(x, W)
     wanted = torch.autograd.grad(expected.square().sum(), inputs)
-    monkeypatch.setitem(bat.GROUP_ELEMENTS[mode], "cpu", elements)
-    assert len(bat.groups(adapter.bone, 3 if mode == "row" else 40, mode)) == count
+    monkeypatch.setitem(module.GROUP_ELEMENTS, "cpu", elements)
+    length = 3 if mode == "row" else 40
+    assert len(blocks.groups(adapter.bone, length, module.GROUP_ELEMENTS)) == count
     y = adapter(x, W)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), inputs), wanted)
@@ -347,7 +349,7 @@ def test_compiles_as_one_graph(name):
 def test_the_operator_of_two_products(rows, dtype):
     s, x, W = (torch.randn(n, k).to(dtype) for n, k in ((5, 4), (5, 8), (12, 8)))
     D = torch.randn(rows, 12).to(dtype) if rows else None
-    torch.library.opcheck(product_plus, (s, D, x, W))
+    torch.library.opcheck(torch.ops.finchtune.product_plus, (s, D, x, W))
     other = s @ D if rows else torch.cat([s] * 3, 1)
     with FlopCounterMode(display=False) as counter:
         y = product_plus(s, D, x, W)

@@ -6,16 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
+from finchtune.adapters.blocks import block_sum, groups, move_blocks, move_blocks_backward
 from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
 from finchtune.errors import UserError
 
-GROUP_ELEMENTS = {
-    "row": {"cpu": 2**20, "cuda": 2**24},
-    "col": {"cpu": 2**22, "cuda": 2**24},
-}
-"""Largest temporary tensor by mode: on a CPU small (in mode "col", where it holds rows of W', as
-large as its product needs to be fast), on a GPU few but full launches."""
+GROUP_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
+"""Most elements of W' at once in mode "col": as many as its product needs to be fast."""
 
 
 class Bat(Adapter):
@@ -104,31 +101,18 @@ class BatRow(torch.autograd.Function):
         assert not ctx.needs_input_grad[2], "bat has no gradient for W"
         ctx.save_for_backward(x, D, main, scales)
         ctx.form = form
-        x = x.unflatten(1, D.shape[:2])
-        moved = torch.empty_like(x)
-        sums = torch.zeros_like(x[:, 0], dtype=merge_precision(x))
-        for part in groups(D, len(x), "row"):
-            u = torch.bmm(x[:, part].transpose(0, 1), D[part].mT)
-            torch.add(x[:, part], u.transpose(0, 1), out=moved[:, part])
-            sums += u.sum(0)
+        moved, sums = move_blocks(x, D)
         W = dense_weight(main, scales, form, D.dtype)
-        return product_plus(sums.to(x.dtype), None, moved.flatten(1), W)
+        return product_plus(sums.to(x.dtype), None, moved, W)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """q_b = (W^T dy)_b + sum_a dy_a; dD_b = q_b x_b^T; dx = W^T dy + D^T q."""
         x, D, main, scales = ctx.saved_tensors
-        x = x.unflatten(1, D.shape[:2])
-        dx = (dy @ dense_weight(main, scales, ctx.form, dy.dtype)).unflatten(1, D.shape[:2])
-        dD = torch.empty_like(D)
-        sums = dy.unflatten(1, (-1, D.shape[1])).sum(1)
-        for part in groups(D, len(x), "row"):
-            # Contiguous: a bmm of the transposed view would be slow in bfloat16 on a CPU.
-            q = dx[:, part].transpose(0, 1).clone(memory_format=torch.contiguous_format)
-            q += sums
-            dD[part] = torch.bmm(q.mT, x[:, part].transpose(0, 1))
-            dx[:, part] += torch.bmm(q, D[part]).transpose(0, 1)
-        return dx.flatten(1), dD, None, None, None
+        dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype)
+        sums = block_sum(dy, D.shape[1], merge_precision(dy))
+        dD = move_blocks_backward(dx, x, D, sums)
+        return dx, dD, None, None, None
 
 
 class BatCol(torch.autograd.Function):
@@ -141,7 +125,7 @@ class BatCol(torch.autograd.Function):
         ctx.save_for_backward(x, W, D)
         W = W.unflatten(0, D.shape[:2])
         y = x.new_empty(len(x), *D.shape[:2])
-        for part in groups(D, x.shape[1], "col"):
+        for part in groups(D, x.shape[1], GROUP_ELEMENTS):
             y[:, part] = (x @ changed(W[part], D[part]).T).unflatten(1, D[part].shape[:2])
         return y.flatten(1)
 
@@ -151,7 +135,7 @@ class BatCol(torch.autograd.Function):
         x, W, D = ctx.saved_tensors
         W, dy = W.unflatten(0, D.shape[:2]), dy.unflatten(1, D.shape[:2])
         dx, dD = torch.zeros_like(x), torch.empty_like(D)
-        for part in groups(D, x.shape[1], "col"):
+        for part in groups(D, x.shape[1], GROUP_ELEMENTS):
             dy_part = dy[:, part].flatten(1)
             dx.addmm_(dy_part, changed(W[part], D[part]))
             dW = blocks_of(dy_part.T @ x, D[part])
@@ -170,12 +154,3 @@ def changed(W: Tensor, D: Tensor) -> Tensor:
 def blocks_of(W: Tensor, D: Tensor) -> Tensor:
     """n block rows of W, with n r k elements, as (n, k, r): one row for each row of a block."""
     return W.reshape(D.shape[0], -1, D.shape[2])
-
-
-def groups(D: Tensor, length: int, mode: str) -> list[slice]:
-    """D's blocks in groups whose rows or columns of W, by `length`, fit into GROUP_ELEMENTS."""
-    count, r, _ = D.shape
-    sizes = GROUP_ELEMENTS[mode]
-    elements = sizes.get(D.device.type, sizes["cuda"])
-    step = max(1, elements // max(1, length) // r)
-    return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
+from finchtune.adapters.blocks import add_to_blocks, block_sum
 from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
 
@@ -70,19 +70,3 @@ class BoneLinear(torch.autograd.Function):
             # Into dx itself: a gradient of s spread out and then added would take two more.
             add_to_blocks(dx, dy @ D.T if ds is None else torch.addmm(ds, dy, D.T))
         return dx, s.T @ dy if of_D else None, dy.T @ x if of_W else None, None, None
-
-
-def add_to_blocks(x: Tensor, s: Tensor) -> None:
-    """Add s (T, r) to every block of r columns of x (T, k), in place; the last may be narrower."""
-    r = s.shape[1]
-    whole = x.shape[1] // r * r
-    x[:, :whole].unflatten(1, (-1, r)).add_(s.unsqueeze(1))
-    x[:, whole:].add_(s[:, : x.shape[1] - whole])
-
-
-def block_sum(x: Tensor, r: int) -> Tensor:
-    """x (..., k) -> (..., r): the sum of its blocks of r channels, the last padded with zeros."""
-    padding = -x.shape[-1] % r
-    if padding:
-        x = F.pad(x, (0, padding))
-    return x.unflatten(-1, (-1, r)).sum(-2)

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
-from finchtune.adapters.bone import block_sum
+from finchtune.adapters.blocks import block_sum
 from finchtune.adapters.frozen import frozen_linear
 
 

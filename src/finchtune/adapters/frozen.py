@@ -38,13 +38,22 @@ def dense_weight(
     return dequantise(main, scales, form, dtype)
 
 
-@torch.library.custom_op("finchtune::product_plus", mutates_args=())
+PRODUCT_PLUS = "finchtune::product_plus"
+torch.library.define(PRODUCT_PLUS, "(Tensor s, Tensor? D, Tensor x, Tensor W) -> Tensor y")
+
+
 def product_plus(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
     """x W^T + s D for s (n, r), D (r, d), x (n, k), W (d, k); without D, s is repeated d / r times.
 
     Added in place. As one operator that is invisible to selective recomputation, which keeps the
     result and could not if it saw it written to. No gradients: autograd functions call it.
     """
+    return torch.ops.finchtune.product_plus(s, D, x, W)
+
+
+# For devices and dtypes that the compiled form, which takes its place on a CPU, is not for.
+@torch.library.impl(PRODUCT_PLUS, "CompositeExplicitAutograd")
+def plain_product_plus(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
     y = x @ W.T
     if D is not None:
         return y.addmm_(s, D)
@@ -52,7 +61,7 @@ def product_plus(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
     return y
 
 
-@product_plus.register_fake
+@torch.library.register_fake(PRODUCT_PLUS)
 def _(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], W.shape[0])
 

@@ -62,7 +62,7 @@ def cuda_target() -> str | None:
 
 def source_files(target: str | None) -> list[Path]:
     """The files to compile."""
-    names = ["operators_wkv6.cpp", "operators_cpu.cpp", "cpu/paths.cpp"]
+    names = ["operators_wkv6.cpp", "operators_cpu.cpp", "operators_adapters.cpp", "cpu/paths.cpp"]
     names += [] if target is None else ["wkv6.cu"]
     return [SOURCE_FOLDER / name for name in names]
 

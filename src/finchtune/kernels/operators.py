@@ -53,6 +53,25 @@ def fake_cross_entropy(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
     return logits.new_empty(labels.shape, dtype=torch.float32)
 
 
+def fake_block_sums(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
+    """Shape of what `block_sums` returns."""
+    return x.new_empty(x.shape[0], r, dtype=dtype)
+
+
+def fake_add_to_blocks(x: Tensor, s: Tensor) -> None:
+    """`add_to_blocks_` returns nothing."""
+
+
+def fake_bat_row_forward(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of `bat_row_forward`: the moved x and the sums."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], D.shape[1], dtype=torch.float32)
+
+
+def fake_bat_row_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tensor:
+    """Shape of what `bat_row_backward_` returns, dD."""
+    return D.new_empty(D.shape)
+
+
 def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
     """Keep the inputs and the checkpoints."""
     *tensors, cu_seqlens, _ = inputs
@@ -81,6 +100,10 @@ def loaded_devices() -> frozenset[str]:
     torch.library.register_fake("finchtune::wkv6_forward", fake_forward)
     torch.library.register_fake("finchtune::wkv6_backward", fake_backward)
     torch.library.register_fake("finchtune::cross_entropy_", fake_cross_entropy)
+    torch.library.register_fake("finchtune::block_sums", fake_block_sums)
+    torch.library.register_fake("finchtune::add_to_blocks_", fake_add_to_blocks)
+    torch.library.register_fake("finchtune::bat_row_forward", fake_bat_row_forward)
+    torch.library.register_fake("finchtune::bat_row_backward_", fake_bat_row_backward)
     torch.library.register_autograd(
         "finchtune::wkv6_forward", backward, setup_context=save_for_backward
     )
@@ -94,6 +117,13 @@ def loaded_devices() -> frozenset[str]:
 def has_kernels(device_type: str) -> bool:
     """Whether compiled kernels run on this type of device; compiles them on first use."""
     return device_type in DTYPES and device_type in loaded_devices()
+
+
+def fits_cpu(*tensors: Tensor) -> bool:
+    """Whether the CPU kernels take these: on a CPU, all of one of their dtypes, kernels there."""
+    dtype = tensors[0].dtype
+    alike = all(x.device.type == "cpu" and x.dtype == dtype for x in tensors)
+    return alike and dtype in DTYPES["cpu"] and has_kernels("cpu")
 
 
 def cpu_paths() -> list[str]:
