@@ -213,25 +213,27 @@ def machine() -> tuple[str, int]:
     return boot, os.stat("/proc/self/ns/pid").st_ino
 
 
-def tell_once(line: str) -> None:
-    """Print an error, unless another rank that has made the same one did so.
+def tell_once(error: UserError) -> None:
+    """Print an error, unless another rank that has made one of the same subject did so.
 
     Before the processes have met, the first one of each machine prints it.
     """
     if not dist.is_initialized():
         if local_rank() == 0:
-            print_error(line)
+            print_error(error)
         return
     store = dist.distributed_c10d._get_default_store()
     try:
-        if store.add(line, 1) == 1:
-            print_error(line)
+        found_by = store.add(error.subject, 1)
+        if found_by == 1:
+            print_error(error)
         # The store may live in rank 0, which therefore goes last.
         deadline = time.monotonic() + TELL_SECONDS
-        while rank() == 0 and store.add(line, 0) < world_size() and time.monotonic() < deadline:
+        while rank() == 0 and found_by < world_size() and time.monotonic() < deadline:
             time.sleep(0.05)
+            found_by = store.add(error.subject, 0)
     except RuntimeError:  # rank 0 is gone already
-        print_error(line)
+        print_error(error)
 
 
 def say(message: str) -> None:

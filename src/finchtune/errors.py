@@ -16,6 +16,16 @@ class UserError(ValueError):
 
     status = USER_ERROR
 
+    @property
+    def line(self) -> str:
+        """The message, on one line."""
+        return " ".join(str(self).split())
+
+    @property
+    def subject(self) -> str:
+        """What two ranks' errors have in common if they are the same one."""
+        return self.line
+
 
 class NotFinite(UserError):
     """The loss or the gradient was NaN or infinite too often."""
@@ -27,6 +37,7 @@ class OutOfMemory(UserError):
     """The machine or the GPU has no memory left."""
 
     status = OUT_OF_MEMORY
+    subject = "out of memory"  # whatever each rank had used and asked for
 
 
 class LostRank(UserError):
@@ -35,14 +46,14 @@ class LostRank(UserError):
     status = LOST_RANK
 
 
-def print_error(line: str) -> None:
-    print(f"error: {line}", file=sys.stderr, flush=True)
+def print_error(error: UserError) -> None:
+    print(f"error: {error.line}", file=sys.stderr, flush=True)
 
 
 def run_cli(
     main: Callable[[], int | None],
     explain: Callable[[Exception], UserError | None] | None = None,
-    tell: Callable[[str], None] = print_error,
+    tell: Callable[[UserError], None] = print_error,
 ) -> None:
     """Run a command's `main`; a UserError becomes one line on stderr and its exit status.
 
@@ -57,6 +68,6 @@ def run_cli(
         told = error if isinstance(error, UserError) else explain(error) if explain else None
         if told is None:
             raise
-        tell(" ".join(str(told).split()))
+        tell(told)
         sys.exit(told.status)
     sys.exit(status or 0)

@@ -222,28 +222,37 @@ LIMITED = """
 import resource, runpy, sys
 import torch, finchtune.engine, deepspeed, finchtune.plan
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + (600 << 20),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+IN_TWO = f"""
+import sys
+from finchtune.launch import run_processes
+sys.exit(run_processes(2, ["-c", {LIMITED!r}, *sys.argv[1:]]))
+"""
+
+
 @pytest.mark.slow
-def test_no_memory_is_told_with_remedies(folder):
+@pytest.mark.parametrize("program", [LIMITED, IN_TWO], ids=["one process", "two processes"])
+def test_no_memory_is_told_once_with_remedies(folder, program):
     big = small_model(n_layer=1, n_embd=512, head_size=64)
     save_model(big, folder / "big.pth")
     text = json.dumps({"text": "memory " * 1000})
     (folder / "long.jsonl").write_text(f"{text}\n" * 64)
     words = ["--micro_bsz", 64, "--ctx_len", 4096, "--grad_cp", 0, "--accelerator", "cpu"]
-    arguments = flags(folder, "oom", *words, base="big.pth", data="long.jsonl")
-    done = run_script("train.py", *arguments, launcher=["-c", LIMITED])
+    arguments = flags(folder, f"oom-{len(program)}", *words, base="big.pth", data="long.jsonl")
+    done = run_script("train.py", *arguments, launcher=["-c", program])
     assert done.returncode == OUT_OF_MEMORY, done.stdout + done.stderr
     for part in (
-        "out of memory on rank 0",
+        "error: out of memory on rank",
         "MiB are estimated",
         "--micro_bsz 32 --accumulate_grad_batches 2",
     ):
-        assert part in done.stderr, done.stderr
+        assert done.stderr.count(part) == 1, done.stderr
+    assert done.stderr.count("error: ") == 1, done.stderr
     assert "Traceback" not in done.stderr
 
 
