@@ -90,7 +90,7 @@ def main() -> int:
     )
     rows_ahead = prefetch(data.rows(step, *sharding) for step in range(start, total))
     watch = StepWatch(config, run.folder, data, run.global_batch, start)
-    stop = StopRequest()  # by SIGTERM or SIGINT
+    stop = StopRequest(distributed.watch_runner())  # by SIGTERM or SIGINT
     status = 0
     for step in range(start, total):
         if validation.exhausted:

@@ -100,6 +100,23 @@ def die_with_agent() -> None:
         die_with(-1 if adopted else parent)
 
 
+def watch_runner() -> Callable[[], bool]:
+    """Tells, whenever it is called, whether DeepSpeed's runner has ended since.
+
+    The runner starts the agent that starts the ranks. What ends the runner reaches neither.
+    """
+    if "CROSS_RANK" not in os.environ:
+        return lambda: False
+    import psutil
+
+    agent = psutil.Process(os.getppid())
+    runner = agent.parent()
+    # Not for a shell that started the agent itself: it may end first.
+    if runner is None or not any("deepspeed" in word for word in runner.cmdline()):
+        return lambda: False
+    return lambda: agent.ppid() != runner.pid
+
+
 def init_process_group(device: torch.device, timeout_minutes: float = 30) -> None:
     """Join the other processes (nccl on GPUs, gloo on CPUs); a lone process gets a group of one.
 

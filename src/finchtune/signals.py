@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
 SAME_SECONDS = 2.0  # terminal and launcher may both deliver one Ctrl-C
@@ -13,12 +14,14 @@ SAME_SECONDS = 2.0  # terminal and launcher may both deliver one Ctrl-C
 class StopRequest:
     """Whether SIGTERM or SIGINT has come: true in a condition from then on.
 
+    Also when `launcher_ended` says so, of one that ends without a signal to this process.
+
     A thread hears of them at once, also while the main thread waits in a collective call, where
     Python's own handlers would not run: a second signal must end a process that hangs there.
     """
 
-    def __init__(self) -> None:
-        self._received = False
+    def __init__(self, launcher_ended: Callable[[], bool] = lambda: False) -> None:
+        self._received, self._launcher_ended = False, launcher_ended
         self._reader, writer = os.pipe()
         os.set_blocking(writer, False)
         for number in STOPPING:
@@ -27,7 +30,7 @@ class StopRequest:
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 
     def __bool__(self) -> bool:
-        return self._received
+        return self._received or self._launcher_ended()
 
     def _listen(self) -> None:
         first = 0.0

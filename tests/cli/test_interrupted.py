@@ -180,6 +180,23 @@ def test_no_rank_outlives_a_killed_launcher(folder, launcher, moment):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_stops_when_deepspeeds_runner_is_killed(folder, number):
+    """Its agent goes on and would never know."""
+    proj = f"runner-{number}"
+    arguments = flags(folder, proj, *BONE, "--micro_bsz", 2, "--epoch_steps", 50000)
+    process = start(*arguments, launcher=AGENTS["deepspeed"], DS_ACCELERATOR="cpu")
+    wait_for(lambda: steps_done(folder / proj) >= 3, process)
+    (agent,) = children_of(process.pid)
+    started = [agent, *children_of(agent)]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert "saved; go on with --resume auto" in out, out + err
+    assert len(list((folder / proj / "checkpoints").iterdir())) == 1
+    assert not any(is_alive(pid) for pid in started)
+
+
+@pytest.mark.slow
 def test_a_hung_rank_is_named_after_the_timeout(folder):
     words = [*BONE, *TWO, "--epoch_steps", 5000, "--timeout_minutes", 0.1]
     process = start(*flags(folder, "hung", *words))
