@@ -6,7 +6,6 @@
 or deepspeed. What a step does, in order: draw its rows, forward, backward, update, log, save.
 """
 
-import math
 import sys
 import time
 
@@ -14,6 +13,7 @@ import torch
 
 from finchtune import distributed
 from finchtune.batch_size import settle_batch
+from finchtune.config import TrainConfig
 from finchtune.data import prefetch
 from finchtune.engine import Engine, choose_precision
 from finchtune.errors import INTERRUPTED, run_cli
@@ -21,7 +21,6 @@ from finchtune.faults import StepWatch, explain
 from finchtune.flags import parse_train_flags
 from finchtune.folder import choose_checkpoint
 from finchtune.launch import run_processes
-from finchtune.optim import learning_rate
 from finchtune.plan import print_plan
 from finchtune.report import plot_loss, write_report
 from finchtune.run import (
@@ -33,6 +32,7 @@ from finchtune.run import (
     start_from_data,
 )
 from finchtune.samples import Samples
+from finchtune.schedule import Schedule
 from finchtune.signals import StopRequest
 from finchtune.validation import Validation
 
@@ -45,6 +45,11 @@ def main() -> int:
     n_processes = distributed.processes_to_start(config.devices, config.num_nodes)
     if n_processes:
         return run_processes(n_processes, sys.argv)
+    return train(config)
+
+
+def train(config: TrainConfig) -> int:
+    """This process's part of a run, from the flags to the files; returns the exit status."""
     device = distributed.pick_device(config.accelerator)
     distributed.init_process_group(device, config.timeout_minutes)
     checkpoint = choose_checkpoint(config)
@@ -63,8 +68,8 @@ def main() -> int:
         start_from_data(model, config, data, device)
     engine = Engine(model, config, device)
     run = Run(config, engine, data.describe(), manifest)
-    epoch_steps = config.epoch_steps or math.ceil(data.n_rows / run.global_batch)
-    total = epoch_steps * config.epoch_count
+    schedule = Schedule(config, run.global_batch, data.n_rows)
+    total = schedule.total
     distributed.say(
         f"data: {data.n_rows:,} rows, {data.n_tokens:,} tokens; "
         f"{total:,} steps of {run.global_batch} rows"
@@ -78,17 +83,12 @@ def main() -> int:
         finished = "; this run is finished, nothing is left to do" if start >= total else ""
         distributed.say(f"resumed from {checkpoint} at step {start} of {total}{finished}")
 
-    lr_final = config.lr_init if config.lr_final is None else config.lr_final
-    validation = Validation(config, engine, data.validation, epoch_steps, manifest)
-    samples = Samples(config, model, run.folder, epoch_steps, start)
+    validation = Validation(config, engine, data.validation, schedule, manifest)
+    samples = Samples(config, model, run.folder, schedule, start)
     metrics = run.open_metrics(total, start)
-    sharding = (
-        distributed.rank(),
-        distributed.world_size(),
-        config.micro_bsz,
-        config.accumulate_grad_batches,
-    )
-    rows_ahead = prefetch(data.rows(step, *sharding) for step in range(start, total))
+    mine = distributed.rank(), distributed.world_size()
+    cut = config.micro_bsz, config.accumulate_grad_batches
+    rows_ahead = prefetch(data.rows(step, *mine, *cut) for step in range(start, total))
     watch = StepWatch(config, run.folder, data, run.global_batch, start)
     stop = StopRequest(distributed.watch_runner())  # by SIGTERM or SIGINT
     status = 0
@@ -99,29 +99,25 @@ def main() -> int:
         began = time.perf_counter()
         # Rows and dropout are functions of seed, step and rank: resuming needs no more than `step`.
         torch.manual_seed(hash((config.random_seed, step, distributed.rank())))
-        lr = learning_rate(
-            step, total, config.lr_init, lr_final, config.lr_schedule, config.warmup_steps
-        )
+        lr = schedule.learning_rate(step)
         result = engine.step(next(rows_ahead), lr, bool(stop))
         watch.check(step, result)
         seconds = time.perf_counter() - began
 
-        done, epoch = step + 1, step // epoch_steps
-        last, epoch_ends = done == total, done % epoch_steps == 0
-        val_loss = validation.loss(done, last)
+        done = step + 1
+        epoch = schedule.epoch(done)
+        val_loss = validation.loss(done)
         if metrics and not result.skipped:
             row = {"step": done, "epoch": epoch, "lr": lr, **result.measured(seconds)}
             metrics.log(row if val_loss is None else row | {"val_loss": val_loss})
-        samples.write(done, last)
-
+        samples.write(done)
         if val_loss is not None and validation.is_best(done):
             run.save_best(done, val_loss)
-        if epoch_ends and ((epoch + 1) % config.epoch_save == 0 or last):
+        if schedule.saves_epoch(done):
             run.save_epoch(epoch, done)
-        due = config.save_every and (done % config.save_every == 0 or last)
-        if due or result.stopping:
+        if schedule.saves_checkpoint(done) or result.stopping:
             run.save_checkpoint(done, {"validation": validation.history})
-        if result.stopping and not last:
+        if result.stopping and done < total:
             distributed.say(f"stopped after step {done}, saved; go on with --resume auto")
             status = INTERRUPTED
             break

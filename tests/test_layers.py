@@ -13,7 +13,7 @@ LAYERS = [
     {"launch", "flags", "data", "wkv", "adapters"},
     {"loss"},
     {"model", "optim"},
-    {"zero"},
+    {"zero", "schedule"},
     {"memory", "deepspeed_start"},
     {"checkpoint", "engine", "generate"},
     {"adapter_files", "resume"},

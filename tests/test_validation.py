@@ -15,6 +15,7 @@ from finchtune.data import load_data
 from finchtune.errors import UserError
 from finchtune.files import read_json, sha256
 from finchtune.generate import generate
+from finchtune.schedule import Schedule
 from finchtune.tokenizer import load_tokenizer
 from finchtune.validation import Validation
 
@@ -130,7 +131,8 @@ def test_early_stop_outlives_an_interruption(folder, tmp_path):
 
 
 def test_early_stop_counts_from_the_best():
-    validation = Validation(TrainConfig(early_stop=2), None, None, 5, {})
+    config = TrainConfig(early_stop=2)
+    validation = Validation(config, None, None, Schedule(config, 1, 5), {})
     states = []
     for step, loss in enumerate([3.0, 2.0, 2.5, 2.0, 1.0, 1.5, 1.2], start=1):
         validation.history.append((step, loss))

@@ -16,6 +16,7 @@ from finchtune.errors import UserError
 from finchtune.memory import Activations, Estimate, activations, estimate, meta_model
 from finchtune.model import RWKV6, ModelConfig
 from finchtune.run import open_data
+from finchtune.schedule import Schedule
 
 GRAD_CP = (0, 1, 2)
 RELEASED = {
@@ -120,8 +121,8 @@ def data_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> I
     world = config.devices * config.num_nodes
     rows = config.micro_bsz * config.accumulate_grad_batches * world
     data = open_data(config, sizes.vocab_size) if config.data_file else None
-    epoch_steps = config.epoch_steps or (math.ceil(data.n_rows / rows) if data else 0)
-    total = epoch_steps * config.epoch_count
+    schedule = Schedule(config, rows, data.n_rows if data else 0)
+    total = schedule.total
     yield (
         f"step         {rows:,} rows = {config.micro_bsz} x {config.accumulate_grad_batches} "
         f"accumulated x {world} devices, at most {rows * config.ctx_len:,} tokens"
@@ -129,7 +130,7 @@ def data_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> I
     if not total:
         yield "steps        give --data_file or --epoch_steps to learn how many"
         return
-    yield f"steps        {total:,} = {epoch_steps:,} x {config.epoch_count} epochs"
+    yield f"steps        {total:,} = {schedule.epoch_steps:,} x {config.epoch_count} epochs"
     files = math.ceil(config.epoch_count / config.epoch_save)
     checkpoints = math.ceil(total / config.save_every) if config.save_every else 0
     kept = min(checkpoints, config.keep_last or checkpoints)

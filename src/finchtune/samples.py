@@ -8,6 +8,7 @@ from finchtune.config import TrainConfig
 from finchtune.generate import generate
 from finchtune.metrics import rewind
 from finchtune.model import RWKV6
+from finchtune.schedule import Schedule
 from finchtune.tokenizer import load_tokenizer
 
 
@@ -15,23 +16,22 @@ class Samples:
     """Continues --sample_prompt now and then, greedily, and keeps it in samples.jsonl."""
 
     def __init__(
-        self, config: TrainConfig, model: RWKV6, folder: Path, epoch_steps: int, start: int
+        self, config: TrainConfig, model: RWKV6, folder: Path, schedule: Schedule, start: int
     ):
-        self.config, self.model = config, model
+        self.config, self.model, self.schedule = config, model, schedule
         self.path = folder / "samples.jsonl"
-        self.every = config.sample_every or epoch_steps
         if not config.sample_prompt:
             return
         self.tokenizer = load_tokenizer(config.tokenizer, model.config.vocab_size)
         if distributed.rank() == 0 and self.path.exists():
             rewind(self.path, start)
 
-    def write(self, step: int, last: bool) -> None:
+    def write(self, step: int) -> None:
         """Sample after `step` steps, where it is time to. A collective call.
 
         All ranks write the same text, since under ZeRO-3 each holds a part of the weights.
         """
-        if not self.config.sample_prompt or not (last or step % self.every == 0):
+        if not self.config.sample_prompt or not self.schedule.samples(step):
             return
         prompt = self.tokenizer.encode(self.config.sample_prompt)
         self.model.eval()

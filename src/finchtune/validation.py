@@ -5,6 +5,7 @@ from typing import Any
 from finchtune.config import TrainConfig
 from finchtune.data import Data
 from finchtune.engine import Engine
+from finchtune.schedule import Schedule
 
 
 class Validation:
@@ -19,20 +20,19 @@ class Validation:
         config: TrainConfig,
         engine: Engine,
         data: Data | None,
-        epoch_steps: int,
+        schedule: Schedule,
         manifest: dict[str, Any],
     ):
         self.engine, self.data, self.micro_bsz = engine, data, config.micro_bsz
-        self.every = config.val_every or epoch_steps
-        self.patience = config.early_stop
+        self.schedule, self.patience = schedule, config.early_stop
         self.history = [(step, loss) for step, loss in manifest.get("validation", [])]
 
-    def loss(self, step: int, last: bool) -> float | None:
+    def loss(self, step: int) -> float | None:
         """Mean loss per held-out token after `step` steps, where it is time for one; else None.
 
         A collective call.
         """
-        if self.data is None or not (last or step % self.every == 0):
+        if self.data is None or not self.schedule.validates(step):
             return None
         loss = self.engine.evaluate(self.data, self.micro_bsz)
         self.history.append((step, loss))
