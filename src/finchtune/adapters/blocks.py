@@ -76,7 +76,7 @@ def move_blocks_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tens
         q = dx[:, part].transpose(0, 1).clone(memory_format=torch.contiguous_format)
         q += sums
         dD[part] = torch.bmm(q.mT, x[:, part].transpose(0, 1))
-        dx[:, part] += torch.bmm(q, D[part]).transpose(0, 1)
+        dx[:, part].add_(torch.bmm(q, D[part]).transpose(0, 1))  # += would write to a leaf
     return dD
 
 

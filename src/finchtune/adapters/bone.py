@@ -60,10 +60,12 @@ class BoneLinear(torch.autograd.Function):
         return product_plus(s, D, x, dense_weight(main, scales, form, x.dtype)), s
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
         """dx = dy W + (dy D^T + ds) on each block, dD = s^T dy, dW = dy^T x, where asked for."""
         s, D, x, main, scales = ctx.saved_tensors
         of_x, of_D, of_W = ctx.needs_input_grad[:3]
+        if dy is None:  # only when differentiating twice
+            dy = s.new_zeros(len(s), D.shape[1])
         dx = None
         if of_x:
             dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive, check_positive_int, merge_precision
-from finchtune.adapters.frozen import frozen_linear_plus
+from finchtune.adapters.frozen import low_rank_linear
 from finchtune.errors import UserError
 
 
@@ -43,8 +43,7 @@ class DoRA(Adapter):
         self.magnitude.copy_(norms)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        inner = F.linear(x, self.lora_A.to(x.dtype))
-        y = frozen_linear_plus(x, W, inner, self.lora_B.T, self.scale)
+        y = low_rank_linear(x, W, self.lora_A, self.lora_B, self.scale)
         return y * (self.magnitude / self.row_norms(W)).to(y.dtype)
 
     def merged(self, W: Tensor) -> Tensor:

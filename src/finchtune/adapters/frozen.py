@@ -85,18 +85,19 @@ def frozen_linear(x: Tensor, W: Weight) -> Tensor:
     return FrozenLinear.apply(x.to(dtype), *weight_parts(W, dtype))
 
 
-def frozen_linear_plus(
-    x: Tensor, W: Weight, s: Tensor, D: Tensor, scale: float | None = None
+def low_rank_linear(
+    x: Tensor, W: Weight, A: Tensor, B: Tensor, scale: float, dropped: Tensor | None = None
 ) -> Tensor:
-    """W x + scale s D (scale 1 if None) for x (..., k), W (d, k), s (..., r), D (r, d) -> (..., d).
+    """W x + scale B A x for x (..., k), W (d, k), A (r, k), B (d, r) -> (..., d).
 
-    Keeps s, W and D for backward, and x only where W is trained.
+    With `dropped`, B A is applied to that in place of x. Keeps the input of A, A x, A, W and B for
+    backward, and x where W is trained.
     """
     dtype = compute_dtype(x)
-    rows, thin = x.reshape(-1, x.shape[-1]).to(dtype), s.reshape(-1, s.shape[-1]).to(dtype)
-    if scale is not None:
-        thin = thin * scale
-    y = FrozenLinearPlus.apply(rows, thin, D.to(dtype), *weight_parts(W, dtype))
+    rows = x.reshape(-1, x.shape[-1]).to(dtype)
+    other = None if dropped is None else dropped.reshape(rows.shape).to(dtype)
+    parts = weight_parts(W, dtype)
+    y, _ = LowRankLinear.apply(rows, other, A.to(dtype), B.to(dtype), scale, *parts)
     return y.view(*x.shape[:-1], W.shape[0])
 
 
@@ -119,34 +120,47 @@ class FrozenLinear(torch.autograd.Function):
         return dy @ dense_weight(main, scales, ctx.form, dy.dtype), None, None, None
 
 
-class FrozenLinearPlus(torch.autograd.Function):
-    """x W^T + s D, with gradients for all four."""
+class LowRankLinear(torch.autograd.Function):
+    """x W^T + s B^T with s = scale z A^T, and gradients for all four; z is x or another tensor.
+
+    s is an output too, so that autograd knows what it depends on when it differentiates twice.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        s: Tensor,
-        D: Tensor,
+        other: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scale: float,
         main: Tensor,
         scales: Tensor | None,
         form: Form | None,
-    ) -> Tensor:
-        """x (n, k), s (n, r), D (r, d) and the parts of a W (d, k), of one dtype -> (n, d)."""
-        ctx.save_for_backward(s, D, x if ctx.needs_input_grad[3] else None, main, scales)
-        ctx.form = form
-        W = dense_weight(main, scales, form, x.dtype)
-        return product_plus(s, D, x, W)
+    ) -> tuple[Tensor, Tensor]:
+        """x and other (n, k), A (r, k), B (d, r), the parts of a W (d, k) -> (n, d), s (n, r)."""
+        z = x if other is None else other
+        s = (z @ A.T) * scale
+        x_of_W = x if ctx.needs_input_grad[5] else None
+        ctx.save_for_backward(z, s, A, B, x_of_W, main, scales)
+        ctx.of_x_alone, ctx.scale, ctx.form = other is None, scale, form
+        return product_plus(s, B.T, x, dense_weight(main, scales, form, x.dtype)), s
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """dx = dy W, ds = dy D^T, dD = s^T dy, dW = dy^T x, each where it is asked for."""
-        s, D, x, main, scales = ctx.saved_tensors
-        of_x, of_s, of_D, of_W = ctx.needs_input_grad[:4]
+    def backward(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
+        """dz = scale (dy B + ds) A, dx = dy W, in place with dz where z is x, and so on."""
+        z, s, A, B, x, main, scales = ctx.saved_tensors
+        of_x, of_z, of_A, of_B, _, of_W = ctx.needs_input_grad[:6]
+        ds = torch.addmm(ds, dy, B) * ctx.scale
+        dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype) if of_x else None
+        if dx is not None and ctx.of_x_alone:
+            dx.addmm_(ds, A)
         return (
-            dy @ dense_weight(main, scales, ctx.form, dy.dtype) if of_x else None,
-            dy @ D.T if of_s else None,
-            s.T @ dy if of_D else None,
+            dx,
+            ds @ A if of_z else None,
+            ds.T @ z if of_A else None,
+            dy.T @ s if of_B else None,
+            None,
             dy.T @ x if of_W else None,
             None,
             None,

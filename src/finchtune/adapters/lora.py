@@ -12,7 +12,7 @@ from finchtune.adapters.base import (
     check_positive_int,
     merge_precision,
 )
-from finchtune.adapters.frozen import frozen_linear_plus
+from finchtune.adapters.frozen import low_rank_linear
 from finchtune.errors import UserError
 
 
@@ -49,9 +49,9 @@ class LoRA(Adapter):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        dropped = F.dropout(x, self.dropout, self.training)
-        inner = F.linear(dropped, self.lora_A.to(x.dtype))
-        return frozen_linear_plus(x, W, inner, self.lora_B.T, self.scale)
+        drops = self.training and self.dropout > 0
+        dropped = F.dropout(x, self.dropout) if drops else None
+        return low_rank_linear(x, W, self.lora_A, self.lora_B, self.scale, dropped)
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
