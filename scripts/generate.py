@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from finchtune.checkpoint import load_model
+from finchtune.data import PROMPT
 from finchtune.errors import run_cli
 from finchtune.generate import generate
 from finchtune.tokenizer import Decoder, load_tokenizer
@@ -13,7 +14,9 @@ from finchtune.tokenizer import Decoder, load_tokenizer
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="weights, a plain .pth")
-    parser.add_argument("--prompt", required=True)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--prompt", help="text to continue")
+    asked.add_argument("--question", help="put as train.py --sft_field question answer puts it")
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to write")
     parser.add_argument("--temperature", type=float, default=1.0, help="0 = always the likeliest")
     parser.add_argument("--top_p", type=float, default=0.7)
@@ -26,8 +29,9 @@ def main() -> None:
     model = load_model(given.model, dtype=dtype, device=given.device)
     tokenizer = load_tokenizer(given.tokenizer, model.config.vocab_size)
     decoder = Decoder(tokenizer)
-    print(given.prompt, end="", flush=True)
-    prompt = tokenizer.encode(given.prompt)
+    text = given.prompt if given.question is None else PROMPT.format(question=given.question)
+    print(text, end="", flush=True)
+    prompt = tokenizer.encode(text)
     for token in generate(model, prompt, given.tokens, given.temperature, given.top_p, given.seed):
         print(decoder.feed(token), end="", flush=True)
     print(decoder.finish(), flush=True)

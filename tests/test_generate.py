@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import run_script, save_model, small_model
 
+from finchtune.data import PROMPT
 from finchtune.errors import UserError
 from finchtune.evaluate import final_number
 from finchtune.generate import generate, generate_batch, sample
@@ -69,10 +70,14 @@ def test_bad_sampling_settings_are_refused(temperature, top_p):
 
 def test_script_streams_text(tmp_path):
     path = save_model(small_model(), tmp_path / "m.pth")
-    flags = ["--model", path, "--prompt", "Hi", "--tokens", 10, "--seed", 1]
-    done, again = (run_script("scripts/generate.py", *flags) for _ in range(2))
+    flags = ["--model", path, "--tokens", 10, "--seed", 1]
+    prompt = PROMPT.format(question="Why?")
+    done, again = (
+        run_script("scripts/generate.py", *flags, *asked)
+        for asked in (["--prompt", prompt], ["--question", "Why?"])
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Hi")
+    assert done.stdout.startswith(prompt)
     assert done.stdout == again.stdout
 
 
