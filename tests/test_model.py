@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import finchtune
 from finchtune.adapters import attach
 from finchtune.errors import UserError
-from finchtune.model import RWKV6, ModelConfig, fused, init_weights, recompute
+from finchtune.model import RWKV6, ModelConfig, init_weights, plain, recompute
 
 SHAPES = {
     "head size 8": {"n_layer": 2, "n_embd": 64, "head_size": 8},
@@ -116,9 +116,9 @@ def peak_bytes(work):
 @pytest.mark.parametrize(
     ("function", "shapes"),
     [
-        (fused.Mixtures, [(6, 4), (6, 4), (4,), (5, 1, 4), (4, 15), (5, 3, 4)]),
-        (fused.Gate, [(6, 4), (6, 4)]),
-        (fused.SquaredReLU, [(6, 4)]),
+        (plain.Mixtures, [(6, 4), (6, 4), (4,), (5, 1, 4), (4, 15), (5, 3, 4)]),
+        (plain.Gate, [(6, 4), (6, 4)]),
+        (plain.SquaredReLU, [(6, 4)]),
     ],
 )
 def test_written_out_gradients_are_those_of_the_function(function, shapes):
@@ -138,7 +138,7 @@ def test_squared_relu_keeps_what_the_linear_after_it_keeps(dtype):
     x = (4 * torch.randn(2**16)).to(dtype).requires_grad_()
     weight = nn.Parameter(torch.ones((), dtype=dtype))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = fused.SquaredReLU.apply(x) * weight
+        y = plain.SquaredReLU.apply(x) * weight
     assert len(kept) == 2, "the result and the weight"
     dy = torch.randn(2**16).to(dtype)
     (dx,) = torch.autograd.grad(y, x, dy)
@@ -150,7 +150,7 @@ def test_gradients_of_the_shift(starts):
     x = torch.randn(1 if starts else 2, 7, 3, dtype=torch.float64, requires_grad=True)
     last = torch.randn(len(x), 3, dtype=torch.float64, requires_grad=True)
     starts = torch.tensor(starts) if starts else None
-    assert torch.autograd.gradcheck(fused.ShiftDifference.apply, (x, last, starts))
+    assert torch.autograd.gradcheck(plain.ShiftDifference.apply, (x, last, starts))
 
 
 def test_every_parameter_gets_a_gradient():

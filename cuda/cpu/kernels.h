@@ -10,6 +10,11 @@
 #include "wkv6_backward.h"
 #include "cross_entropy.h"
 #include "adapters.h"
+#include "token_mix.h"
+#include "activations.h"
 
-constexpr CpuKernels kKernels = {wkv6_forward, wkv6_backward,   cross_entropy,   block_sums,
-                                add_to_blocks, bat_row_forward, bat_row_backward};
+constexpr CpuKernels kKernels = {
+    wkv6_forward, wkv6_backward, cross_entropy, block_sums, add_to_blocks, bat_row_forward,
+    bat_row_backward, token_mix, token_mix_backward, shift_backward, gated_norm,
+    gated_norm_backward, squared_relu, squared_relu_backward, sigmoid_gate, sigmoid_gate_backward,
+};

@@ -2,6 +2,7 @@
 // the memory and shares the work out among its threads, each from a first up to a last item.
 #pragma once
 
+#include "block.h"
 #include "wkv6.h"
 
 namespace finchtune {
@@ -39,6 +40,23 @@ struct CpuKernels {
   // width(), dD (n_blocks, r, r) dense.
   void (*bat_row_backward)(const Blocks&, void* dx, const void* x, const float* D,
                            const float* sums, void* dD, int64_t first, int64_t last);
+  // Bands of channels.
+  void (*token_mix)(const TokenMix&, void* out, int64_t first, int64_t last);
+  void (*token_mix_backward)(const TokenMix&, const TokenMixGradients&, int64_t first,
+                             int64_t last);
+  void (*shift_backward)(const TokenMix&, const ShiftGradients&, int64_t first, int64_t last);
+  // Groups of channels.
+  void (*gated_norm)(const GatedNorm&, void* out, int64_t first, int64_t last);
+  void (*gated_norm_backward)(const GatedNorm&, const GatedNormGradients&, int64_t first,
+                              int64_t last);
+  // Elements: relu(x)^2 and its gradient from the result; sigmoid(gate) y and its gradients.
+  void (*squared_relu)(Element, const void* x, void* y, int64_t first, int64_t last);
+  void (*squared_relu_backward)(Element, const void* y, const void* dy, void* dx, int64_t first,
+                                int64_t last);
+  void (*sigmoid_gate)(Element, const void* gate, const void* y, void* out, int64_t first,
+                       int64_t last);
+  void (*sigmoid_gate_backward)(Element, const void* gate, const void* y, const void* dout,
+                                void* dgate, void* dy, int64_t first, int64_t last);
 };
 
 struct CpuPath {

@@ -31,6 +31,17 @@ static inline Vec at_least(float bound, Vec x) {
 #endif
 }
 
+static inline Vec square_root(Vec x) {
+#if LANES == 16
+  return _mm512_sqrt_ps(x);
+#elif LANES == 8
+  return _mm256_sqrt_ps(x);
+#else
+  for (int l = 0; l < LANES; ++l) x[l] = std::sqrt(x[l]);
+  return x;
+#endif
+}
+
 static inline Vec at_most(float bound, Vec x) { return -at_least(-bound, -x); }
 
 // e^x = scale + scale * rest, with scale a power of two: keeps e^x - 1 precise near x = 0.

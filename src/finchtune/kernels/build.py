@@ -19,6 +19,13 @@ import torch
 from finchtune.files import cache_folder
 
 SOURCE_FOLDER = Path(__file__).parents[3] / "cuda"
+SOURCES = [
+    "operators_wkv6.cpp",
+    "operators_cpu.cpp",
+    "operators_adapters.cpp",
+    "operators_block.cpp",
+    "cpu/paths.cpp",
+]
 C_FLAGS = ["-O3", "-fopenmp"]
 NEEDS = "install g++ and ninja (apt install g++; pip install ninja)"
 
@@ -62,8 +69,7 @@ def cuda_target() -> str | None:
 
 def source_files(target: str | None) -> list[Path]:
     """The files to compile."""
-    names = ["operators_wkv6.cpp", "operators_cpu.cpp", "operators_adapters.cpp", "cpu/paths.cpp"]
-    names += [] if target is None else ["wkv6.cu"]
+    names = SOURCES + ([] if target is None else ["wkv6.cu"])
     return [SOURCE_FOLDER / name for name in names]
 
 

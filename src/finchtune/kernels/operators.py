@@ -1,4 +1,4 @@
-"""The compiled operators as torch sees them: shapes, gradients, and whether there are any."""
+"""The compiled operators as torch sees them: gradients, and whether there are any."""
 
 import functools
 import warnings
@@ -8,68 +8,12 @@ import torch
 from torch import Tensor
 
 from finchtune.kernels.build import BuildError, load_library
+from finchtune.kernels.shapes import SHAPES
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
 }
-CHECKPOINT_SPAN = 64  # tokens between the states that forward keeps for backward
-
-
-def checkpoint_dtype(r: Tensor) -> torch.dtype:
-    """bf16 where the tensor-core kernel runs, else fp32; the kernels check that they agree."""
-    _, T, _, N = r.shape
-    tensor_cores = r.device.type == "cuda" and r.dtype == torch.bfloat16 and N == 64 and T > 16
-    return torch.bfloat16 if tensor_cores else torch.float32
-
-
-def fake_forward(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor,
-    cu_seqlens: Tensor | None,
-    for_backward: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Shapes of `wkv6_forward`: y, the new state, and the checkpoints for backward."""
-    B, T, H, N = r.shape
-    # Every sequence adds at most one incomplete span.
-    n_checkpoints = B * T // CHECKPOINT_SPAN + state.shape[0] if for_backward else 0
-    checkpoints = r.new_empty(n_checkpoints, H, N, N, dtype=checkpoint_dtype(r))
-    return r.new_empty(r.shape), state.new_empty(state.shape), checkpoints
-
-
-def fake_backward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *_: Any
-) -> tuple[Tensor, ...]:
-    """Shapes of `wkv6_backward`: one gradient for each of the six inputs."""
-    return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))
-
-
-def fake_cross_entropy(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
-    """Shape of what `cross_entropy_` returns."""
-    return logits.new_empty(labels.shape, dtype=torch.float32)
-
-
-def fake_block_sums(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
-    """Shape of what `block_sums` returns."""
-    return x.new_empty(x.shape[0], r, dtype=dtype)
-
-
-def fake_add_to_blocks(x: Tensor, s: Tensor) -> None:
-    """`add_to_blocks_` returns nothing."""
-
-
-def fake_bat_row_forward(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """Shapes of `bat_row_forward`: the moved x and the sums."""
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], D.shape[1], dtype=torch.float32)
-
-
-def fake_bat_row_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tensor:
-    """Shape of what `bat_row_backward_` returns, dD."""
-    return D.new_empty(D.shape)
 
 
 def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -97,13 +41,8 @@ def loaded_devices() -> frozenset[str]:
     except BuildError as error:
         warnings.warn(f"WKV6 runs in plain torch, which is slower: {error}", stacklevel=2)
         return frozenset()
-    torch.library.register_fake("finchtune::wkv6_forward", fake_forward)
-    torch.library.register_fake("finchtune::wkv6_backward", fake_backward)
-    torch.library.register_fake("finchtune::cross_entropy_", fake_cross_entropy)
-    torch.library.register_fake("finchtune::block_sums", fake_block_sums)
-    torch.library.register_fake("finchtune::add_to_blocks_", fake_add_to_blocks)
-    torch.library.register_fake("finchtune::bat_row_forward", fake_bat_row_forward)
-    torch.library.register_fake("finchtune::bat_row_backward_", fake_bat_row_backward)
+    for name, shapes in SHAPES.items():
+        torch.library.register_fake(f"finchtune::{name}", shapes)
     torch.library.register_autograd(
         "finchtune::wkv6_forward", backward, setup_context=save_for_backward
     )

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from finchtune.loss import cross_entropy_sum
 from finchtune.model.config import ModelConfig
-from finchtune.model.fused import Gate, Mixtures, ShiftDifference, SquaredReLU
+from finchtune.model.elementwise import (
+    GatedNorm,
+    fixed_mixtures,
+    mixtures,
+    sigmoid_gate,
+    squared_relu,
+)
 from finchtune.model.recompute import recomputed
 from finchtune.wkv import wkv6
 
@@ -27,16 +33,6 @@ class BlockState(NamedTuple):
 
 
 State = list[BlockState]
-
-
-def shift_difference(x: Tensor, last: Tensor | None, cu_seqlens: Tensor | None = None) -> Tensor:
-    """Previous token minus this token. x (B, T, C); `last` (B, C) precedes x, zero if None.
-
-    Zero also precedes each sequence packed into x (1, T, C) at the boundaries `cu_seqlens`.
-    """
-    last = torch.zeros_like(x[:, 0]) if last is None else last.to(x.dtype)
-    starts = None if cu_seqlens is None else cu_seqlens[:-1].long()
-    return ShiftDifference.apply(x, last, starts)
 
 
 def last_of(x: Tensor) -> Tensor:
@@ -69,28 +65,15 @@ class TimeMix(nn.Module):
         self.output = nn.Linear(C, C, bias=False)
         self.gate = nn.Linear(C, C, bias=False)
         # The files' eps is 1e-5 times the square of a fixed divisor of 8.
-        self.ln_x = nn.GroupNorm(config.n_head, C, eps=64e-5)
+        self.ln_x = GatedNorm(config.n_head, C, eps=64e-5)
 
-    def mixtures(self, x: Tensor, xx: Tensor) -> list[Tensor]:
+    def mixtures(
+        self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ...]:
         """The five inputs x_w, x_k, x_v, x_r, x_g, each (B, T, C): learnt blends with the past."""
-        maa = torch.cat(
-            [
-                self.time_maa_w,
-                self.time_maa_k,
-                self.time_maa_v,
-                self.time_maa_r,
-                self.time_maa_g,
-            ]
-        )
-        mixed = Mixtures.apply(
-            x.flatten(0, 1),
-            xx.flatten(0, 1),
-            self.time_maa_x.flatten(),
-            maa,
-            self.time_maa_w1,
-            self.time_maa_w2,
-        )
-        return [y.view_as(x) for y in mixed]
+        maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        weights = self.time_maa_x.flatten(0, 1), torch.cat(maa).flatten(0, 1)
+        return mixtures(x, shift, cu_seqlens, *weights, self.time_maa_w1, self.time_maa_w2)
 
     def forward(
         self,
@@ -101,15 +84,15 @@ class TimeMix(nn.Module):
     ):
         """x (B, T, C) -> output (B, T, C), last input (B, C), WKV state (B, H, N, N)."""
         B, T, C = x.shape
-        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift_difference(x, shift, cu_seqlens))
+        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         low = torch.tanh(x_w.flatten(0, 1) @ self.time_decay_w1)
         w = torch.addmm(self.time_decay.view(1, C), low, self.time_decay_w2)
         heads = (B, T, self.config.n_head, self.config.head_size)
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         y, state = wkv6(r, k, v, w, self.time_faaaa, state, cu_seqlens)
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(Gate.apply(y, self.gate(x_g))), last_of(x), state
+        y = self.ln_x(y.reshape(B * T, C), self.gate(x_g).view(B * T, C)).view(B, T, C)
+        return self.output(y), last_of(x), state
 
 
 class ChannelMix(nn.Module):
@@ -127,10 +110,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
         """x (B, T, C) -> output (B, T, C), last input (B, C)."""
-        xx = shift_difference(x, shift, cu_seqlens)
-        k = SquaredReLU.apply(self.key(torch.addcmul(x, xx, self.time_maa_k)))
-        r = torch.sigmoid(self.receptance(torch.addcmul(x, xx, self.time_maa_r)))
-        return r * self.value(k), last_of(x)
+        maa = torch.cat([self.time_maa_k, self.time_maa_r]).flatten(0, 1)
+        x_k, x_r = fixed_mixtures(x, shift, cu_seqlens, maa)
+        k = self.value(squared_relu(self.key(x_k)))
+        return sigmoid_gate(self.receptance(x_r), k), last_of(x)
 
 
 class Block(nn.Module):

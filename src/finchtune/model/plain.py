@@ -1,7 +1,8 @@
-"""Element-wise parts of a block with their backward written out.
+"""Element-wise parts of a block in torch's operators, for any device and dtype.
 
-Autograd would keep every intermediate result and walk through memory once for each operation;
-these keep what backward cannot cheaply make again, and work in place.
+Their backward is written out: autograd would keep every intermediate result and walk through
+memory once for each operation; these keep what backward cannot cheaply make again, and work in
+place.
 """
 
 from typing import Any
@@ -9,6 +10,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+def previous_minus_this(x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """x (B, T, C); `before` (B, C) precedes x, zero if None.
+
+    Zero also precedes each sequence packed into x (1, T, C) at the boundaries `cu_seqlens`.
+    """
+    before = torch.zeros_like(x[:, 0]) if before is None else before
+    starts = None if cu_seqlens is None else cu_seqlens[:-1].long()
+    return ShiftDifference.apply(x, before, starts)
 
 
 class ShiftDifference(torch.autograd.Function):

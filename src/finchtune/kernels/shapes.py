@@ -1,0 +1,161 @@
+"""What the compiled operators return, as tensors without content: shapes and dtypes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHECKPOINT_SPAN = 64  # tokens between the states that forward keeps for backward
+
+
+def checkpoint_dtype(r: Tensor) -> torch.dtype:
+    """bf16 where the tensor-core kernel runs, else fp32; the kernels check that they agree."""
+    _, T, _, N = r.shape
+    tensor_cores = r.device.type == "cuda" and r.dtype == torch.bfloat16 and N == 64 and T > 16
+    return torch.bfloat16 if tensor_cores else torch.float32
+
+
+def wkv6_forward(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None,
+    for_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the new state, and the checkpoints for backward."""
+    B, T, H, N = r.shape
+    # Every sequence adds at most one incomplete span.
+    n_checkpoints = B * T // CHECKPOINT_SPAN + state.shape[0] if for_backward else 0
+    checkpoints = r.new_empty(n_checkpoints, H, N, N, dtype=checkpoint_dtype(r))
+    return r.new_empty(r.shape), state.new_empty(state.shape), checkpoints
+
+
+def wkv6_backward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
+    """One gradient for each of the six inputs."""
+    return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
+    """A loss for each row."""
+    return logits.new_empty(labels.shape, dtype=torch.float32)
+
+
+def block_sums(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
+    """A sum for each row, (T, r)."""
+    return x.new_empty(x.shape[0], r, dtype=dtype)
+
+
+def add_to_blocks_(x: Tensor, s: Tensor) -> None:
+    """Nothing: x itself is changed."""
+
+
+def bat_row_forward(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """The moved x, and the sums (T, r)."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], D.shape[1], dtype=torch.float32)
+
+
+def bat_row_backward_(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tensor:
+    """The gradient of D."""
+    return D.new_empty(D.shape)
+
+
+def token_mix(x: Tensor, before: Any, cu_seqlens: Any, maa: Tensor) -> Tensor:
+    """One blend for each row of maa, (n, tokens, C)."""
+    return x.new_empty(maa.shape[0], *x.flatten(0, 1).shape)
+
+
+def token_mix_(*_: Any) -> None:
+    """The blends take the place of their weights."""
+
+
+def token_mix_backward(
+    douts: list[Tensor],
+    x: Tensor,
+    before: Any,
+    cu_seqlens: Any,
+    maa: Tensor,
+    blends: Any,
+    of_maa: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Two sums over the blends (tokens, C), and the gradient of maa (n or none, C)."""
+    sum_ = x.new_empty(x.flatten(0, 1).shape)
+    of_each = maa.shape[0] if of_maa else 0
+    dmaa = x.new_empty(of_each, x.shape[2], dtype=torch.float32)
+    return sum_, torch.empty_like(sum_), dmaa
+
+
+def shift_backward(
+    sum: Tensor, blended: Tensor, more: Any, x: Tensor, cu_seqlens: Any, maa: Any, of_before: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and of the rows before it (B or none, C)."""
+    return x.new_empty(x.shape), x.new_empty(x.shape[0] if of_before else 0, x.shape[2])
+
+
+def gated_norm(y: Tensor, *_: Any) -> Tensor:
+    """As y."""
+    return y.new_empty(y.shape)
+
+
+def gated_norm_backward(
+    dout: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    of_weight: bool,
+) -> tuple[Tensor, ...]:
+    """The gradients of y, gate, weight and bias, the last two empty where not asked for."""
+    of_each = y.new_empty(y.shape[1] if of_weight else 0, dtype=torch.float32)
+    return y.new_empty(y.shape), y.new_empty(y.shape), of_each, torch.empty_like(of_each)
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """As x."""
+    return x.new_empty(x.shape)
+
+
+def squared_relu_backward(dy: Tensor, y: Tensor) -> Tensor:
+    """As y."""
+    return y.new_empty(y.shape)
+
+
+def sigmoid_gate(gate: Tensor, y: Tensor) -> Tensor:
+    """As y."""
+    return y.new_empty(y.shape)
+
+
+def sigmoid_gate_backward(dout: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and y."""
+    return y.new_empty(y.shape), y.new_empty(y.shape)
+
+
+SHAPES: dict[str, Callable] = {
+    function.__name__: function
+    for function in (
+        wkv6_forward,
+        wkv6_backward,
+        cross_entropy_,
+        block_sums,
+        add_to_blocks_,
+        bat_row_forward,
+        bat_row_backward_,
+        token_mix,
+        token_mix_,
+        token_mix_backward,
+        shift_backward,
+        gated_norm,
+        gated_norm_backward,
+        squared_relu,
+        squared_relu_backward,
+        sigmoid_gate,
+        sigmoid_gate_backward,
+    )
+}
