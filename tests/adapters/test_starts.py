@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from finchtune.adapters import METHODS
 from finchtune.adapters.pissa import principal_svd
@@ -99,6 +100,21 @@ def test_lora_drops_inputs_of_its_own_path_in_training_only():
     assert not torch.allclose(adapter(x, W), adapter(x, W))
     mean = torch.stack([adapter(x, W) - x @ W.T for _ in range(2000)]).mean(0)
     assert (mean - path).norm() < 0.15 * path.norm() + 0.1
+
+
+def test_lora_has_the_gradients_of_what_it_drops():
+    W = torch.randn(12, 40, dtype=torch.float64)
+    adapter = start("lora", W, r=4, alpha=6, dropout=0.5).double()
+    torch.nn.init.normal_(adapter.lora_B)
+    A, B = adapter.lora_A, adapter.lora_B
+    x = torch.randn(2, 3, 40, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(1)
+    y = adapter(x, W)
+    torch.manual_seed(1)
+    expected = x @ W.T + 1.5 * F.dropout(x, 0.5) @ A.T @ B.T
+    torch.testing.assert_close(y, expected)
+    gradients, wanted = (torch.autograd.grad(t.square().sum(), (x, A, B)) for t in (y, expected))
+    torch.testing.assert_close(gradients, wanted)
 
 
 def test_dora_moves_the_length_of_rows_and_refuses_empty_ones():
