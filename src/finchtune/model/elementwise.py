@@ -4,15 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finchtune.kernels import DTYPES, has_kernels
+from finchtune.kernels import fits_cpu
 from finchtune.model import compiled, plain
-
-
-def fits(*tensors: Tensor) -> bool:
-    """Whether the compiled kernels take these tensors: on a CPU, of one dtype, fp32 or bf16."""
-    device, dtype = tensors[0].device.type, tensors[0].dtype
-    alike = all(x.dtype == dtype for x in tensors)
-    return device == "cpu" and dtype in DTYPES["cpu"] and alike and has_kernels("cpu")
 
 
 def mixtures(
@@ -31,7 +24,7 @@ def mixtures(
     boundaries `cu_seqlens`.
     """
     before = None if before is None else before.to(x.dtype)
-    if fits(x, maa_x, maa, w1, w2):
+    if fits_cpu(x, maa_x, maa, w1, w2):
         return compiled.Mixtures.apply(x, before, cu_seqlens, maa_x, maa, w1, w2)
     xx = plain.previous_minus_this(x, before, cu_seqlens).flatten(0, 1)
     weights = maa_x.flatten(), maa.unsqueeze(1), w1, w2
@@ -43,7 +36,7 @@ def fixed_mixtures(
 ) -> tuple[Tensor, ...]:
     """x_j = x + xx maa_j, the rest as in `mixtures`."""
     before = None if before is None else before.to(x.dtype)
-    if fits(x, maa):
+    if fits_cpu(x, maa):
         return compiled.FixedMixtures.apply(x, before, cu_seqlens, maa)
     xx = plain.previous_minus_this(x, before, cu_seqlens)
     return tuple(torch.addcmul(x, xx, maa_j) for maa_j in maa)
@@ -60,7 +53,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
         """y, gate (tokens, C) -> (tokens, C)."""
-        if fits(y, gate, self.weight):
+        if fits_cpu(y, gate, self.weight):
             return compiled.GatedNorm.apply(y, gate, self.weight, self.bias, self.groups, self.eps)
         return plain.Gate.apply(
             F.group_norm(y, self.groups, self.weight, self.bias, self.eps), gate
@@ -69,9 +62,9 @@ class GatedNorm(nn.Module):
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2, any shape. Keeps its result for backward."""
-    return (compiled if fits(x) else plain).SquaredReLU.apply(x)
+    return (compiled if fits_cpu(x) else plain).SquaredReLU.apply(x)
 
 
 def sigmoid_gate(gate: Tensor, y: Tensor) -> Tensor:
     """sigmoid(gate) y, any shape."""
-    return compiled.SigmoidGate.apply(gate, y) if fits(gate, y) else torch.sigmoid(gate) * y
+    return compiled.SigmoidGate.apply(gate, y) if fits_cpu(gate, y) else torch.sigmoid(gate) * y
