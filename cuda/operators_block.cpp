@@ -38,12 +38,13 @@ void* data_or_null(const optional<Tensor>& x) { return x ? x->data_ptr() : nullp
 struct Mix {
   Tensor x, before, maa;
   std::vector<int64_t> bounds;
+  std::vector<void*> pointers;  // to blends
   TokenMix mix;
 
-  // x (B, T, C), before (B, C) or none for zeros, maa (n, C), blends (n, B T, C) or none. With
+  // x (B, T, C), before (B, C) or none for zeros, maa (n, C), blends n or none of (B T, C). With
   // cu_seqlens, the boundaries of sequences packed into B = 1, zeros precede each of them.
   Mix(const Tensor& x_, const optional<Tensor>& before_, const optional<Tensor>& cu_seqlens,
-      const Tensor& maa_, const optional<Tensor>& blends)
+      const Tensor& maa_, at::TensorList blends = {})
       : x(x_.contiguous()), maa(maa_.contiguous()) {
     TORCH_CHECK(x.dim() == 3 && maa.dim() == 2, "x must be (B, T, C), maa (n, C)");
     TORCH_CHECK(!cu_seqlens || (!before_ && x.size(0) == 1), "packed sequences begin with nothing");
@@ -51,12 +52,16 @@ struct Mix {
     before = before_ ? before_->contiguous() : at::zeros({1, C}, x.options());
     if (before_) check(before, {B, C}, x);
     check(maa, {n, C}, x);
-    if (blends) check(*blends, {n, B * T, C}, x);
-    TORCH_CHECK(!blends || blends->is_contiguous(), "blends are written to and must be dense");
+    TORCH_CHECK(blends.empty() || static_cast<int64_t>(blends.size()) == n, "a blend for each maa");
+    for (const Tensor& blend : blends) {
+      check(blend, {B * T, C}, x);
+      TORCH_CHECK(blend.is_contiguous(), "blends are written to and must be dense");
+      pointers.push_back(blend.data_ptr());
+    }
     fill_bounds(cu_seqlens, B, T);
     mix = {static_cast<int64_t>(bounds.size()) - 1, bounds.data(), C, n, element_of(x),
            x.const_data_ptr(), before.const_data_ptr(), before_ ? C : 0, maa.const_data_ptr(),
-           data_or_null(blends)};
+           blends.empty() ? nullptr : pointers.data()};
   }
 
   void fill_bounds(const optional<Tensor>& cu_seqlens, int64_t B, int64_t T) {
@@ -86,27 +91,33 @@ struct Mix {
   }
 };
 
-void token_mix_into(const Mix& call, void* out) {
+void token_mix_into(const Mix& call, void* const* out) {
   call.for_bands([&](int64_t i, int64_t j) { cpu_kernels().token_mix(call.mix, out, i, j); });
 }
 
-Tensor token_mix(const Tensor& x, const optional<Tensor>& before,
-                 const optional<Tensor>& cu_seqlens, const Tensor& maa) {
-  Mix call(x, before, cu_seqlens, maa, std::nullopt);
-  Tensor out = at::empty({maa.size(0), call.rows(), x.size(2)}, x.options());
-  token_mix_into(call, out.data_ptr());
+std::vector<Tensor> token_mix(const Tensor& x, const optional<Tensor>& before,
+                              const optional<Tensor>& cu_seqlens, const Tensor& maa) {
+  Mix call(x, before, cu_seqlens, maa);
+  std::vector<Tensor> out;
+  std::vector<void*> pointers;
+  for (int64_t j = 0; j < maa.size(0); ++j) {
+    out.push_back(at::empty({call.rows(), x.size(2)}, x.options()));
+    pointers.push_back(out.back().data_ptr());
+  }
+  token_mix_into(call, pointers.data());
   return out;
 }
 
-void token_mix_(const Tensor& blends, const Tensor& x, const optional<Tensor>& before,
+void token_mix_(at::TensorList blends, const Tensor& x, const optional<Tensor>& before,
                 const optional<Tensor>& cu_seqlens, const Tensor& maa) {
-  token_mix_into(Mix(x, before, cu_seqlens, maa, blends), blends.data_ptr());
+  TORCH_CHECK(!blends.empty(), "token_mix_ needs blends");
+  const Mix call(x, before, cu_seqlens, maa, blends);
+  token_mix_into(call, call.mix.blends);
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_mix_backward(
     at::TensorList douts, const Tensor& x, const optional<Tensor>& before,
-    const optional<Tensor>& cu_seqlens, const Tensor& maa, const optional<Tensor>& blends,
-    bool of_maa) {
+    const optional<Tensor>& cu_seqlens, const Tensor& maa, at::TensorList blends, bool of_maa) {
   Mix call(x, before, cu_seqlens, maa, blends);
   const int64_t n = maa.size(0), C = x.size(2);
   TORCH_CHECK(static_cast<int64_t>(douts.size()) == n, "one gradient for each mixture");
@@ -131,7 +142,7 @@ std::tuple<Tensor, Tensor> shift_backward(const Tensor& sum, const Tensor& blend
                                           const optional<Tensor>& more, const Tensor& x,
                                           const optional<Tensor>& cu_seqlens, const Tensor& maa,
                                           bool of_before) {
-  Mix call(x, std::nullopt, cu_seqlens, maa, std::nullopt);
+  Mix call(x, std::nullopt, cu_seqlens, maa);
   for (const Tensor* part : {&sum, &blended}) {
     check(*part, {call.rows(), x.size(2)}, x);
     TORCH_CHECK(part->is_contiguous(), "the sums must be dense");
@@ -251,13 +262,13 @@ std::tuple<Tensor, Tensor> sigmoid_gate_backward(const Tensor& dout, const Tenso
 }  // namespace finchtune
 
 TORCH_LIBRARY_FRAGMENT(finchtune, library) {
-  library.def("token_mix(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) -> Tensor");
+  library.def("token_mix(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) -> Tensor[]");
   library.def(
-      "token_mix_(Tensor(a!) blends, Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) "
+      "token_mix_(Tensor(a!)[] blends, Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) "
       "-> ()");
   library.def(
       "token_mix_backward(Tensor[] douts, Tensor x, Tensor? before, Tensor? cu_seqlens, "
-      "Tensor maa, Tensor(a!)? blends, bool of_maa) "
+      "Tensor maa, Tensor(a!)[] blends, bool of_maa) "
       "-> (Tensor sum, Tensor blended, Tensor maa)");
   library.def(
       "shift_backward(Tensor sum, Tensor blended, Tensor? more, Tensor x, Tensor? cu_seqlens, "

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 from support import run_script, save_model, small_model
@@ -73,3 +74,13 @@ def test_train_py_plans_and_leaves_nothing_behind(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "<- this run" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gpus_figures_are_those_of_the_plain_forms(capsys, kernels):
+    """Its blocks keep the normalised y as well, which the CPU's kernels make again."""
+    flags = "--load_model 1.6B --peft bone --ctx_len 64 --micro_bsz 1 --precision bf16".split()
+    kept = []
+    for accelerator in ("cpu", "gpu"):
+        said = planned(capsys, *flags, "--accelerator", accelerator)
+        kept.append(int(re.search(r"att ([\d,]+)", said)[1].replace(",", "")))
+    assert kept[1] >= kept[0] + 2 * 2048

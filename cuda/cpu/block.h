@@ -17,7 +17,7 @@ struct TokenMix {
   const void* before;     // rows that precede each sequence,
   int64_t before_stride;  // this many elements apart: 0 where all have the same
   const void* maa;        // (n_mixtures, n_channels)
-  void* blends;           // (n_mixtures, tokens, n_channels), null for none
+  void* const* blends;    // n_mixtures of (tokens, n_channels), null for none
 };
 
 struct TokenMixGradients {

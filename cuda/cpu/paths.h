@@ -41,7 +41,7 @@ struct CpuKernels {
   void (*bat_row_backward)(const Blocks&, void* dx, const void* x, const float* D,
                            const float* sums, void* dD, int64_t first, int64_t last);
   // Bands of channels.
-  void (*token_mix)(const TokenMix&, void* out, int64_t first, int64_t last);
+  void (*token_mix)(const TokenMix&, void* const* out, int64_t first, int64_t last);
   void (*token_mix_backward)(const TokenMix&, const TokenMixGradients&, int64_t first,
                              int64_t last);
   void (*shift_backward)(const TokenMix&, const ShiftGradients&, int64_t first, int64_t last);

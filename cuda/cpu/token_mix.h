@@ -2,8 +2,8 @@
 // a token finds the one before it, and a sum over tokens is made by one of them alone.
 
 template <typename E>
-static void token_mix_band(const TokenMix& mix, void* out, int64_t first, int64_t last) {
-  const int64_t C = mix.n_channels, one = mix.bounds[mix.n_sequences] * C;
+static void token_mix_band(const TokenMix& mix, void* const* out, int64_t first, int64_t last) {
+  const int64_t C = mix.n_channels;
   for (int64_t s = 0; s < mix.n_sequences; ++s)
     for (int64_t t = mix.bounds[s]; t < mix.bounds[s + 1]; ++t) {
       const bool inside = t > mix.bounds[s];
@@ -13,23 +13,22 @@ static void token_mix_band(const TokenMix& mix, void* out, int64_t first, int64_
         const Vec x = load<E>(mix.x, t * C + c, count);
         const Vec difference = load<E>(before, before_at + c, count) - x;
         for (int64_t j = 0; j < mix.n_mixtures; ++j) {
-          const int64_t at = j * one + t * C + c;
           Vec blend = load<E>(mix.maa, j * C + c, count);
-          if (mix.blends) blend += load<E>(mix.blends, at, count);
-          store<E>(out, at, x + difference * blend, count);
+          if (mix.blends) blend += load<E>(mix.blends[j], t * C + c, count);
+          store<E>(out[j], t * C + c, x + difference * blend, count);
         }
       });
     }
 }
 
-static void token_mix(const TokenMix& mix, void* out, int64_t first, int64_t last) {
+static void token_mix(const TokenMix& mix, void* const* out, int64_t first, int64_t last) {
   with_element(mix.element, [&](auto e) { token_mix_band<decltype(e)>(mix, out, first, last); });
 }
 
 template <typename E>
 static void token_mix_backward_band(const TokenMix& mix, const TokenMixGradients& d, int64_t first,
                                     int64_t last) {
-  const int64_t C = mix.n_channels, one = mix.bounds[mix.n_sequences] * C;
+  const int64_t C = mix.n_channels;
   for (int64_t j = 0; d.maa && j < mix.n_mixtures; ++j)
     std::fill(d.maa + j * C + first, d.maa + j * C + last, 0.0f);
   for (int64_t s = 0; s < mix.n_sequences; ++s)
@@ -42,12 +41,11 @@ static void token_mix_backward_band(const TokenMix& mix, const TokenMixGradients
         if (mix.blends || d.maa)
           difference = load<E>(before, before_at + c, count) - load<E>(mix.x, t * C + c, count);
         for (int64_t j = 0; j < mix.n_mixtures; ++j) {
-          const int64_t at = j * one + t * C + c;
           const Vec dout = load<E>(d.out[j], t * C + c, count), moved = dout * difference;
           Vec blend = load<E>(mix.maa, j * C + c, count);
           if (mix.blends) {
-            blend += load<E>(mix.blends, at, count);
-            store<E>(mix.blends, at, moved, count);
+            blend += load<E>(mix.blends[j], t * C + c, count);
+            store<E>(mix.blends[j], t * C + c, moved, count);
           }
           if (d.maa) {
             const Vec so_far = load<Float32>(d.maa, j * C + c, count);

@@ -109,10 +109,14 @@ def watch_runner() -> Callable[[], bool]:
         return lambda: False
     import psutil
 
-    agent = psutil.Process(os.getppid())
-    runner = agent.parent()
+    try:
+        agent = psutil.Process(os.getppid())
+        runner = agent.parent()
+        words = {os.path.basename(word) for word in runner.cmdline()} if runner else set()
+    except psutil.Error:  # processes of another user or container
+        return lambda: False
     # Not for a shell that started the agent itself: it may end first.
-    if runner is None or not any("deepspeed" in word for word in runner.cmdline()):
+    if runner is None or not words & {"deepspeed", "ds", "deepspeed.launcher.runner"}:
         return lambda: False
     return lambda: agent.ppid() != runner.pid
 

@@ -1,5 +1,6 @@
 """`--plan`: what a run will take of memory, steps, data and disk, told without running it."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from finchtune.config import TrainConfig
 from finchtune.data import Data
 from finchtune.engine import DTYPES
 from finchtune.errors import UserError
+from finchtune.kernels import cpu_kernels_set_aside
 from finchtune.memory import Activations, Estimate, activations, estimate, meta_model
 from finchtune.model import RWKV6, ModelConfig
 from finchtune.run import open_data
@@ -167,10 +169,11 @@ def memory_lines(
     """A table of the memory of one device, and what a block's activations are made of."""
     world = config.devices * config.num_nodes
     fakes = "cuda" if torch.cuda.is_available() and device == "cuda" else "cpu"
-    made = {
-        cp: activations(dataclasses.replace(config, grad_cp=cp), sizes, dtype, fakes)
-        for cp in GRAD_CP
-    }
+    with cpu_kernels_set_aside() if device == "cuda" else contextlib.nullcontext():
+        made = {
+            cp: activations(dataclasses.replace(config, grad_cp=cp), sizes, dtype, fakes)
+            for cp in GRAD_CP
+        }
     whose = "GPU" if device == "cuda" else "process"
     yield (
         f"memory of one {whose} of {world} at the highest moment of a step, "

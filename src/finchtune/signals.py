@@ -14,7 +14,7 @@ SAME_SECONDS = 2.0  # terminal and launcher may both deliver one Ctrl-C
 class StopRequest:
     """Whether SIGTERM or SIGINT has come: true in a condition from then on.
 
-    Also when `launcher_ended` says so, of one that ends without a signal to this process.
+    Also once `launcher_ended` is true, for a launcher that ends without sending a signal here.
 
     A thread hears of them at once, also while the main thread waits in a collective call, where
     Python's own handlers would not run: a second signal must end a process that hangs there.

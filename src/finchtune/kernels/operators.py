@@ -1,7 +1,9 @@
 """The compiled operators as torch sees them: gradients, and whether there are any."""
 
+import contextlib
 import functools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -39,7 +41,10 @@ def loaded_devices() -> frozenset[str]:
     try:
         with_cuda = load_library()
     except BuildError as error:
-        warnings.warn(f"WKV6 runs in plain torch, which is slower: {error}", stacklevel=2)
+        warnings.warn(
+            f"there are no compiled kernels, plain torch runs, which is slower: {error}",
+            stacklevel=2,
+        )
         return frozenset()
     for name, shapes in SHAPES.items():
         torch.library.register_fake(f"finchtune::{name}", shapes)
@@ -58,9 +63,24 @@ def has_kernels(device_type: str) -> bool:
     return device_type in DTYPES and device_type in loaded_devices()
 
 
+_set_aside: list[None] = []  # one for each time they are
+
+
+@contextlib.contextmanager
+def cpu_kernels_set_aside() -> Iterator[None]:
+    """Within, `fits_cpu` is never true: the code runs as on a device without these kernels."""
+    _set_aside.append(None)
+    try:
+        yield
+    finally:
+        _set_aside.pop()
+
+
 def fits_cpu(*tensors: Tensor) -> bool:
     """Whether the CPU kernels take these: on a CPU, all of one of their dtypes, kernels there."""
     dtype = tensors[0].dtype
+    if _set_aside:
+        return False
     alike = all(x.device.type == "cpu" and x.dtype == dtype for x in tensors)
     return alike and dtype in DTYPES["cpu"] and has_kernels("cpu")
 

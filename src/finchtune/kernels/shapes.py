@@ -65,9 +65,9 @@ def bat_row_backward_(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tensor:
     return D.new_empty(D.shape)
 
 
-def token_mix(x: Tensor, before: Any, cu_seqlens: Any, maa: Tensor) -> Tensor:
-    """One blend for each row of maa, (n, tokens, C)."""
-    return x.new_empty(maa.shape[0], *x.flatten(0, 1).shape)
+def token_mix(x: Tensor, before: Any, cu_seqlens: Any, maa: Tensor) -> list[Tensor]:
+    """One blend for each row of maa, n of (tokens, C)."""
+    return [x.new_empty(x.flatten(0, 1).shape) for _ in maa]
 
 
 def token_mix_(*_: Any) -> None:

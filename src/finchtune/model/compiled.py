@@ -1,7 +1,7 @@
-"""Element-wise parts of a block by the compiled CPU kernels: each is one walk through memory.
+"""Element-wise parts of a block by the compiled CPU kernels: few walks through memory.
 
-The same functions as in `plain`, which is their oracle, in fp32 and bf16. Rows inside are
-computed in fp32 and rounded once.
+The same functions as in `plain`, which is their oracle, in fp32 and bf16. The kernels compute in
+fp32; what they store is rounded.
 """
 
 from typing import Any
@@ -37,9 +37,13 @@ class Mixtures(torch.autograd.Function):
         (blended,) = ops.token_mix(x, before, cu_seqlens, maa_x)
         low = torch.tanh(blended @ w1)
         ctx.save_for_backward(x, before, cu_seqlens, low, maa_x, maa, w1, w2)
-        blends = torch.bmm(by_mixture(low, len(maa)), w2)
+        # Separate tensors, so that each is freed by itself; written to below, so that selective
+        # recomputation, which keeps results of `@`, must not see one.
+        blends = [torch.empty_like(blended) for _ in maa]
+        for low_j, w2_j, blend in zip(by_mixture(low, len(maa)), w2, blends, strict=True):
+            torch.mm(low_j, w2_j, out=blend)
         ops.token_mix_(blends, x, before, cu_seqlens, maa)
-        return tuple(y.view(x.shape) for y in blends.unbind())
+        return tuple(y.view(x.shape) for y in blends)
 
     @staticmethod
     @once_differentiable
@@ -49,7 +53,7 @@ class Mixtures(torch.autograd.Function):
         rows = [dy.flatten(0, 1) for dy in gradients]
         d_blends = torch.bmm(by_mixture(low, len(maa)), w2)  # until the kernel has read them
         total, blended, d_maa = ops.token_mix_backward(
-            rows, x, before, cu_seqlens, maa, d_blends, of_maa
+            rows, x, before, cu_seqlens, maa, d_blends.unbind(), of_maa
         )
         d_low = torch.empty_like(low)
         torch.bmm(d_blends, w2.mT, out=by_mixture(d_low, len(maa)))
@@ -78,7 +82,7 @@ class FixedMixtures(torch.autograd.Function):
         """x_j = x + xx maa_j. x (B, T, C), before (B, C) or None, maa (n, C) -> n of (B, T, C)."""
         of_maa = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if of_maa else None, before if of_maa else None, cu_seqlens, maa)
-        return tuple(y.view(x.shape) for y in ops.token_mix(x, before, cu_seqlens, maa).unbind())
+        return tuple(y.view(x.shape) for y in ops.token_mix(x, before, cu_seqlens, maa))
 
     @staticmethod
     @once_differentiable
@@ -88,7 +92,7 @@ class FixedMixtures(torch.autograd.Function):
         rows = [dy.flatten(0, 1) for dy in gradients]
         like = gradients[0] if x is None else x  # only its shape is read where maa is frozen
         total, blended, d_maa = ops.token_mix_backward(
-            rows, like, before, cu_seqlens, maa, None, of_maa
+            rows, like, before, cu_seqlens, maa, [], of_maa
         )
         dx, d_before = ops.shift_backward(total, blended, None, like, cu_seqlens, maa, of_before)
         return (
@@ -131,7 +135,7 @@ class GatedNorm(torch.autograd.Function):
 
 
 class SquaredReLU(torch.autograd.Function):
-    """relu(x)^2. Keeps the result, as `plain.SquaredReLU` does."""
+    """relu(x)^2. Keeps the result, as `plain.SquaredReLU` does; its root is not rounded to bf16."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

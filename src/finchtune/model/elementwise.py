@@ -24,7 +24,8 @@ def mixtures(
     boundaries `cu_seqlens`.
     """
     before = None if before is None else before.to(x.dtype)
-    if fits_cpu(x, maa_x, maa, w1, w2):
+    # The compiled form mixes products, whose dtype autocast changes, with kernels.
+    if fits_cpu(x, maa_x, maa, w1, w2) and not torch.is_autocast_enabled("cpu"):
         return compiled.Mixtures.apply(x, before, cu_seqlens, maa_x, maa, w1, w2)
     xx = plain.previous_minus_this(x, before, cu_seqlens).flatten(0, 1)
     weights = maa_x.flatten(), maa.unsqueeze(1), w1, w2
@@ -53,7 +54,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
         """y, gate (tokens, C) -> (tokens, C)."""
-        if fits_cpu(y, gate, self.weight):
+        if fits_cpu(y, gate, self.weight, self.bias):
             return compiled.GatedNorm.apply(y, gate, self.weight, self.bias, self.groups, self.eps)
         return plain.Gate.apply(
             F.group_norm(y, self.groups, self.weight, self.bias, self.eps), gate
