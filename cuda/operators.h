@@ -3,6 +3,9 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <optional>
+#include <vector>
+
 #include "cpu/paths.h"
 
 namespace finchtune {
@@ -15,5 +18,10 @@ Element element_of(const at::Tensor& x);
 
 // The same values one after another, from an address that vector instructions can load from.
 at::Tensor dense(const at::Tensor& x);
+
+// The token positions where sequences start and the last one ends: B of T tokens each, or those of
+// cu_seqlens (integers on a CPU) packed into B = 1. Refuses boundaries that do not rise from 0 to T.
+std::vector<int64_t> sequence_bounds(const std::optional<at::Tensor>& cu_seqlens, int64_t B,
+                                     int64_t T);
 
 }  // namespace finchtune

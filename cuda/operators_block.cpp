@@ -60,24 +60,10 @@ struct Mix {
       TORCH_CHECK(blend.is_contiguous(), "blends are written to and must be dense");
       pointers.push_back(blend.data_ptr());
     }
-    fill_bounds(cu_seqlens, B, T);
+    bounds = sequence_bounds(cu_seqlens, B, T);
     mix = {static_cast<int64_t>(bounds.size()) - 1, bounds.data(), C, n, element_of(x),
            x.const_data_ptr(), before.const_data_ptr(), before_ ? C : 0, maa.const_data_ptr(),
            blends.empty() ? nullptr : pointers.data()};
-  }
-
-  void fill_bounds(const optional<Tensor>& cu_seqlens, int64_t B, int64_t T) {
-    if (!cu_seqlens) {
-      for (int64_t i = 0; i <= B; ++i) bounds.push_back(i * T);
-      return;
-    }
-    const Tensor given = cu_seqlens->to(at::kLong).contiguous();
-    const int64_t* data = given.const_data_ptr<int64_t>();
-    bounds.assign(data, data + given.numel());
-    for (size_t i = 1; i < bounds.size(); ++i)
-      TORCH_CHECK(bounds[i - 1] <= bounds[i], "cu_seqlens must not fall");
-    TORCH_CHECK(bounds.size() > 1 && bounds.front() == 0 && bounds.back() == T,
-                "cu_seqlens must go from 0 to ", T);
   }
 
   int64_t rows() const { return x.size(0) * x.size(1); }

@@ -74,6 +74,23 @@ Tensor dense(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0 ? y : y.clone();
 }
 
+std::vector<int64_t> sequence_bounds(const std::optional<Tensor>& cu_seqlens, int64_t B,
+                                     int64_t T) {
+  std::vector<int64_t> bounds;
+  if (cu_seqlens) {
+    const Tensor given = cu_seqlens->to(at::kLong).contiguous();
+    const int64_t* data = given.const_data_ptr<int64_t>();
+    bounds.assign(data, data + given.numel());
+  } else {
+    for (int64_t i = 0; i <= B; ++i) bounds.push_back(i * T);
+  }
+  for (size_t i = 1; i < bounds.size(); ++i)
+    TORCH_CHECK(bounds[i - 1] <= bounds[i], "cu_seqlens must not fall");
+  TORCH_CHECK(bounds.size() > 1 && bounds.front() == 0 && bounds.back() == B * T,
+              "cu_seqlens must go from 0 to ", T);
+  return bounds;
+}
+
 }  // namespace finchtune
 
 TORCH_LIBRARY_FRAGMENT(finchtune, library) {

@@ -69,12 +69,7 @@ struct CpuCall : Call {
 
   template <typename... Arguments>
   explicit CpuCall(const Arguments&... arguments) : Call(arguments...) {
-    for (int64_t i = 0; i <= n_sequences; ++i)
-      bounds.push_back(cu_seqlens ? cu_seqlens->const_data_ptr<int32_t>()[i] : i * T);
-    for (int64_t i = 0; i < n_sequences; ++i)
-      TORCH_CHECK(bounds[i] <= bounds[i + 1], "wkv6: cu_seqlens must not fall");
-    TORCH_CHECK(bounds[0] == 0 && bounds[n_sequences] == B * T,
-                "wkv6: cu_seqlens must go from 0 to ", T);
+    bounds = sequence_bounds(cu_seqlens, B, T);
     shape = {n_sequences, H, N, bounds.data(), element_of(r)};
     inputs = {r.const_data_ptr(),         k.const_data_ptr(),        v.const_data_ptr(),
               w.const_data_ptr(),         u.const_data_ptr<float>(), state.const_data_ptr<float>()};

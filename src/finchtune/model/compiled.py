@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finchtune.model.plain import by_mixture, previous_minus_this
+from finchtune.model.plain import by_mixture, low_rank_backward, previous_minus_this
 
 ops = torch.ops.finchtune
 
@@ -55,10 +55,7 @@ class Mixtures(torch.autograd.Function):
         total, blended, d_maa = ops.token_mix_backward(
             rows, x, before, cu_seqlens, maa, d_blends.unbind(), of_maa
         )
-        d_low = torch.empty_like(low)
-        torch.bmm(d_blends, w2.mT, out=by_mixture(d_low, len(maa)))
-        d_low = torch.ops.aten.tanh_backward(d_low, low)
-        d_input = d_low @ w1.T
+        d_low, d_input = low_rank_backward(d_blends, low, w1, w2)
         dx, d_before = ops.shift_backward(total, blended, d_input, x, cu_seqlens, maa_x, of_before)
         xx = previous_minus_this(x, before, cu_seqlens).flatten(0, 1) if of_maa_x or of_w1 else x
         return (

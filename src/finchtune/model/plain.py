@@ -73,10 +73,7 @@ class Mixtures(torch.autograd.Function):
                 dx += dy
                 dxx.addcmul_(dy, d_blend[j])
             torch.mul(dy, xx, out=d_blend[j])  # the blend itself is not needed any more
-        d_low = torch.empty_like(low)
-        torch.bmm(d_blend, w2.mT, out=by_mixture(d_low, len(maa)))
-        d_low = torch.ops.aten.tanh_backward(d_low, low)
-        d_input = d_low @ w1.T
+        d_low, d_input = low_rank_backward(d_blend, low, w1, w2)
         dx += d_input
         dxx.addcmul_(d_input, maa_x)
         return (
@@ -92,6 +89,16 @@ class Mixtures(torch.autograd.Function):
 def by_mixture(low: Tensor, count: int) -> Tensor:
     """(tokens, count M) as a view (count, tokens, M)."""
     return low.unflatten(-1, (count, -1)).transpose(0, 1)
+
+
+def low_rank_backward(
+    d_blend: Tensor, low: Tensor, w1: Tensor, w2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Through m = tanh(z w1) w2: from dm (n, tokens, C) the gradients of z w1 and z (tokens, C)."""
+    d_low = torch.empty_like(low)
+    torch.bmm(d_blend, w2.mT, out=by_mixture(d_low, len(w2)))
+    d_low = torch.ops.aten.tanh_backward(d_low, low)
+    return d_low, d_low @ w1.T
 
 
 def blends(low: Tensor, maa: Tensor, w2: Tensor) -> Tensor:
