@@ -1,13 +1,18 @@
 """Fixtures shared by all tests."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+from support import run_script, save_model, small_model
 
 from finchtune.kernels import has_kernels
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+# On a busy machine any example may take longer than hypothesis' 200 ms.
+settings.register_profile("finchtune", deadline=None)
+settings.load_profile("finchtune")
 
 
 @pytest.fixture(autouse=True)
@@ -20,21 +25,28 @@ def reset_torch_state():
 
 
 @pytest.fixture(scope="session")
-def tiny6() -> Path:
-    """A real trained RWKV-6 (L12 C128 V256), where the folder of shared data lies beside us."""
-    path = SHARED_DATA / "tiny6.pth"
-    if not path.exists():
-        pytest.skip(f"needs the trained model {path.name}, which is not shipped")
-    return path
+def word_problems(tmp_path_factory) -> Path:
+    """2,000 worked arithmetic problems: a JSON object a line with question, answer and text."""
+    folder = tmp_path_factory.mktemp("problems")
+    skills = ("--skills", "add", "subtract", "two_steps")
+    done = run_script("scripts/make_problems.py", *skills, "--train", 2000, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "train.jsonl"
 
 
 @pytest.fixture(scope="session")
-def gsm8k_train() -> Path:
-    """GSM8K's training problems (question, answer), where they lie beside us."""
-    path = SHARED_DATA / "gsm8k_train.jsonl"
-    if not path.exists():
-        pytest.skip(f"needs the data set {path.name}, which is not shipped")
-    return path
+def trained_model(word_problems, tmp_path_factory) -> Path:
+    """A model (L3 C64 V256) that learnt the bytes of `word_problems`, as a file."""
+    model = small_model(n_layer=3)
+    text = "".join(json.loads(line)["text"] + "\n" for line in word_problems.open())
+    stream = torch.tensor(list(text.encode()))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for step in range(60):
+        rows = stream[step * 1032 :][:1032].view(8, 129)
+        (model.loss(rows[:, :-1], rows[:, 1:]) / 1024).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return save_model(model, tmp_path_factory.mktemp("trained") / "model.pth")
 
 
 @pytest.fixture(scope="session")

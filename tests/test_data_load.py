@@ -176,12 +176,12 @@ def test_prompts_longer_than_the_context_leave_nothing_to_train_on(questions):
         load_questions(questions, ctx_len=20)
 
 
-def test_real_questions_load(gsm8k_train):
+def test_many_questions_load(word_problems):
     from finchtune.tokenizer import load_tokenizer
 
     world = load_tokenizer("world")
-    data = load_data(str(gsm8k_train), "sft", "pack", 512, "qa", ["question", "answer"], world)
+    data = load_data(str(word_problems), "sft", "pack", 1024, "qa", ["question", "answer"], world)
     described = data.describe()
-    assert described["documents"] == 7473
+    assert described["documents"] == 2000
     assert described["padding_waste"] < 0.05
-    assert 0.4 < described["trained_tokens"] / described["tokens"] < 0.7
+    assert 0.2 < described["trained_tokens"] / described["tokens"] < 0.7

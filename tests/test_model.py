@@ -29,11 +29,11 @@ def test_logits_equal_the_rwkv_package(tmp_path, sizes):
     assert relative_error(logits[0], expected) < 1e-4
 
 
-def test_logits_of_a_trained_model_equal_the_rwkv_package(tiny6):
-    text = "The quick brown fox jumps over the lazy dog, and then it sleeps."
-    tokens = torch.tensor([list(text.encode("utf-16-le"))])
-    logits, _ = finchtune.load_model(tiny6)(tokens)
-    expected = rwkv_package_logits(tiny6, tokens[0].tolist())
+def test_logits_of_a_trained_model_equal_the_rwkv_package(trained_model):
+    text = "User: Ada has 5 apples and finds 3 more. How many apples now?"
+    tokens = torch.tensor([list(text.encode())])
+    logits, _ = finchtune.load_model(trained_model)(tokens)
+    expected = rwkv_package_logits(trained_model, tokens[0].tolist())
     assert relative_error(logits[0], expected) < 1e-4
     loss = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).item()
     assert loss < 2.0, "a trained model predicts text of its own kind"
@@ -135,12 +135,12 @@ def test_squared_relu_keeps_what_the_linear_after_it_keeps(dtype):
         kept.add(tensor.untyped_storage().data_ptr())
         return tensor
 
-    x = (4 * torch.randn(2**16)).to(dtype).requires_grad_()
+    x = (4 * torch.randn(2**20)).to(dtype).requires_grad_()
     weight = nn.Parameter(torch.ones((), dtype=dtype))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = plain.SquaredReLU.apply(x) * weight
     assert len(kept) == 2, "the result and the weight"
-    dy = torch.randn(2**16).to(dtype)
+    dy = torch.randn(2**20).to(dtype)
     (dx,) = torch.autograd.grad(y, x, dy)
     assert torch.equal(dx, x.detach().relu() * dy * 2)
 

@@ -61,12 +61,12 @@ def test_losses_and_gradients_are_those_of_each_document_alone(dtype, grad_check
             assert relative_error(found, expected[name]) < tolerance, name
 
 
-def test_gsm8k_packs_into_rows_with_little_waste(gsm8k_train):
+def test_questions_pack_into_rows_with_little_waste(word_problems):
     """At ctx_len 1024 less than 5 % is padding, where one document a row wastes over 70 %."""
     waste = {}
     for dataload in ("pack", "pad"):
         data = load_data(
-            *(str(gsm8k_train), "sft", dataload, 1024, "qa", ["question", "answer"]),
+            *(str(word_problems), "sft", dataload, 1024, "qa", ["question", "answer"]),
             tokenizer=load_tokenizer("world"),
         )
         waste[dataload] = data.describe()["padding_waste"]

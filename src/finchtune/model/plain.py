@@ -125,8 +125,8 @@ class Gate(torch.autograd.Function):
 class SquaredReLU(torch.autograd.Function):
     """relu(x)^2. Keeps the result, which the linear after it may keep too.
 
-    Its root is relu(x) to the last bit: in binary the root of a rounded square always is, unless
-    the square underflows.
+    Its root is relu(x) to the last bit: in binary the rounded root of a rounded square always is,
+    unless the square underflows.
     """
 
     @staticmethod
@@ -139,7 +139,9 @@ class SquaredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
-        # MKL's root, which torch.sqrt takes for fp32 on a CPU, is twenty times slower at zeros.
         tiny = torch.finfo(y.dtype).tiny
-        root = torch.threshold_(y.clamp_min(tiny).sqrt_(), tiny**0.5, 0.0)
-        return root.mul_(gradients[0]).mul_(2)
+        # On a CPU torch leaves the root to MKL, which is twenty times slower at zeros, and whose
+        # fp32 root is not always the nearest number: on AMD it is one off for some squares.
+        precise = torch.float64 if y.device.type == "cpu" else y.dtype
+        root = y.clamp_min(tiny).to(precise).sqrt_().to(y.dtype)
+        return torch.threshold_(root, tiny**0.5, 0.0).mul_(gradients[0]).mul_(2)
