@@ -12,18 +12,18 @@ import time
 import torch
 
 from finchtune import distributed
-from finchtune.batch_size import settle_batch
+from finchtune.cli.failures import StepWatch, explain
+from finchtune.cli.flags import parse_train_flags
+from finchtune.cli.plan import print_plan
 from finchtune.config import TrainConfig
-from finchtune.data import prefetch
-from finchtune.engine import Engine, choose_precision
+from finchtune.data.prefetch import prefetch
+from finchtune.distributed.launch import run_processes
+from finchtune.distributed.signals import StopRequest
 from finchtune.errors import INTERRUPTED, run_cli
-from finchtune.faults import StepWatch, explain
-from finchtune.flags import parse_train_flags
-from finchtune.folder import choose_checkpoint
-from finchtune.launch import run_processes
-from finchtune.plan import print_plan
 from finchtune.report import plot_loss, write_report
-from finchtune.run import (
+from finchtune.training.batch_size import settle_batch
+from finchtune.training.engine import Engine, choose_precision
+from finchtune.training.run import (
     Run,
     build_model,
     describe_parameters,
@@ -31,10 +31,10 @@ from finchtune.run import (
     restore_tensors,
     start_from_data,
 )
-from finchtune.samples import Samples
-from finchtune.schedule import Schedule
-from finchtune.signals import StopRequest
-from finchtune.validation import Validation
+from finchtune.training.run_folder import choose_checkpoint
+from finchtune.training.samples import Samples
+from finchtune.training.schedule import Schedule
+from finchtune.training.validation import Validation
 
 
 def main() -> int:

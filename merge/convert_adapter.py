@@ -10,11 +10,12 @@ its JSON. The numbers are copied, not computed: there and back gives the same bi
 import argparse
 from pathlib import Path
 
-from finchtune.adapter_files import FORMAT
-from finchtune.checkpoint import adapter_record, read_adapter, read_base, save_adapter
 from finchtune.errors import UserError, run_cli
 from finchtune.files import sha256
-from finchtune.hf_peft import (
+from finchtune.weights.adapter_files import FORMAT
+from finchtune.weights.base import adapter_record, read_adapter, read_base, save_adapter
+from finchtune.weights.merging import spec_without_record
+from finchtune.weights.peft_form import (
     PeftAdapter,
     from_hf_rwkv6,
     read_peft,
@@ -22,7 +23,6 @@ from finchtune.hf_peft import (
     to_hf_rwkv6,
     write_peft,
 )
-from finchtune.merging import spec_without_record
 
 
 def main() -> None:

@@ -6,13 +6,13 @@ import json
 import torch
 from tqdm import tqdm
 
-from finchtune.checkpoint import load_model
 from finchtune.data import PROMPT
 from finchtune.data.records import parse_line
 from finchtune.errors import UserError, run_cli
-from finchtune.evaluate import exact_match
+from finchtune.evaluation import exact_match
 from finchtune.files import atomic_path
 from finchtune.tokenizer import load_tokenizer
+from finchtune.weights.base import load_model
 
 
 def main() -> None:

@@ -4,11 +4,11 @@ import argparse
 
 import torch
 
-from finchtune.checkpoint import load_model
 from finchtune.data import PROMPT
 from finchtune.errors import run_cli
-from finchtune.generate import generate
+from finchtune.inference.generate import generate
 from finchtune.tokenizer import Decoder, load_tokenizer
+from finchtune.weights.base import load_model
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ import argparse
 
 import torch
 
-from finchtune.checkpoint import write_tensors
 from finchtune.errors import run_cli
-from finchtune.model import RWKV6, ModelConfig, init_weights
+from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.weights.base import write_tensors
 
 
 def main() -> None:

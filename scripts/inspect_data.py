@@ -10,8 +10,8 @@ import sys
 
 import numpy as np
 
-from finchtune.binidx import exists, strip_extension
 from finchtune.data import inspect
+from finchtune.data.binidx import exists, strip_extension
 from finchtune.data.documents import MASK_SUFFIX, read_binidx
 from finchtune.errors import UserError, run_cli
 from finchtune.tokenizer import load_tokenizer

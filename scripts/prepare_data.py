@@ -17,7 +17,7 @@ import sys
 
 from tqdm import tqdm
 
-from finchtune.binidx import token_dtype
+from finchtune.data.binidx import token_dtype
 from finchtune.data.inputs import find_inputs
 from finchtune.data.prepare import Recipe, Totals, prepare
 from finchtune.data.render import Layout

@@ -1,14 +1,17 @@
 """Fixtures shared by all tests."""
 
 import json
+import runpy
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.support import run_script, save_model, small_model
 from hypothesis import settings
-from support import run_script, save_model, small_model
 
-from finchtune.kernels import has_kernels
+from finchtune.ops.kernels import has_kernels
 
 # On a busy machine any example may take longer than hypothesis' 200 ms.
 settings.register_profile("finchtune", deadline=None)
@@ -73,3 +76,22 @@ def kernels():
     """Skips where the compiled kernels cannot be had."""
     if not has_kernels("cpu"):
         pytest.skip("needs a C++ compiler")
+
+
+@pytest.fixture
+def run(request, monkeypatch, capsys):
+    """Run the SCRIPT of the test's class or module in this process, which spares starting Python.
+
+    Called with its arguments it returns exit status, standard output and error.
+    """
+    script = str((request.cls or request.module).SCRIPT)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(script, run_name="__main__")
+        return stop.value.code, *capsys.readouterr()
+
+    yield run
+    signal.signal(signal.SIGTERM, before)

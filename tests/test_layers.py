@@ -8,19 +8,15 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
-    {"files", "pth"},
-    {"config", "distributed", "tokenizer", "binidx", "metrics", "measure", "signals", "kernels"},
-    {"launch", "flags", "data", "wkv", "adapters"},
-    {"loss"},
-    {"model", "optim"},
-    {"zero", "schedule"},
-    {"memory", "deepspeed_start"},
-    {"checkpoint", "engine", "generate"},
-    {"adapter_files", "resume"},
-    {"folder"},
-    {"merging", "hf_peft", "run", "evaluate", "report", "validation", "samples", "batch_size"},
-    {"merge_commands", "plan"},
-    {"faults"},
+    {"files"},
+    {"config", "distributed", "tokenizer"},
+    {"ops", "data"},
+    {"adapters"},
+    {"models"},
+    {"model", "weights"},
+    {"memory", "inference"},
+    {"training", "evaluation", "report"},
+    {"cli"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

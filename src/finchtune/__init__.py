@@ -9,8 +9,8 @@ from typing import Any
 _HOMES = {
     "attach": "finchtune.adapters",
     "merge": "finchtune.adapters",
-    "load_model": "finchtune.checkpoint",
-    "wkv6": "finchtune.wkv",
+    "load_model": "finchtune.weights.base",
+    "wkv6": "finchtune.ops.wkv6",
 }
 __all__ = ["attach", "load_model", "merge", "wkv6"]
 

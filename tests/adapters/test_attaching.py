@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from adapter_models import TOKENS, Classifier, Finchlike, finchlike, move
+from helpers.adapter_models import TOKENS, Classifier, Finchlike, finchlike, move
 from torch import nn
 
 from finchtune.adapters import (

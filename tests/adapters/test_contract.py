@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from adapter_formulas import CASES, FORMULAS, make, small, start
+from helpers.adapter_formulas import CASES, FORMULAS, make, small, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from finchtune.adapters import METHODS, AdaptedLinear, bat, blocks
+from finchtune.adapters import METHODS, AdaptedLinear, shards
 from finchtune.adapters.frozen import product_plus
+from finchtune.adapters.methods import bat
 
 SIZES = [(12, 8), (8, 12), (8, 8)]
 """(out, in): wider, taller and square."""
@@ -99,7 +100,7 @@ def test_starts_as_the_base_and_leaves_W_alone(name, settings, dtype):
 
 @pytest.mark.parametrize(
     ("module", "mode", "elements", "count"),
-    [(blocks, "row", 1, 10), (blocks, "row", 36, 4), (bat, "col", 1, 6), (bat, "col", 640, 2)],
+    [(shards, "row", 1, 10), (shards, "row", 36, 4), (bat, "col", 1, 6), (bat, "col", 640, 2)],
 )
 def test_bat_goes_through_large_weights_in_groups(module, mode, elements, count, monkeypatch):
     adapter, W = make("bat", {"r": 4, "mode": mode}, 24, 40)
@@ -109,7 +110,7 @@ def test_bat_goes_through_large_weights_in_groups(module, mode, elements, count,
     wanted = torch.autograd.grad(expected.square().sum(), inputs)
     monkeypatch.setitem(module.GROUP_ELEMENTS, "cpu", elements)
     length = 3 if mode == "row" else 40
-    assert len(blocks.groups(adapter.bone, length, module.GROUP_ELEMENTS)) == count
+    assert len(shards.groups(adapter.bone, length, module.GROUP_ELEMENTS)) == count
     y = adapter(x, W)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(torch.autograd.grad(y.square().sum(), inputs), wanted)

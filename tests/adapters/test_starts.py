@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from finchtune.adapters import METHODS
-from finchtune.adapters.pissa import principal_svd
+from finchtune.adapters.methods.pissa import principal_svd
 from finchtune.errors import UserError
 
 

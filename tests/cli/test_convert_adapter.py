@@ -2,18 +2,18 @@
 
 import pytest
 import torch
-from support import REPOSITORY, save_model, small_model
+from helpers.support import REPOSITORY, save_model, small_model
 
 from finchtune.adapters import attach
-from finchtune.checkpoint import (
+from finchtune.files import read_json, sha256
+from finchtune.weights.base import (
     adapter_keys,
     adapter_record,
     load_model,
     save_adapter,
     write_tensors,
 )
-from finchtune.files import read_json, sha256
-from finchtune.merging import merge_files
+from finchtune.weights.merging import merge_files
 
 SCRIPT = REPOSITORY / "merge/convert_adapter.py"
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finchtune.binidx import BinIdxWriter
+from finchtune.data.binidx import BinIdxWriter
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_data.py"
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
-from additions import flags, make_folder
-from support import children_of, is_alive, metrics, script_command, train
+from helpers.additions import flags, make_folder
+from helpers.support import children_of, is_alive, metrics, script_command, train
 
 from finchtune.errors import INTERRUPTED, LOST_RANK
 from finchtune.files import sha256

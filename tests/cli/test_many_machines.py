@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import (
+from helpers.support import (
     REPOSITORY,
     children_of,
     is_alive,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from finchtune.binidx import BinIdx
+from finchtune.data.binidx import BinIdx
 from finchtune.tokenizer import load_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "prepare_data.py"

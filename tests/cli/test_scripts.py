@@ -3,9 +3,15 @@
 import json
 
 import torch
-from support import assert_one_error_line, run_script, rwkv_package_logits, save_model, small_model
+from helpers.support import (
+    assert_one_error_line,
+    run_script,
+    rwkv_package_logits,
+    save_model,
+    small_model,
+)
 
-from finchtune.checkpoint import load_model
+from finchtune.weights.base import load_model
 
 
 def test_init_model_writes_a_file_that_other_runtimes_load(tmp_path):

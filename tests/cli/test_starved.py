@@ -7,11 +7,11 @@ import subprocess
 
 import pytest
 import torch
-from additions import flags, make_folder
-from support import metrics, run_script, save_model, small_model, train
+from helpers.additions import flags, make_folder
+from helpers.support import metrics, run_script, save_model, small_model, train
 
 from finchtune.errors import NOT_FINITE, OUT_OF_MEMORY
-from finchtune.resume import checkpoint_problem, checkpoints
+from finchtune.training.checkpoints import checkpoint_problem, checkpoints
 
 pytestmark = pytest.mark.slow
 BONE = "--peft bone --bone_r 8".split()
@@ -58,7 +58,7 @@ def test_nothing_but_bad_documents_stops_the_run(folder):
 
 LIMITED = """
 import resource, runpy, sys
-import torch, finchtune.engine, deepspeed, finchtune.plan
+import torch, finchtune.training.engine, deepspeed, finchtune.cli.plan
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
 sys.argv = sys.argv[1:]
@@ -68,7 +68,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 IN_TWO = f"""
 import sys
-from finchtune.launch import run_processes
+from finchtune.distributed.launch import run_processes
 sys.exit(run_processes(2, ["-c", {LIMITED!r}, *sys.argv[1:]]))
 """
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from additions import flags, losses, make_folder
-from support import (
+from helpers.additions import flags, losses, make_folder
+from helpers.support import (
     assert_one_error_line,
     metrics,
     relative_error,
@@ -16,8 +16,8 @@ from support import (
 )
 
 from finchtune.adapters import attach
-from finchtune.checkpoint import load_adapter, load_model
 from finchtune.files import sha256
+from finchtune.weights.base import load_adapter, load_model
 
 
 @pytest.fixture(scope="module")

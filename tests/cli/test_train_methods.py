@@ -5,15 +5,15 @@ import shutil
 
 import pytest
 import torch
-from additions import flags, losses, make_folder
-from support import relative_error, train
+from helpers.additions import flags, losses, make_folder
+from helpers.support import relative_error, train
 
 from finchtune.adapters import METHODS, attach
-from finchtune.checkpoint import load_adapter, load_model
+from finchtune.cli.merge import verify
 from finchtune.errors import UserError
 from finchtune.files import sha256
-from finchtune.merge_commands import verify
-from finchtune.merging import merge_files, unmerge_files
+from finchtune.weights.base import load_adapter, load_model
+from finchtune.weights.merging import merge_files, unmerge_files
 
 pytestmark = pytest.mark.slow
 

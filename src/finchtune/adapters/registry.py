@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 from finchtune.adapters.base import Adapter
-from finchtune.adapters.bat import Bat
-from finchtune.adapters.biglora import BigLoRA
-from finchtune.adapters.bone import Bone
-from finchtune.adapters.disha import DiSHA
-from finchtune.adapters.dora import DoRA
-from finchtune.adapters.frozen_ft import FrozenFT
-from finchtune.adapters.lora import LoRA
-from finchtune.adapters.lora_ga import LoRAGA
-from finchtune.adapters.olora import OLoRA
-from finchtune.adapters.pissa import PiSSA
+from finchtune.adapters.methods.bat import Bat
+from finchtune.adapters.methods.biglora import BigLoRA
+from finchtune.adapters.methods.bone import Bone
+from finchtune.adapters.methods.disha import DiSHA
+from finchtune.adapters.methods.dora import DoRA
+from finchtune.adapters.methods.frozen_ft import FrozenFT
+from finchtune.adapters.methods.lora import LoRA
+from finchtune.adapters.methods.lora_ga import LoRAGA
+from finchtune.adapters.methods.olora import OLoRA
+from finchtune.adapters.methods.pissa import PiSSA
 from finchtune.errors import UserError
 
 METHODS: dict[str, type[Adapter]] = {

@@ -7,7 +7,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finchtune.data.ahead import prefetch
     from finchtune.data.batch import Batch
     from finchtune.data.load import Data, load_data
     from finchtune.data.render import PROMPT
@@ -17,9 +16,8 @@ _HOMES = {
     "Batch": "batch",
     "Data": "load",
     "load_data": "load",
-    "prefetch": "ahead",
 }
-__all__ = ["PROMPT", "Batch", "Data", "load_data", "prefetch"]
+__all__ = ["PROMPT", "Batch", "Data", "load_data"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from finchtune import distributed
-from finchtune.binidx import token_dtype
+from finchtune.data.binidx import token_dtype
 from finchtune.data.documents import Documents, read_binidx
 from finchtune.data.inputs import find_inputs
 from finchtune.data.prepare import Recipe, prepare

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from finchtune.binidx import BinIdx, exists, token_dtype
+from finchtune.data.binidx import BinIdx, exists, token_dtype
 from finchtune.data.inputs import find_inputs, read_blocks
 from finchtune.data.records import BadRecords
 from finchtune.data.render import BadRecord, Layout, Piece

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import numpy as np
 
-from finchtune.binidx import SCAN_TOKENS
+from finchtune.data.binidx import SCAN_TOKENS
 from finchtune.data.documents import Documents
 from finchtune.data.sampling import DocumentRows, PackedRows, generator
 from finchtune.tokenizer import END_OF_DOCUMENT, Decoder, Tokenizer

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from finchtune.binidx import exists, strip_extension
 from finchtune.data.batch import IGNORED, Batch, packed, padded, round_up
+from finchtune.data.binidx import exists, strip_extension
 from finchtune.data.cache import read_cached
 from finchtune.data.documents import Documents, held_out, read_binidx, read_records
 from finchtune.data.mixing import MixedRows, SourceRows, parse_sources

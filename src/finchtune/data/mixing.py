@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finchtune.binidx import exists
+from finchtune.data.binidx import exists
 from finchtune.data.sampling import Counts, DocumentRows, PackedRows, Segment, Shuffle, WindowRows
 from finchtune.errors import UserError
 

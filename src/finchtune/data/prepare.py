@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finchtune.binidx import BinIdxWriter, remove, strip_extension
+from finchtune.data.binidx import BinIdxWriter, remove, strip_extension
 from finchtune.data.documents import MASK_SUFFIX, Encoded, encode_records, is_held_out
 from finchtune.data.inputs import Block, find_inputs, no_cut, read_blocks
 from finchtune.data.records import BadRecords

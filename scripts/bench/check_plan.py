@@ -1,0 +1,164 @@
+"""Hold the memory that --plan foretells against what training steps really take.
+
+    python scripts/bench/check_plan.py                # one process
+    python scripts/bench/check_plan.py --devices 2    # ZeRO 1 to 3 among two, each offloaded too
+
+Every row builds a small model, takes three optimizer steps under DeepSpeed, and follows every
+tensor's storage from birth to death: the highest sum of their bytes is the CPU's counterpart of
+torch.cuda.max_memory_allocated. Resident memory would add the interpreter, its libraries and
+whatever the C library keeps for later.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+
+from finchtune import distributed
+from finchtune.config import TrainConfig
+from finchtune.data import Batch
+from finchtune.distributed.launch import run_processes
+from finchtune.errors import run_cli
+from finchtune.memory.estimate import Estimate, StorageCount, estimate
+from finchtune.models.rwkv6 import RWKV6, ModelConfig
+from finchtune.training.engine import Engine, choose_precision
+from finchtune.training.run import build_model
+from finchtune.weights.base import write_tensors
+
+SMALL = ModelConfig(n_layer=4, n_embd=256, vocab_size=4096)
+DEEP = ModelConfig(n_layer=12, n_embd=128, vocab_size=512)
+LARGE_VOCABULARY = ModelConfig(n_layer=2, n_embd=256, vocab_size=65536)
+METHODS = ("none", "bone", "bat", "lora", "pissa")
+STRATEGIES = ("2", "3", "2_offload", "3_offload")
+TOLERANCE = 0.10
+STEPS = 3
+ROWS_PER_PROCESS = 10  # max_tasks_per_child would do the same, but hangs (Python 3.11)
+
+
+def rows(devices: int) -> Iterator[tuple[ModelConfig, TrainConfig]]:
+    """Sizes and configurations to measure."""
+    common = {"load_model": "-", "micro_bsz": 2, "ctx_len": 256, "devices": devices}
+    if devices > 1:
+        for peft, stage, precision, accumulate in itertools.product(
+            ("none", "bone"), ("1", *STRATEGIES), ("fp32", "bf16"), (1, 2)
+        ):
+            yield (
+                SMALL,
+                TrainConfig(
+                    **common,
+                    peft=peft,
+                    strategy=f"deepspeed_stage_{stage}",
+                    precision=precision,
+                    accumulate_grad_batches=accumulate,
+                ),
+            )
+        return
+    for precision, peft, grad_cp in itertools.product(("fp32", "bf16"), METHODS, (0, 1, 2)):
+        yield SMALL, TrainConfig(**common, peft=peft, grad_cp=grad_cp, precision=precision)
+    for sizes, peft, grad_cp in itertools.product(
+        (DEEP, LARGE_VOCABULARY), ("none", "bone"), (0, 1)
+    ):
+        yield sizes, TrainConfig(**common, peft=peft, grad_cp=grad_cp, precision="bf16")
+    for strategy, peft in itertools.product(STRATEGIES, ("none", "bone")):
+        more = {"strategy": f"deepspeed_stage_{strategy}", "precision": "bf16"}
+        yield SMALL, TrainConfig(**common, peft=peft, **more)
+    for peft in ("none", "bone"):
+        more = {"precision": "bf16", "accumulate_grad_batches": 2}
+        yield SMALL, TrainConfig(**common, peft=peft, **more)
+        yield (
+            SMALL,
+            TrainConfig(**common | {"ctx_len": 2048, "micro_bsz": 1}, peft=peft, precision="bf16"),
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--devices", type=int, default=1, help="processes [1]")
+    devices = parser.parse_args().devices
+    if distributed.processes_to_start(devices, 1):
+        return run_processes(devices, sys.argv)
+    distributed.say(
+        f"{'model':18}{'method':8}{'precision':>10}{'cp':>4}{'ZeRO':>11}{'rows x T':>12}"
+        f"{'measured':>12}{'foretold':>12}{'ratio':>8}   MiB of one process, {devices} in all"
+    )
+    ratios = []
+    for (sizes, config), (measured, found) in zip(rows(devices), measure_all(devices), strict=True):
+        ratios.append(foretold(found) / measured)
+        distributed.say(line(sizes, config, measured, found))
+    worst = max(ratios, key=lambda ratio: abs(ratio - 1))
+    distributed.say(f"worst of {len(ratios)} rows: {worst:.3f}; allowed 1 +- {TOLERANCE}")
+    return int(abs(worst - 1) > TOLERANCE)
+
+
+def measure_all(devices: int) -> Iterator[tuple[int, Estimate]]:
+    """Measure every row, in order."""
+    if devices > 1:
+        yield from itertools.starmap(measure, rows(devices))
+        distributed.shutdown()
+        return
+    todo = list(rows(devices))
+    spawn = multiprocessing.get_context("spawn")
+    for start in range(0, len(todo), ROWS_PER_PROCESS):
+        group = todo[start : start + ROWS_PER_PROCESS]
+        with ProcessPoolExecutor(1, spawn) as pool:
+            yield from pool.map(measure, *zip(*group, strict=True))
+
+
+def line(sizes: ModelConfig, config: TrainConfig, measured: int, found: Estimate) -> str:
+    """One row of the table."""
+    name = f"L{sizes.n_layer} C{sizes.n_embd} V{sizes.vocab_size}"
+    shape = f"{config.accumulate_grad_batches}x{config.micro_bsz} x {config.ctx_len}"
+    zero = f"{config.stage} offload" if config.offload else str(config.stage)
+    return (
+        f"{name:18}{config.peft:8}{config.precision:>10}{config.grad_cp:4}{zero:>11}"
+        f"{shape:>12}{measured / 2**20:12.1f}{foretold(found) / 2**20:12.1f}"
+        f"{foretold(found) / measured:8.3f}   {found.moment}"
+    )
+
+
+def foretold(found: Estimate) -> int:
+    """Bytes of one process, on a CPU those of the device and those moved to the host alike."""
+    return found.total + found.host
+
+
+def measure(sizes: ModelConfig, config: TrainConfig) -> tuple[int, Estimate]:
+    """(highest bytes of this process's tensors during three steps, what was foretold)."""
+    device = torch.device("cpu")
+    if not torch.distributed.is_initialized():
+        distributed.init_process_group(device)
+    dtype = choose_precision(config, device)
+    found = estimate(config, sizes, dtype, distributed.world_size())
+    shape = (STEPS, config.accumulate_grad_batches, config.micro_bsz, config.ctx_len)
+    with tempfile.TemporaryDirectory() as folder, StorageCount() as count:
+        config.load_model = str(weight_file(sizes, dtype, Path(folder)))
+        engine = Engine(build_model(config, dtype, device), config, device)
+        batches = [
+            [Batch(t, t) for t in step] for step in torch.randint(1, sizes.vocab_size, shape)
+        ]
+        count.restart_peak()
+        for step in batches:
+            engine.step(step, 1e-3)
+    engine.close()
+    return count.peak, found
+
+
+def weight_file(sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> Path:
+    """A weight file of random numbers in another dtype, so that loading it allocates memory."""
+    other = torch.bfloat16 if dtype == torch.float32 else torch.float32
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in RWKV6(sizes).state_dict().items()}
+    path = folder / "base.pth"
+    write_tensors({n: torch.randn(shape, dtype=other) * 0.02 for n, shape in shapes.items()}, path)
+    return path
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,146 @@
+"""Break the CUDA kernels in many small ways and show that their emulated tests notice each.
+
+Every barrier is dropped once, every wait for copies is loosened, and the faults listed in `FAULTS`
+are put in: wrong addresses, masks and sums. A fault that no test notices is printed, and the exit
+status is then 1. It works on a copy of the sources; a run takes some eight minutes.
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from finchtune.errors import run_cli
+
+ROOT = Path(__file__).parents[2]
+TEST = Path("tests/ops/wkv6/test_cuda_emulated.py")
+KERNEL_FILES = ("forward.cuh", "backward.cuh", "segments.cuh", "scan.cuh")
+
+
+@dataclass
+class Fault:
+    """In `file`, the occurrence number `count` of `right` becomes `wrong`."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    count: int = 0
+
+    def apply(self, folder: Path) -> None:
+        path = folder / "cuda" / "gpu" / self.file
+        parts = path.read_text().split(self.right)
+        assert len(parts) > self.count + 1, f"{self.name}: {self.file} has no such code any more"
+        head, tail = self.right.join(parts[: self.count + 1]), parts[self.count + 1 :]
+        path.write_text(head + self.wrong + self.right.join(tail))
+
+
+FAULTS = [
+    Fault("ldmatrix address", "fragments.cuh", "lane.lane / 16 * 8));", "lane.lane / 16 * 4));"),
+    Fault("ldmatrix row", "fragments.cuh", "row + lane.lane % 16", "row + lane.lane % 8"),
+    Fault("transposed ldmatrix", "fragments.cuh", "lane.lane / 8 % 2 * 8", "lane.lane / 16 * 8"),
+    Fault("tile swizzle", "fragments.cuh", "column / 8 ^ row % 8", "column / 8 | row % 8"),
+    Fault("order of tokens", "fragments.cuh", "(t & 12) >> 1", "(t & 12)"),
+    Fault(
+        "tail of the tiles", "fragments.cuh", "tensor + offset, valid)", "tensor + offset, true)"
+    ),
+    Fault("tail of the output", "fragments.cuh", "if (t0 + t < work.length)", "if (true)"),
+    Fault("decay of the tail", "block.cuh", "4 * lane.quad + i % 4 < valid", "valid > 0"),
+    Fault("decay of the scan's tail", "scan.cuh", "NO_DECAY = -INFINITY", "NO_DECAY = 0.0f"),
+    Fault("tail of the scan's output", "scan.cuh", "if (t0 + i < work.length)", "if (true)"),
+    Fault("far leaves of level 8", "block.cuh", "odd == upper", "odd != upper"),
+    Fault("pairs of level 4", "block.cuh", "row_leaf % 2 == 1 &&", "row_leaf > 0 &&"),
+    Fault("decay inside a leaf", "block.cuh", "decayed *= d.x[c][a]", "decayed *= d.x[c][b]"),
+    Fault("inclusive suffix sum", "backward.cuh", "through + suffix", "through + suffix + rdr[i]"),
+    Fault(
+        "inclusive prefix sum",
+        "backward.cuh",
+        "dw.x[c][i] += prefix",
+        "dw.x[c][i] += prefix + kdk[i]",
+    ),
+    Fault("sum of a far leaf", "backward.cuh", "lane.quad == 2 ?", "lane.quad == 3 ?"),
+    Fault(
+        "first of the scan's sums", "scan.cuh", "dw.x[i] += prefix", "dw.x[i] += prefix * d.x[i]"
+    ),
+    Fault(
+        "checkpoints of packed sequences",
+        "problem.cuh",
+        "CHUNK + sequence + chunk",
+        "CHUNK + chunk",
+    ),
+    Fault(
+        "last segment",
+        "problem.cuh",
+        "last = rest <= segments.length && (rest > 0 || first)",
+        "last = rest <= segments.length",
+    ),
+    Fault(
+        "first slot of a sequence",
+        "segments.cuh",
+        "* problem.H + head % problem.H;",
+        "* problem.H;",
+    ),
+]
+
+
+def all_faults() -> list[Fault]:
+    """The listed ones, and one for each barrier and each wait in the kernels."""
+    faults = list(FAULTS)
+    for file in KERNEL_FILES:
+        text = (ROOT / "cuda" / "gpu" / file).read_text()
+        for kind, right, wrong in (
+            ("barrier", "__syncthreads();", ""),
+            ("wait", "async_wait<0>();", "async_wait<1>();"),
+        ):
+            for count, match in enumerate(re.finditer(re.escape(right), text)):
+                line = text[: match.start()].count("\n") + 1
+                faults.append(Fault(f"{kind} in line {line}", file, right, wrong, count))
+    return faults
+
+
+def copy_sources(folder: Path) -> None:
+    shutil.copytree(ROOT / "cuda", folder / "cuda")
+    shutil.copytree(ROOT / "tests/ops/wkv6/emulation", folder / "tests/ops/wkv6/emulation")
+    for name in (TEST, "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+
+
+def tests_pass(fault: Fault | None) -> bool:
+    """Whether the emulated tests of the sources with this fault pass."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_sources(folder)
+        if fault is not None:
+            fault.apply(folder)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", str(TEST)]
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    # 0: all passed. 1: a test failed, or the kernels did not compile. Negative: ended by a signal,
+    # after a write outside a tensor. Anything else is a fault of this script.
+    assert result.returncode <= 1, result.stdout + result.stderr
+    assert "CalledProcessError" not in result.stdout, f"does not compile: {result.stdout}"
+    return result.returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--only", default="", help="run the faults whose name or file contains this"
+    )
+    only = parser.parse_args().only
+    assert tests_pass(None), "the tests fail without any fault"
+    faults = [fault for fault in all_faults() if only in f"{fault.file} {fault.name}"]
+    missed = 0
+    for fault in faults:
+        noticed = not tests_pass(fault)
+        missed += not noticed
+        print(f"{'noticed' if noticed else 'MISSED '}  {fault.file:14} {fault.name}", flush=True)
+    print(f"{len(faults) - missed} of {len(faults)} faults noticed")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

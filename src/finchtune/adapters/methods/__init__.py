@@ -1,0 +1,1 @@
+"""The adapter methods, a file each."""

@@ -1,0 +1,119 @@
+"""The command lines under merge/."""
+
+import argparse
+import gc
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finchtune.errors import UserError
+from finchtune.tokenizer import load_tokenizer
+from finchtune.weights.adapter_files import adapted_model
+from finchtune.weights.base import load_model, read_adapter
+from finchtune.weights.merging import merge_files, receipt_path, unmerge_files
+
+VERIFY_TOKENS = 512
+VERIFY_LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""By the dtype that merged weights are rounded to: what their logits may differ by."""
+
+
+def merge_main(methods: Collection[str] | None = None) -> None:
+    """Merge an adapter into its base model's weights; `methods` is what the script accepts."""
+    parser = argparse.ArgumentParser(description=merge_main.__doc__.partition(";")[0])  # type: ignore[union-attr]
+    parser.add_argument("--base_model", required=True, help="the .pth that was fine-tuned")
+    parser.add_argument(
+        "--peft_checkpoint", "--lora_checkpoint", required=True, help="the adapter's .pth"
+    )
+    parser.add_argument("--output", required=True, help="the merged .pth to write")
+    parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
+    parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
+    parser.add_argument(
+        "--verify",
+        metavar="TEXT|FILE",
+        help="compare the logits of the merged and of the adapted model on this text; both are "
+        "loaded whole, one after the other",
+    )
+    given = parser.parse_args()
+    refuse_overwriting(given.output, given.base_model, given.peft_checkpoint)
+
+    def check(merged: Path, spec: dict[str, Any]) -> None:
+        tensors = read_adapter(given.peft_checkpoint, given.lora_init)
+        print(verify(given.base_model, tensors, spec, merged, given.verify, given.device))
+
+    receipt = merge_files(
+        given.base_model,
+        given.peft_checkpoint,
+        given.output,
+        methods=methods,
+        alpha=given.lora_alpha,
+        initial=given.lora_init,
+        device=given.device,
+        check=check if given.verify else None,
+    )
+    counts = ", ".join(f"{receipt[kind]} tensors {kind}" for kind in ("merged", "replaced", "kept"))
+    print(f"{given.output}: {counts}; receipt: {receipt_path(given.output)}")
+
+
+def unmerge_main() -> None:
+    """Take an adapter off merged weights; the base comes back up to rounding."""
+    parser = argparse.ArgumentParser(description=unmerge_main.__doc__)
+    parser.add_argument("--merged_model", required=True, help="the merged .pth")
+    parser.add_argument("--peft_checkpoint", required=True, help="the adapter's .pth")
+    parser.add_argument("--output", required=True, help="the base .pth to write")
+    parser.add_argument("--base_model", help="also compare with this file")
+    given = parser.parse_args()
+    refuse_overwriting(given.output, given.merged_model, given.peft_checkpoint, given.base_model)
+    found = unmerge_files(given.merged_model, given.peft_checkpoint, given.output, given.base_model)
+    hashes = {
+        True: "it is the base, bit for bit",
+        False: "it is the base up to rounding, not bit for bit",
+        None: "no hash of the base is known to compare with",
+    }
+    print(f"{given.output}: {hashes[found['exact']]}")
+    if found["largest_difference"] is not None:
+        print(f"largest difference from {given.base_model}: {found['largest_difference']:.3g}")
+
+
+def refuse_overwriting(output: str, *inputs: str | None) -> None:
+    """Raise UserError if an input would be overwritten."""
+    if Path(output).resolve() in {Path(path).resolve() for path in inputs if path}:
+        raise UserError(f"--output {output} would overwrite an input; choose another name")
+
+
+@torch.no_grad()
+def verify(
+    base: str,
+    tensors: dict[str, Tensor],
+    spec: dict[str, Any],
+    merged: Path,
+    text: str,
+    device: str = "cpu",
+) -> str:
+    """A line that tells how far merged and adapted logits are apart; too far raises UserError.
+
+    Both models compute in float32; only the weights' one rounding is between them.
+    """
+    model = adapted_model(base, tensors, spec).to(device)
+    source = Path(text).read_text() if Path(text).is_file() else text
+    ids = load_tokenizer(None, model.config.vocab_size).encode(source)[:VERIFY_TOKENS]
+    if not ids:
+        raise UserError("--verify needs a text of at least one token")
+    tokens = torch.tensor([ids], device=device)
+    expected = model(tokens)[0][0].cpu()
+    rounding = load_model(merged).head.weight.dtype
+    del model
+    gc.collect()
+    found = load_model(merged, torch.float32, device)(tokens)[0][0].cpu()
+    gap = float((found - expected).abs().max() / expected.abs().max())
+    agreeing = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+    line = (
+        f"verified on {len(ids)} tokens: logits differ by at most {gap:.2g} of the largest, the "
+        f"likeliest token agrees at {agreeing:.1%} of the positions"
+    )
+    if not gap <= VERIFY_LIMITS[rounding]:
+        raise UserError(f"{line}; more than {VERIFY_LIMITS[rounding]:g} is too much for {rounding}")
+    return line

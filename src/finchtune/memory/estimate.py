@@ -1,0 +1,240 @@
+"""Memory of a training step, found on fake tensors: shapes and lifetimes without bytes or numbers.
+
+The model's own code runs forward and backward, so what is counted is what the layers really keep,
+adapters, recomputation and the chunked loss included. Only what DeepSpeed adds is a formula.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finchtune.adapters import attach
+from finchtune.config import TrainConfig
+from finchtune.memory.zero import Zero
+from finchtune.models.rwkv6 import RWKV6, ModelConfig
+
+
+class StorageCount(TorchDispatchMode):
+    """Bytes of all tensors made while it is on that are still alive, and their highest sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.logsumexp.default:
+            # Inside it, out of sight from here, the exponentials take what the input does.
+            self.peak = max(self.peak, self.live + args[0].numel() * args[0].element_size())
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                self.add(leaf)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Count a tensor's storage until it is let go, unless it is counted already."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._forget, key, size)
+
+    def _forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def restart_peak(self) -> int:
+        """The peak so far; a new one begins."""
+        peak, self.peak = self.peak, self.live
+        return peak
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that one micro batch takes beside weights and gradients.
+
+    `kept` lives from the forward to the backward; `forward`, `loss` and `backward` come on top of
+    it at the highest points of the blocks' forward, of the loss and of the backward. `by_part`
+    says what the parts of one block keep.
+    """
+
+    kept: int
+    forward: int
+    loss: int
+    backward: int
+    by_part: dict[str, int]
+
+    @property
+    def peak(self) -> int:
+        return self.kept + max(self.forward, self.loss, self.backward)
+
+
+def meta_model(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> RWKV6:
+    """The model that a run trains, on the meta device: adapters, trained parameters, dtype."""
+    with torch.device("meta"):
+        model = RWKV6(sizes, config.grad_cp)
+    if config.peft == "none":
+        return model.to(dtype).requires_grad_(True)
+    attach(model, config.peft, init=False, **config.adapter_hyperparameters)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in config.train_parts):
+            parameter.requires_grad_(True)
+    return model.to(dtype)
+
+
+def activations(
+    config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype, device: str = "cpu"
+) -> Activations:
+    """What a micro batch of config.micro_bsz rows of ctx_len tokens takes.
+
+    Two and three blocks run, and every figure grows from then on by the same amount with each.
+    """
+    two, three = (
+        simulate(config, ModelConfig(**vars(sizes) | {"n_layer": n}), dtype, device) for n in (2, 3)
+    )
+
+    def deep(name: str) -> int:
+        small, large = getattr(two, name), getattr(three, name)
+        return small + (large - small) * (sizes.n_layer - 2)
+
+    return Activations(deep("kept"), deep("forward"), deep("loss"), deep("backward"), two.by_part)
+
+
+def simulate(
+    config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype, device: str = "cpu"
+) -> Activations:
+    """One forward and backward of the whole model on fake tensors of `device`."""
+    model = meta_model(config, sizes, dtype)
+    with FakeTensorMode(), torch.device(device):
+        materialise(model)
+        tokens = torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64)
+        with StorageCount() as count, dropped_gradients(model):
+            for tensor in [*model.parameters(), *model.buffers(), tokens]:
+                count.add(tensor)
+            static = count.live
+            blocks: list[int] = []
+            model.head.register_forward_pre_hook(lambda *_: blocks.append(count.restart_peak()))
+            with growth(model.blocks[-1], count) as by_part:
+                loss = model.loss(tokens, tokens)
+            kept = count.live
+            forward, head = blocks[0] - kept, count.restart_peak() - kept
+            loss.backward()
+    return Activations(kept - static, forward, head, count.peak - kept, by_part)
+
+
+def materialise(model: nn.Module) -> None:
+    """Replace a meta model's tensors by uninitialised ones of the current device and mode."""
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                module._parameters[name] = nn.Parameter(empty, parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+@contextmanager
+def dropped_gradients(model: nn.Module) -> Iterator[None]:
+    """Let go of every gradient as soon as it is there: the formulas below count them."""
+
+    def drop(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(drop)
+    yield
+
+
+@contextmanager
+def growth(block: nn.Module, count: StorageCount) -> Iterator[dict[str, int]]:
+    """By how many bytes each of a block's children grows the count: what it keeps."""
+    grown: dict[str, int] = {}
+
+    def before(module: nn.Module, _: Any) -> None:
+        grown[names[module]] = -count.live
+
+    def after(module: nn.Module, _: Any, __: Any) -> None:
+        grown[names[module]] += count.live
+
+    names = {child: name for name, child in block.named_children()}
+    handles = [child.register_forward_pre_hook(before) for child in names]
+    handles += [child.register_forward_hook(after) for child in names]
+    yield grown
+    for handle in handles:
+        handle.remove()
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on one device at the highest moment of a step, by part, and what must lie on the host.
+
+    `moment` says when that is: "forward and backward" or "optimizer step".
+    """
+
+    parts: dict[str, int]
+    moment: str
+    host: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def estimate(
+    config: TrainConfig,
+    sizes: ModelConfig,
+    dtype: torch.dtype,
+    world: int = 1,
+    device: str = "cpu",
+    made: Activations | None = None,
+    stage: int | None = None,
+    offload: bool | None = None,
+) -> Estimate:
+    """Memory of one of `world` devices while `config` trains a model of `sizes` held in `dtype`.
+
+    ZeRO's `stage` and `offload` are those of config.strategy unless given. `made`, what
+    `activations` gave, spares finding it again. Tensors only: a process adds its code, on a GPU
+    the CUDA context.
+    """
+    made = made or activations(config, sizes, dtype, device)
+    state = Zero(
+        meta_model(config, sizes, dtype),
+        dtype,
+        config.stage if stage is None else stage,
+        world,
+        config.offload if offload is None else offload,
+        on_gpu=device == "cuda",
+        accumulates=config.accumulate_grad_batches > 1,
+    ).state()
+    step, update = "forward and backward", "optimizer step"
+    moments = [
+        (step, {"activations": made.kept + made.forward}, state.forward),
+        (step, {"activations": made.kept, "loss": made.loss}, state.loss),
+        (step, {"activations": made.kept + made.backward}, state.backward),
+        (step, {"activations": made.backward}, state.backward_end),
+        (
+            step,
+            {"activations": made.kept + made.backward if state.exchanges_early else 0},
+            state.exchange,
+        ),
+        (update, {}, state.norm),
+        (update, {}, state.update),
+    ]
+    found = [
+        Estimate(state.standing | {k: v for k, v in (ours | zeros).items() if v}, name, state.host)
+        for name, ours, zeros in moments
+    ]
+    return max(found, key=lambda one: one.total)

@@ -1,0 +1,1 @@
+"""The model generations, a folder each."""

@@ -1,0 +1,207 @@
+"""RWKV-6 (x060, "Finch"): the model, nothing else.
+
+Parameter names and shapes are those of the released weight files. Letters in shapes: B batch,
+T tokens, C n_embd, H heads, N head_size, F dim_ffn, V vocab_size, M and D the ranks of the
+token-shift and decay LoRAs. Source: "Eagle and Finch", arXiv 2404.05892, section 4 and appendix.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finchtune.models.recompute import recomputed
+from finchtune.models.rwkv6.config import ModelConfig
+from finchtune.ops.cross_entropy import cross_entropy_sum
+from finchtune.ops.elementwise import (
+    GatedNorm,
+    fixed_mixtures,
+    mixtures,
+    sigmoid_gate,
+    squared_relu,
+)
+from finchtune.ops.wkv6 import wkv6
+
+
+class BlockState(NamedTuple):
+    """What one block carries from token to token: the whole memory of the past."""
+
+    att_shift: Tensor  # (B, C), the time mix's last input
+    wkv: Tensor  # (B, H, N key, N value), fp32
+    ffn_shift: Tensor  # (B, C), the channel mix's last input
+
+
+State = list[BlockState]
+
+
+def last_of(x: Tensor) -> Tensor:
+    """The last token of x (B, T, C): a copy, for a view in the state would keep all of x alive."""
+    return x[:, -1].clone()
+
+
+class TimeMix(nn.Module):
+    """Attention's stand-in: data-dependent token shift, decay, and the WKV recurrence."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, M, D = config.n_embd, config.dim_mix_lora, config.dim_decay_lora
+        self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_v = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_g = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * M))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, M, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, C))
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, D))
+        self.time_decay_w2 = nn.Parameter(torch.empty(D, C))
+        self.time_faaaa = nn.Parameter(torch.empty(config.n_head, config.head_size))
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.key = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(C, C, bias=False)
+        self.output = nn.Linear(C, C, bias=False)
+        self.gate = nn.Linear(C, C, bias=False)
+        # The files' eps is 1e-5 times the square of a fixed divisor of 8.
+        self.ln_x = GatedNorm(config.n_head, C, eps=64e-5)
+
+    def mixtures(
+        self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        """The five inputs x_w, x_k, x_v, x_r, x_g, each (B, T, C): learnt blends with the past."""
+        maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        weights = self.time_maa_x.flatten(0, 1), torch.cat(maa).flatten(0, 1)
+        return mixtures(x, shift, cu_seqlens, *weights, self.time_maa_w1, self.time_maa_w2)
+
+    def forward(
+        self,
+        x: Tensor,
+        shift: Tensor | None,
+        state: Tensor | None,
+        cu_seqlens: Tensor | None = None,
+    ):
+        """x (B, T, C) -> output (B, T, C), last input (B, C), WKV state (B, H, N, N)."""
+        B, T, C = x.shape
+        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift, cu_seqlens)
+        r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
+        low = torch.tanh(x_w.flatten(0, 1) @ self.time_decay_w1)
+        w = torch.addmm(self.time_decay.view(1, C), low, self.time_decay_w2)
+        heads = (B, T, self.config.n_head, self.config.head_size)
+        r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
+        y, state = wkv6(r, k, v, w, self.time_faaaa, state, cu_seqlens)
+        y = self.ln_x(y.reshape(B * T, C), self.gate(x_g).view(B * T, C)).view(B, T, C)
+        return self.output(y), last_of(x), state
+
+
+class ChannelMix(nn.Module):
+    """The feed-forward half of a block: squared ReLU, gated by a receptance."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        C, dim_ffn = config.n_embd, config.dim_ffn
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = nn.Linear(C, dim_ffn, bias=False)
+        self.receptance = nn.Linear(C, C, bias=False)
+        self.value = nn.Linear(dim_ffn, C, bias=False)
+
+    def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
+        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
+        maa = torch.cat([self.time_maa_k, self.time_maa_r]).flatten(0, 1)
+        x_k, x_r = fixed_mixtures(x, shift, cu_seqlens, maa)
+        k = self.value(squared_relu(self.key(x_k)))
+        return sigmoid_gate(self.receptance(x_r), k), last_of(x)
+
+
+class Block(nn.Module):
+    """x += time mix(ln1 x); x += channel mix(ln2 x). The first block normalises its input too."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(config.n_embd)
+        self.ln2 = nn.LayerNorm(config.n_embd)
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(config.n_embd)
+        self.att = TimeMix(config, layer)
+        self.ffn = ChannelMix(config, layer)
+        self.first = layer == 0
+
+    def forward(
+        self, x: Tensor, state: BlockState | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, BlockState]:
+        att_shift, wkv, ffn_shift = state or (None, None, None)
+        if self.first:
+            x = self.ln0(x)
+        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, cu_seqlens)
+        x = x + y
+        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        return x + y, BlockState(att_shift, wkv, ffn_shift)
+
+
+class Head(nn.Linear):
+    """Hidden states -> logits; with labels -> the summed loss, without holding all logits."""
+
+    def forward(self, hidden: Tensor, labels: Tensor | None = None, l2wrap: float = 0.0) -> Tensor:
+        if labels is None:
+            return F.linear(hidden, self.weight)
+        return cross_entropy_sum(hidden, self.weight, labels, l2wrap)
+
+
+class RWKV6(nn.Module):
+    """The language model. Parallel over T; feeding T = 1 with the state is the recurrent form.
+
+    A new model's tensors are uninitialised memory: call `init_weights` or load a file.
+    `grad_checkpoint` says what of a block's activations backward computes again instead of having
+    them kept: 0 nothing, 1 everything, 2 all but large matrix products and WKV.
+    """
+
+    def __init__(self, config: ModelConfig, grad_checkpoint: int = 0):
+        super().__init__()
+        self.config, self.grad_checkpoint = config, grad_checkpoint
+        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(config.n_embd)
+        self.head = Head(config.n_embd, config.vocab_size, bias=False)
+
+    def hidden(
+        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> normalised hidden states (B, T, C) before the head, new state.
+
+        `cu_seqlens` (S + 1,) integers rising from 0 to T: where each of S sequences packed into
+        tokens (1, T) begins. None of them sees another; the state must be None, and the new one
+        is of no use.
+        """
+        assert cu_seqlens is None or state is None
+        x = self.emb(tokens)
+        new_state = []
+        for layer, block in enumerate(self.blocks):
+            block_state = state[layer] if state else None
+            x, block_state = recomputed(self.grad_checkpoint, block, x, block_state, cu_seqlens)
+            new_state.append(block_state)
+        return self.ln_out(x), new_state
+
+    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype, new state.
+
+        `state` is what an earlier call returned, None at the start of a document.
+        """
+        hidden, state = self.hidden(tokens, state)
+        return self.head(hidden), state
+
+    def loss(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        cu_seqlens: Tensor | None = None,
+        l2wrap: float = 0.0,
+    ) -> Tensor:
+        """Sum of the cross entropy over the labels (B, T) that are not -100; a scalar, fp32.
+
+        `cu_seqlens` as in `hidden`, `l2wrap` as in `cross_entropy_sum`.
+        """
+        hidden, _ = self.hidden(tokens, cu_seqlens=cu_seqlens)
+        return self.head(hidden, labels, l2wrap)

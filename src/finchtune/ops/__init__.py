@@ -1,0 +1,1 @@
+"""Operators: a checked torch form and compiled kernels of each."""

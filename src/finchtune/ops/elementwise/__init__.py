@@ -1,0 +1,11 @@
+"""Element-wise parts of a block: token shift, gates and norms, compiled where kernels fit."""
+
+from finchtune.ops.elementwise.dispatch import (
+    GatedNorm,
+    fixed_mixtures,
+    mixtures,
+    sigmoid_gate,
+    squared_relu,
+)
+
+__all__ = ["GatedNorm", "fixed_mixtures", "mixtures", "sigmoid_gate", "squared_relu"]

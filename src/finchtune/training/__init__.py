@@ -1,0 +1,1 @@
+"""A training run: its model, data, engine, records and files."""

@@ -1,0 +1,287 @@
+"""DeepSpeed: how it is configured, started, stepped, and how its sharded state is read and set.
+
+Everything here that touches DeepSpeed's internals was checked against the pinned version.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finchtune import distributed
+from finchtune.config import TrainConfig
+from finchtune.data import Batch, Data
+from finchtune.errors import UserError
+from finchtune.memory.zero import REDUCE_BUCKET
+from finchtune.models.rwkv6 import RWKV6
+from finchtune.ops.cross_entropy import IGNORE
+from finchtune.training.deepspeed import start_deepspeed
+from finchtune.training.metrics import peak_memory_mb
+from finchtune.training.optim import adamw, parameter_groups, set_learning_rate
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
+
+
+class SummedLoss(nn.Module):
+    """What DeepSpeed wraps: a micro batch -> the sum of the unmasked tokens' losses."""
+
+    def __init__(self, model: RWKV6, l2wrap: float):
+        super().__init__()
+        self.model, self.l2wrap = model, l2wrap
+
+    def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        return self.model.loss(tokens, labels, cu_seqlens, self.l2wrap)
+
+
+@dataclass
+class StepResult:
+    """One optimizer step, over all ranks: mean loss per unmasked token, and counts."""
+
+    loss: float
+    grad_norm: float
+    tokens: int  # positions fed to the model, padding included
+    targets: int  # unmasked tokens
+    skipped: bool  # the gradient was not finite: nothing was updated
+    stopping: bool  # some rank asked to stop
+
+    def measured(self, seconds: float) -> dict[str, float]:
+        """What metrics.jsonl says of a step that took so long."""
+        return {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "tokens": self.tokens,
+            "tokens_per_s": self.tokens / seconds,
+            "memory_mb": peak_memory_mb(),
+            "seconds": seconds,
+        }
+
+
+def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """The dtype that weights are held in. Sets TF32 matrix products where asked for."""
+    on_gpu = device.type == "cuda"
+    name = config.precision or ("bf16" if on_gpu else "fp32")
+    if name in ("fp16", "tf32") and not on_gpu:
+        raise UserError(f"--precision {name} needs a GPU; use bf16 or fp32 on a CPU")
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
+    return DTYPES[name]
+
+
+def whole_like(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """On the meta device, what `Engine.whole` gives: ZeRO-3 leaves a rank a part of a parameter."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Engine:
+    """A model under DeepSpeed's ZeRO: forward, backward and step, and its whole training state."""
+
+    def __init__(self, model: RWKV6, config: TrainConfig, device: torch.device):
+        groups = parameter_groups(
+            model.named_parameters(),
+            config.weight_decay,
+            config.decay_adapters,
+            config.layerwise_lr,
+            config.lora_plus_ratio,
+        )
+        betas = (config.beta1, config.beta2)
+        optimizer = adamw(groups, config.lr_init, betas, config.adam_eps)
+        self.model, self.device = model, device
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.accumulate = config.accumulate_grad_batches
+        self.stage = config.stage
+        module = SummedLoss(model, config.l2wrap)
+        timeout = timedelta(minutes=config.timeout_minutes)
+        self.ds = start_deepspeed(module, optimizer, self._ds_config(config), device, timeout)
+        self._make_moments()
+
+    def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
+        dtype = next(self.model.parameters()).dtype
+        trained = sum(p.numel() for p in self.trained.values())
+        sums_in_fp32 = dtype == torch.bfloat16 and config.accumulate_grad_batches > 1
+        on_gpu = self.device.type == "cuda"
+        memory = {"device": "cpu" if config.offload else "none", "pin_memory": on_gpu}
+        return {
+            "train_micro_batch_size_per_gpu": config.micro_bsz,
+            "gradient_accumulation_steps": config.accumulate_grad_batches,
+            "gradient_clipping": config.grad_clip,
+            "zero_allow_untested_optimizer": True,
+            # In bf16 a sum of many gradients would stop growing long before it is complete.
+            **({"data_types": {"grad_accum_dtype": "fp32"}} if sums_in_fp32 else {}),
+            # torch's fused AdamW runs on a CPU too, without half a minute of compiling.
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                # At stage 1 DeepSpeed has another optimizer for such sums; stage 2's differs from
+                # stage 1 in nothing else than exchanging gradients once for each micro batch.
+                "stage": max(2, config.stage) if sums_in_fp32 else config.stage,
+                "contiguous_gradients": True,
+                # DeepSpeed's default of half a billion elements would be allocated in any case.
+                "reduce_bucket_size": min(REDUCE_BUCKET, trained),
+                "overlap_comm": on_gpu,
+                "offload_optimizer": memory,
+                **({"offload_param": memory} if config.stage == 3 else {}),
+            },
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+            "steps_per_print": 2**31,
+        }
+
+    def step(self, micro_batches: list[Batch], lr: float, stop: bool = False) -> StepResult:
+        """One optimizer step over this rank's micro batches.
+
+        The loss is the mean over the unmasked tokens of all ranks and micro batches together.
+        Where it or the gradient's norm is not finite on any rank, no rank updates anything.
+        `stop`: this rank wants to stop; the result tells every rank whether one does.
+        """
+        world = distributed.world_size()
+        valid = sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches)
+        (targets,) = distributed.all_sum([valid], self.device)
+        # DeepSpeed averages over ranks and micro batches; this turns its mean into our sum.
+        scale = world * self.accumulate / max(1.0, targets)
+        set_learning_rate(self.ds.optimizer.param_groups, lr)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for batch in micro_batches:
+            loss = self.ds(*batch.to(self.device))
+            # DeepSpeed skips a step whose gradient norm is not finite, on all ranks alike. A loss
+            # of infinity may have a finite gradient; 0 * inf is NaN and makes it bad as well.
+            self.ds.backward(loss * (scale + 0 * loss.detach()))
+            self.ds.step()
+            loss_sum += loss.detach()  # read once, below: reading waits for the GPU
+        zero = self.ds.optimizer
+        if zero.overflow and self.stage < 3:
+            # Under offload DeepSpeed 0.19 would add the next gradient to the bad one.
+            zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
+        fed = sum(batch.tokens.numel() for batch in micro_batches)
+        sums = distributed.all_sum([loss_sum.item(), fed, stop], self.device)
+        return StepResult(
+            loss=sums[0] / max(1.0, targets),
+            grad_norm=float(self.ds.get_global_grad_norm()),
+            tokens=int(sums[1]),
+            targets=int(targets),
+            skipped=bool(zero.overflow),
+            stopping=sums[2] > 0,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, data: Data, micro_bsz: int) -> float:
+        """Mean loss per unmasked token over every row of `data`, read once by all ranks together.
+
+        Without dropout. A collective call; the same on all ranks.
+        """
+        self.ds.eval()
+        loss_sum = valid = 0.0
+        for batch in data.every_row(distributed.rank(), distributed.world_size(), micro_bsz):
+            loss_sum += self.ds(*batch.to(self.device)).item()
+            valid += int((batch.labels != IGNORE).sum())
+        self.ds.train()
+        loss_sum, targets = distributed.all_sum([loss_sum, valid], self.device)
+        return loss_sum / max(1.0, targets)
+
+    def close(self) -> None:
+        """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""
+        self.ds.destroy()
+
+    def whole(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        """A trained parameter, or one of its Adam moments, whole, in fp32, on the CPU.
+
+        A collective call under ZeRO; the same on all ranks.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if moment is None:
+            return safe_get_full_fp32_param(parameter).cpu()
+        return safe_get_full_optimizer_state(parameter, moment).cpu()
+
+    def state(self) -> tuple[dict[str, Any], Iterator[Tensor]]:
+        """Everything that resuming needs, whatever the ZeRO stage and number of ranks.
+
+        First its layout, {"exp_avg": {name: tensor}, "exp_avg_sq": {...}, "trained": {...},
+        "frozen": {...}, "adam_step": int}, whose tensors are on the meta device. Second an iterator
+        that yields them in this order, whole, on the CPU. Each is gathered when it is its turn, a
+        collective call: every rank must exhaust the iterator, in step.
+        """
+        # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
+        frozen = {n: b for n, b in self.model.named_buffers() if ".adapter." in n}
+        layout: dict[str, Any] = {
+            part: {name: whole_like(p, torch.float32) for name, p in self.trained.items()}
+            for part in (*MOMENTS, "trained")
+        }
+        layout["frozen"] = {name: buffer.to("meta") for name, buffer in frozen.items()}
+        layout["adam_step"] = int(self._moments()[0]["step"])
+        if self.ds.fp16_enabled():
+            layout["loss_scale"] = dict(vars(self.ds.optimizer.loss_scaler))
+
+        def tensors() -> Iterator[Tensor]:
+            for moment in (*MOMENTS, None):
+                for parameter in self.trained.values():
+                    yield self.whole(parameter, moment)
+            for buffer in frozen.values():
+                yield buffer.cpu()
+
+        return layout, tensors()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take up a state, its layout filled with tensors, under any ZeRO stage, number of ranks.
+
+        The model's parameters must hold state["trained"] already, since DeepSpeed copied them.
+        """
+        for flat in self._moments():
+            flat["step"].fill_(state["adam_step"])
+        for name, parameter in self.trained.items():
+            self._set_whole(parameter, state["trained"][name], None)
+            for moment in MOMENTS:
+                self._set_whole(parameter, state[moment][name], moment)
+        if "loss_scale" in state:
+            vars(self.ds.optimizer.loss_scaler).update(state["loss_scale"])
+
+    def _make_moments(self) -> None:
+        """Make AdamW's state, which it would make itself in its first step.
+
+        DeepSpeed 0.19 looks for it as soon as the first of several groups has taken that step, and
+        would miss the moments of the others for good.
+        """
+        zero = self.ds.optimizer
+        flats = (
+            zero.fp32_partitioned_groups_flat
+            if self.stage == 3
+            else zero.single_partition_of_fp32_groups
+        )
+        for flat in flats:
+            step = torch.tensor(0.0, device=flat.device)
+            moments = {moment: torch.zeros_like(flat) for moment in MOMENTS}
+            zero.optimizer.state[flat] = {"step": step, **moments}
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _moments(self) -> list[dict[str, Tensor]]:
+        """AdamW's state of this rank: its step count and moments for each flat tensor."""
+        return list(self.ds.optimizer.optimizer.state.values())
+
+    def _set_whole(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+        """Copy this rank's share of a whole tensor into the sharded state."""
+        from deepspeed import utils
+
+        value = value.to(self.device, torch.float32)
+        if self.stage < 3:
+            if moment is None:
+                utils.safe_set_full_fp32_param(parameter, value)
+            else:
+                utils.safe_set_full_optimizer_state(parameter, value, moment)
+            return
+        # ZeRO-3 cuts the flat tensor into equal shares, the last one padded.
+        share = -(-value.numel() // distributed.world_size())
+        padded = torch.nn.functional.pad(value.flatten(), (0, share * distributed.world_size()))
+        mine = padded.narrow(0, share * distributed.rank(), share)
+        if moment is None:
+            utils.safe_set_local_fp32_param(parameter, mine)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, mine, moment)

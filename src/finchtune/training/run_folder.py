@@ -1,0 +1,101 @@
+"""A run's folder: what may start in it, and what it may go on from."""
+
+from pathlib import Path
+
+from finchtune import distributed
+from finchtune.config import TrainConfig
+from finchtune.errors import UserError
+from finchtune.files import remove, remove_leftovers
+from finchtune.training.checkpoints import checkpoint_problem, checkpoints, newest_checkpoint
+
+# What a run writes. wandb's folder is its own affair.
+RUN_FILES = (
+    *("rwkv-*.pth", "rwkv-*.json", "config.json", "metrics.jsonl", "skipped.jsonl"),
+    *("samples.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints"),
+)
+# May lie in the folder of a new run.
+HARMLESS = ("*.log", "*.out", "*.err", ".*", "wandb", "data_cache")
+
+
+def choose_checkpoint(config: TrainConfig) -> Path | None:
+    """The intact checkpoint to go on from; None to start anew. Changes nothing on the disk.
+
+    Raises UserError for a damaged checkpoint, and for a proj_dir that holds something already
+    unless --resume or --overwrite asks for it. A collective call: rank 0 looks.
+    """
+    return distributed.from_rank_zero(lambda: _choose_checkpoint(config))
+
+
+def _choose_checkpoint(config: TrainConfig) -> Path | None:
+    if config.resume and config.overwrite:
+        raise UserError("--resume goes on with a run, --overwrite throws it away; choose one")
+    folder = Path(config.proj_dir)
+    check_folder(folder)
+    if config.resume == "auto":
+        return _newest(folder / "checkpoints")
+    if config.resume:
+        path = Path(config.resume)
+        if not path.is_dir():
+            raise UserError(f"--resume {path}: no such checkpoint folder")
+        problem = checkpoint_problem(path)
+        if problem:
+            raise UserError(f"--resume {path}: {problem}; use --resume auto or an earlier one")
+        return path
+    if run_files(folder) and not config.overwrite:
+        raise UserError(
+            f"--proj_dir {folder} already holds a run; go on with --resume auto, throw it away "
+            "with --overwrite 1, or choose another folder"
+        )
+    if foreign_files(folder) and not config.overwrite:
+        raise UserError(
+            f"--proj_dir {folder} holds files that are no run's, such as "
+            f"{foreign_files(folder)[0].name}; choose another folder, or write beside them with "
+            "--overwrite 1"
+        )
+    return None
+
+
+def _newest(folder: Path) -> Path | None:
+    checkpoint, skipped = newest_checkpoint(folder)
+    for line in skipped:
+        distributed.say(f"warning: {line}")
+    if checkpoint is None and checkpoints(folder):
+        raise UserError(
+            f"--resume auto: no checkpoint in {folder} is intact; start the run anew with "
+            "--overwrite 1 instead"
+        )
+    if checkpoint is None:
+        distributed.say(f"--resume auto: there is no checkpoint in {folder}; starting anew")
+    return checkpoint
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError for a run's folder that is a file, or leads elsewhere by a link."""
+    for path in (folder, folder / "checkpoints"):
+        if path.is_symlink():
+            raise UserError(
+                f"{path} is a link to {path.resolve()}; a run writes only into its own folder: "
+                "give --proj_dir the place itself"
+            )
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path} is a file, not a folder; choose another --proj_dir")
+
+
+def run_files(folder: Path) -> list[Path]:
+    """What an earlier run left in its folder."""
+    return [path for name in RUN_FILES for path in folder.glob(name)]
+
+
+def foreign_files(folder: Path) -> list[Path]:
+    """What lies in a folder and is no run's."""
+    known = (*RUN_FILES, *HARMLESS)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if not any(path.match(name) for name in known)]
+
+
+def clean_folder(folder: Path, overwrite: bool) -> None:
+    """Remove what killed processes left half-written; with `overwrite` the earlier run as well."""
+    for path in run_files(folder) if overwrite else ():
+        remove(path)
+    for place in (folder, folder / "checkpoints"):
+        remove_leftovers(place)

@@ -1,0 +1,134 @@
+"""What an adapter file says of itself, and starting a run from one."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finchtune import distributed
+from finchtune.adapters import attach, get_method, hyperparameters_of, load_adapter_state
+from finchtune.config import HYPERPARAMETERS, TrainConfig
+from finchtune.errors import UserError
+from finchtune.files import sha256
+from finchtune.models.rwkv6 import RWKV6
+from finchtune.weights.base import (
+    adapter_keys,
+    adapter_record,
+    load_adapter,
+    load_model,
+    read_adapter,
+)
+
+FORMAT = "finchtune 1"  # of the JSON beside an adapter file
+PARTS = ("time", "ln", "emb", "head")  # words that --train_parts takes in RWKV-PEFT's scripts
+FREE_HYPERPARAMETERS = {"targets", "dropout", "svd_niter", "gamma"}
+"""Hyperparameters that may differ from those in the file: they do not change what it computes."""
+
+
+def check_base(record: dict[str, Any], base: str | Path, adapter: str | Path) -> None:
+    """Raise UserError unless `base` is the file that the adapter was trained on."""
+    if not Path(base).is_file():
+        raise UserError(f"{base}: no such file")
+    expected = record["base"]["sha256"]
+    if sha256(base) != expected:
+        raise UserError(
+            f"{base} is not the base of {adapter}, which was trained on "
+            f"{record['base']['file']} (sha256 {expected[:12]}...)"
+        )
+
+
+def detect_spec(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Method and hyperparameters of an adapter file that carries no JSON, by its tensors' shapes.
+
+    LoRA's alpha cannot be told from them and is left out. A file without adapter tensors gives {}.
+    """
+    by_kind = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
+    if "bone" in by_kind:
+        # What others call bat is Bat-row; the files do not say.
+        r = by_kind["bone"].shape[0 if by_kind["bone"].dim() == 2 else 1]
+        bat = {"method": "bat", "r": r, "mode": "row"}
+        return bat if by_kind["bone"].dim() == 3 else {"method": "bone", "r": r}
+    if "lora_A" not in by_kind:
+        return {}
+    method = "pissa" if "init_lora_A" in by_kind else "lora"
+    return {"method": method, "r": by_kind["lora_A"].shape[0]}
+
+
+def start_from_file(model: RWKV6, config: TrainConfig) -> None:
+    """Fill an adapted model's trained tensors from --peft_load. A collective call.
+
+    Raises UserError, saying which flags to give, unless method, hyperparameters, trained
+    parameters and base are those of the file.
+    """
+    path, initial = config.peft_load, config.pissa_init or None
+    tensors, record = read_adapter(path, initial), adapter_record(path)
+    if record:
+        distributed.from_rank_zero(lambda: check_base(record, config.load_model, path))
+    check_method(config, record["adapter"] if record else detect_spec(tensors))
+    check_parts(model, set(tensors), path)
+    load_adapter(model, path, initial)
+
+
+def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
+    """Raise UserError unless the flags ask for the method and hyperparameters of the file."""
+    path, defaults = config.peft_load, hyperparameters_of(get_method(config.peft))
+    wanted = {"method": config.peft, **defaults, **config.adapter_hyperparameters}
+    if not found:
+        raise UserError(f"--peft_load {path} holds no adapter; give merged weights as --load_model")
+    if config.peft == "pissa" and found["method"] == "lora" and not config.pissa_init:
+        raise UserError(
+            f"--peft_load {path} holds no initial A and B, which PiSSA subtracts; give the file "
+            "that holds them (init_pissa.pth) as --pissa_init"
+        )
+    if any(wanted.get(key) != found[key] for key in found if key not in FREE_HYPERPARAMETERS):
+        kind = found["method"]
+        flags = {name: flag for flag, (name, kinds) in HYPERPARAMETERS.items() if kind in kinds}
+        flags |= {"method": "peft", "quant": "quant"}
+        needed = " ".join(
+            f"--{flags[key]} {value}"
+            for key, value in found.items()
+            if key in flags and key not in FREE_HYPERPARAMETERS
+        )
+        raise UserError(f"--peft_load {path} was trained otherwise; give {needed}")
+
+
+def check_parts(model: RWKV6, found: set[str], path: str) -> None:
+    """Raise UserError unless --train_parts trains the tensors that the file holds beside adapters.
+
+    Adapter tensors are left to `load_adapter`.
+    """
+    base = {name for name in model.state_dict() if ".adapter." not in name}
+    wanted = set(adapter_keys(model).values()) & base
+    extra = sorted((found & base) - wanted)
+    if extra:
+        parts = [part for part in PARTS if any(part in name for name in extra)]
+        words = " ".join(parts) if parts else " ".join(extra)
+        raise UserError(
+            f"--peft_load {path} also holds {len(extra)} trained tensors of the model, such as "
+            f"{extra[0]}; give --train_parts {words} to go on training them"
+        )
+    missing = sorted(wanted - found)
+    if missing:
+        raise UserError(
+            f"--peft_load {path} does not hold {missing[0]} ({len(missing)} such tensors), which "
+            "--train_parts trains; drop what the file lacks from --train_parts"
+        )
+
+
+def adapted_model(base: str | Path, tensors: dict[str, Tensor], spec: dict[str, Any]) -> RWKV6:
+    """The model, in float32, that an adapter file's `tensors` make of a base file.
+
+    `spec` is {} for a fully tuned model. Raises UserError for tensors that do not fit.
+    """
+    model = load_model(base)
+    own = model.state_dict()
+    trained = {key: tensor for key, tensor in tensors.items() if key in own}
+    with torch.no_grad():
+        for key, tensor in trained.items():
+            own[key].copy_(tensor)
+    if spec:
+        attach(model, init=False, **spec)
+        rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
+        load_adapter_state(model, rest)
+    return model.float().eval()

@@ -1,7 +1,0 @@
-"""WKV6, the recurrence of RWKV-6: one operator, a reference, and kernels for CPU and GPU."""
-
-from finchtune.wkv.chunked import wkv6_chunked
-from finchtune.wkv.dispatch import wkv6
-from finchtune.wkv.reference import wkv6_reference
-
-__all__ = ["wkv6", "wkv6_chunked", "wkv6_reference"]

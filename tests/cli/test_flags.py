@@ -1,0 +1,168 @@
+"""The command line: what is understood, what is refused, and with which words."""
+
+import pytest
+
+from finchtune.adapters import METHODS, get_method, hyperparameters_of
+from finchtune.cli.flags import parse_train_flags
+from finchtune.config import HYPERPARAMETERS
+from finchtune.config import METHODS as CHOICES
+from finchtune.errors import UserError
+
+BASE = ["--load_model", "m.pth", "--data_file", "d"]
+
+
+def parse(*words):
+    return parse_train_flags([*BASE, *words])
+
+
+def test_plain_flags_arrive_with_their_types():
+    config = parse(
+        *"--peft bone --bone_r 8 --lr_init 2e-4 --grad_cp 0 --train_parts time ln".split()
+    )
+    assert (config.peft, config.bone_r, config.lr_init) == ("bone", 8, 2e-4)
+    assert config.grad_cp == 0
+    assert config.train_parts == ["time", "ln"]
+    assert config.adapter_hyperparameters == {"r": 8}
+
+
+def test_a_script_of_the_incumbent_runs_unchanged():
+    config = parse(
+        *"--proj_dir out --vocab_size 65536 --n_layer 32 --n_embd 2560 --data_type binidx".split(),
+        *"--dataload pad --loss_mask pad --ctx_len 512 --micro_bsz 4 --epoch_steps 100".split(),
+        *"--epoch_count 2 --epoch_save 1 --lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0".split(),
+        *"--beta1 0.9 --beta2 0.99 --adam_eps 1e-8 --accelerator gpu --devices 4".split(),
+        *"--precision bf16 --strategy deepspeed_stage_1 --my_testing x060 --grad_cp 1".split(),
+        *"--dim_att 2560 --dim_ffn 8960 --head_size_a 64 --epoch_begin 0".split(),
+        *["--train_parts", "[]", "--peft", "bone"],
+        *["--bone_config", '{"bone_mode": "bat", "bone_load": "", "bone_r": 64}'],
+    )
+    assert (config.peft, config.bat_r, config.bat_mode) == ("bat", 64, "row")
+    assert config.train_parts == []
+    assert config.stage == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--peft", "disha", "--disha_config", '{"mode": "bone", "load": "", "r": 32}'],
+         {"peft": "bone", "bone_r": 32}),
+        (["--disha_config", '{"mode": "bat", "r": 16}'], {"peft": "bat", "bat_r": 16}),
+        (["--peft", "lora", "--lora_config",
+          '{"lora_load": "x.pth", "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.1}'],
+         {"peft": "lora", "lora_r": 8, "lora_alpha": 16.0, "lora_dropout": 0.1,
+          "peft_load": "x.pth"}),
+        (["--peft", "pissa", "--pissa_config",
+          '{"pissa_load": "a.pth", "pissa_init": "i.pth", "pissa_r": 8, "svd_niter": 2}'],
+         {"peft": "pissa", "pissa_r": 8, "svd_niter": 2, "pissa_init": "i.pth"}),
+        (["--train_parts", '["time", "ln"]', "--peft", "bone"], {"train_parts": ["time", "ln"]}),
+    ],
+)  # fmt: skip
+def test_json_spellings(words, expected):
+    config = parse(*words)
+    assert {name: getattr(config, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--pfet", "bone"], "unknown flag --pfet; did you mean --peft?"),
+        (["--frobnicate", "1"], "unknown flag --frobnicate"),
+        (["stray"], "stray argument 'stray'"),
+        (["--peft", "bome"], "--peft bome: choose one of .* did you mean bone?"),
+        (["--bone_r", "eight"], "--bone_r takes a whole number, not 'eight'"),
+        (["--lr_init", "big"], "--lr_init takes a number"),
+        (["--lr_init", "nan"], "--lr_init must be a finite number"),
+        (["--lr_init", "-1"], "--lr_init must be zero or more"),
+        (["--micro_bsz", "0"], "--micro_bsz must be at least 1"),
+        (["--beta2", "1"], "--beta2 must be below 1"),
+        (["--grad_cp", "yes"], "--grad_cp takes a whole number"),
+        (["--grad_cp", "3"], "--grad_cp must be 0, 1 or 2"),
+        (["--bone_r", "8"], "--bone_r goes with --peft bone, not --peft none"),
+        (["--peft", "bone", "--lora_r", "8"], "--lora_r goes with --peft lora"),
+        (["--peft", "bone", "--quant", "4bit"], "choose one of none, nf4, int8, fp8; nf4 is the 4"),
+        (["--quant", "nf4"], "--quant needs --peft"),
+        (["--peft", "bone", "--disha_r1", "8"], "--disha_r1 goes with --peft disha, not"),
+        (["--disha_config", '{"r": 8}', "--disha_r2", "8"], "--disha_r2 goes with --peft disha, "),
+        (["--peft", "dora", "--rslora", "1"], "--rslora goes with --peft lora, not --peft dora"),
+        (["--peft", "bone", "--lora_plus_ratio", "4"], "--lora_plus_ratio goes with --peft lora "),
+        (["--peft", "lora", "--lora_ga_batches", "4"], "--lora_ga_batches goes with --peft lora_g"),
+        (["--peft", "lora", "--lora_plus_ratio", "0"], "--lora_plus_ratio must be above zero"),
+        (["--bone_config", "{"], "--bone_config is not JSON"),
+        (["--bone_config", "[1]"], "--bone_config takes an object"),
+        (["--bone_config", '{"bone_rank": 8}'], "unknown key 'bone_rank'; did you mean 'bone_r'"),
+        (["--bone_config", '{"bone_mode": "bet"}'], "mode is bone or bat, not 'bet'"),
+        (["--peft", "lora", "--bone_config", "{}"], "--bone_config goes with --peft bone"),
+        (["--peft", "bone", "--bone_r", "8", "--bone_config", '{"bone_r": 8}'], "given twice"),
+        (["--my_testing", "x070"], "--my_testing x070: choose one of x060"),
+        (["--strategy", "deepspeed_stage_4"], "did you mean deepspeed_stage"),
+        (["--sft_field", "a", "b"], "--sft_field goes with --data_type jsonl"),
+        (["--peft", "bone", "--weight_decay", "0.1"], "--weight_decay 0.1 would act on nothing"),
+        (["--train_parts", "ln"], "--train_parts and --peft_load need --peft"),
+        (["--lr_schedule", "exp", "--lr_final", "0"], "exp cannot reach --lr_final 0"),
+        (["--lr_schedule", "constant", "--lr_final", "0"], "constant has no use for --lr_final"),
+    ],
+)
+def test_mistakes_are_named(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(*words)
+
+
+def test_every_method_and_hyperparameter_has_a_flag():
+    assert set(CHOICES) == {"none", *METHODS}
+    for name in METHODS:
+        config = parse("--peft", name)
+        reachable = {key for key, methods in HYPERPARAMETERS.values() if name in methods}
+        defaults = hyperparameters_of(get_method(name))
+        missing = set(defaults) - reachable
+        # Another rank than 1024 is --peft lora.
+        assert missing == ({"r", "alpha"} if name == "biglora" else set()), name
+        given = config.adapter_hyperparameters
+        assert given == {key: defaults[key] for key in given}, "one default, wherever it stands"
+
+
+def test_hyperparameters_reach_their_method():
+    config = parse(*"--peft disha --disha_r1 4 --disha_r2 6".split())
+    assert config.adapter_hyperparameters == {"r1": 4, "r2": 6}
+    config = parse(*"--peft lora --lora_r 8 --lora_alpha 4 --rslora 1".split())
+    assert config.adapter_hyperparameters == {"r": 8, "alpha": 4, "dropout": 0, "rslora": True}
+    config = parse(*"--peft lora_ga --lora_r 8 --lora_ga_gamma 4 --svd_niter 0".split())
+    assert config.adapter_hyperparameters == {"r": 8, "alpha": 32, "gamma": 4, "svd_niter": 0}
+
+
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4", "fp8"])
+def test_quantised_bases_are_asked_for_as_in_the_incumbent(kind):
+    quant = {} if kind == "none" else {"quant": kind}
+    config = parse("--peft", "bone", "--quant", kind)
+    assert config.adapter_hyperparameters == {"r": 64} | quant
+
+
+@pytest.mark.parametrize(
+    "flag",
+    "sft_split data_shuffle train_type chunk_ctx fla op merge".split(),
+)
+def test_flags_that_cannot_be_honoured_are_refused_with_a_remedy(flag):
+    with pytest.raises(UserError, match=f"--{flag} cannot be honoured: .*"):
+        parse(f"--{flag}", "0")
+
+
+def test_data_flags_of_the_incumbent():
+    config = parse(
+        *"--data_type sft --sft_field query response --sft_split train --data_shuffle 1".split(),
+        *"--dataload pack --loss_mask qa".split(),
+    )
+    assert (config.data_type, config.dataload, config.loss_mask) == ("sft", "pack", "qa")
+    assert config.sft_field == ["query", "response"]
+    for value in ("uint16", "numpy", "dummy", "utf-8"):
+        with pytest.raises(UserError, match=f"--data_type {value}: choose one of binidx, jsonl, "):
+            parse("--data_type", value)
+    with pytest.raises(UserError, match="--loss_mask se: choose one of none, pad, qa"):
+        parse("--loss_mask", "se")
+    with pytest.raises(UserError, match="--sft_split cannot be honoured: only train is there"):
+        parse("--sft_split", "train[:1000]")
+
+
+def test_model_and_data_are_required():
+    with pytest.raises(UserError, match="--load_model is missing"):
+        parse_train_flags(["--data_file", "d"])
+    with pytest.raises(UserError, match="--data_file is missing"):
+        parse_train_flags(["--load_model", "m"])

@@ -1,0 +1,86 @@
+"""--plan: sizes by name or from the file, and what the steps read of the data."""
+
+import json
+import math
+import re
+
+import pytest
+from helpers.support import run_script, save_model, small_model
+
+from finchtune.cli.flags import parse_train_flags
+from finchtune.cli.plan import planned_sizes, print_plan
+from finchtune.errors import UserError
+from finchtune.training.run import open_data
+
+
+def planned(capsys, *words):
+    print_plan(parse_train_flags(["--plan", *map(str, words)]))
+    return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan")
+    save_model(small_model(head_size=16), path / "base.pth")
+    with (path / "text.jsonl").open("w") as file:
+        for i in range(50):
+            file.write(json.dumps({"text": "abc " * (1 + i % 7)}) + "\n")
+    return path
+
+
+def data_flags(folder, *more):
+    return ["--load_model", folder / "base.pth", "--data_file", folder / "text.jsonl",
+            "--data_type", "jsonl", "--ctx_len", 16, *more]  # fmt: skip
+
+
+def test_a_released_size_is_planned_by_name_without_its_file(capsys):
+    words = "--load_model 14B --peft bone --accelerator gpu --devices 8 --micro_bsz 4"
+    text = planned(capsys, *words.split(), "--strategy", "deepspeed_stage_3")
+    assert "L61 C4096 F14336 V65536" in text
+    assert "trained      167,903,232" in text  # 61 blocks of 64 x (5 C + F + 2 C)
+    row = next(line for line in text.splitlines() if "<- this run" in line)
+    assert row.startswith("ZeRO 3")
+    numbers = [int(word.replace(",", "")) for word in row.split()[3:10]]
+    assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=3)
+
+
+def test_steps_and_documents_never_read_are_those_of_the_data(folder, capsys):
+    words = data_flags(folder, "--micro_bsz", 3, "--epoch_steps", 5, "--epoch_count", 2)
+    text = planned(capsys, *words)
+    config = parse_train_flags(list(map(str, words)))
+    data = open_data(config, 256)
+    visited = {d for step in range(10) for d in data.document_ids(step, 0, 1, 3, 1)}
+    assert f"never read   {50 - len(visited)} documents" in text
+    assert "steps        10 = 5 x 2 epochs" in text
+    assert f"2 rwkv-N.pth, 0 resumable checkpoints: {2 * 4 * 198_912 / 2**20:.2f} MiB" in text
+    places = sum(min(16, 4 * (1 + i % 7)) for i in range(50))
+    assert f"{1 - places / (50 * 16):.1%} of the positions" in text
+
+
+def test_one_pass_reads_every_document(folder, capsys):
+    text = planned(capsys, *data_flags(folder, "--micro_bsz", 4))
+    assert f"steps        {math.ceil(50 / 4)} = " in text
+    assert "never read   0 documents" in text
+
+
+def test_an_unknown_model_is_refused_with_the_known_names():
+    with pytest.raises(UserError, match=r"--plan also takes 1\.6B, 3B, 7B, 14B"):
+        planned_sizes("5B")
+
+
+@pytest.mark.slow
+def test_train_py_plans_and_leaves_nothing_behind(folder, tmp_path):
+    done = run_script("train.py", *data_flags(folder), "--proj_dir", tmp_path / "out", "--plan")
+    assert done.returncode == 0, done.stderr
+    assert "<- this run" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gpus_figures_are_those_of_the_plain_forms(capsys, kernels):
+    """Its blocks keep the normalised y as well, which the CPU's kernels make again."""
+    flags = "--load_model 1.6B --peft bone --ctx_len 64 --micro_bsz 1 --precision bf16".split()
+    kept = []
+    for accelerator in ("cpu", "gpu"):
+        said = planned(capsys, *flags, "--accelerator", accelerator)
+        kept.append(int(re.search(r"att ([\d,]+)", said)[1].replace(",", "")))
+    assert kept[1] >= kept[0] + 2 * 2048

@@ -1,0 +1,37 @@
+"""A base file and an adapter's file of any method."""
+
+import torch
+from helpers.support import save_model, small_model
+
+from finchtune.adapters import attach
+from finchtune.files import sha256
+from finchtune.weights.base import adapter_keys, load_model, save_adapter, write_tensors
+
+METHODS = {
+    "bone": {"r": 8},
+    "bat": {"r": 8, "mode": "row"},
+    "lora": {"r": 4, "alpha": 16},
+    "pissa": {"r": 4},
+    "olora": {"r": 4},
+    "dora": {"r": 4},
+    "disha": {"r1": 8, "r2": 4},
+    "frozen_ft": {},
+}
+
+
+def make_adapter(folder, method, hyperparameters, record=True, scale=1.0):
+    """A base file, a model adapted with random tensors, and the adapter's file."""
+    base = save_model(small_model(), folder / "base.pth")
+    model = attach(load_model(base), method, **hyperparameters)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(scale * 0.05 * torch.randn_like(parameter))
+    tensors = {key: model.state_dict()[name] for name, key in adapter_keys(model).items()}
+    path = folder / "rwkv-0.pth"
+    if record:
+        spec = {"adapter": model.adapter_spec, "base": {"file": base.name, "sha256": sha256(base)}}
+        save_adapter(tensors, spec, path)
+    else:
+        write_tensors(tensors, path)
+    return base, model, path

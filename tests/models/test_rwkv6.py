@@ -1,0 +1,216 @@
+"""The model against the independent `rwkv` package, its own other forms, and its formulas."""
+
+import itertools
+
+import pytest
+import torch
+from helpers.support import relative_error, rwkv_package_logits, save_model, small_model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import finchtune
+from finchtune.adapters import attach
+from finchtune.errors import UserError
+from finchtune.models import recompute
+from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.ops.elementwise import plain
+
+SHAPES = {
+    "head size 8": {"n_layer": 2, "n_embd": 64, "head_size": 8},
+    "head size 64": {"n_layer": 2, "n_embd": 128, "head_size": 64},
+    "odd layers, own F": {"n_layer": 3, "n_embd": 64, "head_size": 16, "dim_ffn": 200},
+}
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_logits_equal_the_rwkv_package(tmp_path, sizes):
+    path = save_model(small_model(**sizes), tmp_path / "model.pth")
+    tokens = torch.randint(1, 256, (1, 45))
+    logits, _ = finchtune.load_model(path)(tokens)
+    expected = rwkv_package_logits(path, tokens[0].tolist())
+    assert relative_error(logits[0], expected) < 1e-4
+
+
+def test_logits_of_a_trained_model_equal_the_rwkv_package(trained_model):
+    text = "User: Ada has 5 apples and finds 3 more. How many apples now?"
+    tokens = torch.tensor([list(text.encode())])
+    logits, _ = finchtune.load_model(trained_model)(tokens)
+    expected = rwkv_package_logits(trained_model, tokens[0].tolist())
+    assert relative_error(logits[0], expected) < 1e-4
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).item()
+    assert loss < 2.0, "a trained model predicts text of its own kind"
+
+
+def test_recurrent_form_equals_parallel_form():
+    model = small_model().double()
+    tokens = torch.randint(0, 256, (2, 20))
+    whole, end = model(tokens)
+    state, parts = None, []
+    for length in (1, 1, 7, 1, 10):
+        done = sum(part.shape[1] for part in parts)
+        logits, state = model(tokens[:, done : done + length], state)
+        parts.append(logits)
+    assert relative_error(torch.cat(parts, dim=1), whole) < 1e-12
+    for mine, expected in zip(state, end, strict=True):
+        for a, b in zip(mine, expected, strict=True):
+            assert relative_error(a, b) < 1e-6
+
+
+def test_later_tokens_do_not_reach_earlier_logits():
+    model = small_model()
+    tokens = torch.randint(0, 256, (1, 30))
+    changed = tokens.clone()
+    changed[0, 20:] = (changed[0, 20:] + 1) % 256
+    a, b = model(tokens)[0], model(changed)[0]
+    assert torch.equal(a[:, :20], b[:, :20])
+    assert not torch.equal(a[:, 20:], b[:, 20:])
+
+
+METHODS = [
+    ("none", {}),
+    *(("bone", {"r": 8}), ("bat", {"r": 8}), ("lora", {"r": 4}), ("pissa", {"r": 4})),
+]
+
+
+@pytest.mark.parametrize(("peft", "settings"), METHODS)
+def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings):
+    monkeypatch.setattr(recompute, "THIN", 32)  # so that this small model has large products
+    tokens, labels = torch.randint(0, 256, (2, 4, 64))
+    gradients, kept = [], []
+    for mode in (0, 1, 2):
+        torch.manual_seed(1)
+        model = small_model(n_layer=5)
+        if peft != "none":
+            attach(model, peft, **settings)
+        for name, parameter in model.named_parameters():
+            if ".adapter." in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        model.grad_checkpoint = mode
+        kept.append(peak_bytes(lambda model=model: model.loss(tokens, labels).backward()))
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
+    for mode in (1, 2):
+        for name, gradient in gradients[0].items():
+            assert torch.equal(gradients[mode][name], gradient), (mode, name)
+    assert kept[1] < kept[2] < kept[0], "each mode keeps what it says"
+
+
+@pytest.mark.parametrize("peft", ["bone", "bat", "lora"])
+def test_selective_recomputation_makes_no_product_with_W_again(peft):
+    model = attach(small_model(n_layer=3), peft, r=8)
+    tokens = torch.randint(0, 256, (2, 64))
+    counts = []
+    for model.grad_checkpoint in (0, 1, 2):
+        with FlopCounterMode(display=False) as counter:
+            model.loss(tokens, tokens).backward()
+        counts.append(counter.get_flop_counts()["Global"][torch.ops.finchtune.product_plus])
+    assert counts[2] == counts[0] < counts[1]
+
+
+def peak_bytes(work):
+    """The peak of live tensor memory during `work`, by torch's own account."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in changes))
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes"),
+    [
+        (plain.Mixtures, [(6, 4), (6, 4), (4,), (5, 1, 4), (4, 15), (5, 3, 4)]),
+        (plain.Gate, [(6, 4), (6, 4)]),
+        (plain.SquaredReLU, [(6, 4)]),
+    ],
+)
+def test_written_out_gradients_are_those_of_the_function(function, shapes):
+    inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    assert torch.autograd.gradcheck(function.apply, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squared_relu_keeps_what_the_linear_after_it_keeps(dtype):
+    """Its result alone, whose root gives the gradient to the last bit."""
+    kept = set()
+
+    def pack(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    x = (4 * torch.randn(2**20)).to(dtype).requires_grad_()
+    weight = nn.Parameter(torch.ones((), dtype=dtype))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = plain.SquaredReLU.apply(x) * weight
+    assert len(kept) == 2, "the result and the weight"
+    dy = torch.randn(2**20).to(dtype)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    assert torch.equal(dx, x.detach().relu() * dy * 2)
+
+
+@pytest.mark.parametrize("starts", [None, [0], [0, 3, 4]])
+def test_gradients_of_the_shift(starts):
+    x = torch.randn(1 if starts else 2, 7, 3, dtype=torch.float64, requires_grad=True)
+    last = torch.randn(len(x), 3, dtype=torch.float64, requires_grad=True)
+    starts = torch.tensor(starts) if starts else None
+    assert torch.autograd.gradcheck(plain.ShiftDifference.apply, (x, last, starts))
+
+
+def test_every_parameter_gets_a_gradient():
+    model = small_model(n_layer=3)
+    model.loss(*torch.randint(0, 256, (2, 2, 20))).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_loss_is_the_summed_cross_entropy_of_unmasked_labels():
+    model = small_model()
+    tokens, labels = torch.randint(0, 256, (2, 2, 20))
+    labels[0, 5:] = -100
+    logits, _ = model(tokens)
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
+    )
+    assert torch.allclose(model.loss(tokens, labels), expected, rtol=1e-6)
+
+
+def test_new_model_starts_near_uniform_and_repeats_with_its_seed():
+    config = ModelConfig(n_layer=2, n_embd=64, vocab_size=256, head_size=16)
+    model, again = (init_weights(RWKV6(config), seed=3) for _ in range(2))
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+    tokens, labels = torch.randint(0, 256, (2, 2, 32))
+    mean = model.loss(tokens, labels) / labels.numel()
+    assert abs(mean.item() - torch.tensor(256.0).log().item()) < 0.5
+
+
+def test_released_sizes_on_the_meta_device():
+    expected = {(24, 2048): 1.60e9, (32, 2560): 3.10e9, (32, 4096): 7.63e9, (61, 4096): 14.07e9}
+    for (n_layer, n_embd), count in expected.items():
+        with torch.device("meta"):
+            model = RWKV6(ModelConfig(n_layer, n_embd, 65536))
+        found = sum(p.numel() for p in model.parameters())
+        assert abs(found / count - 1) < 0.01, (n_layer, n_embd, found)
+
+
+def test_head_size_must_divide_n_embd():
+    with pytest.raises(UserError, match="head size 48 does not divide n_embd 128"):
+        ModelConfig(2, 128, 256, head_size=48)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", [None, "nf4"])
+def test_an_adapted_model_compiles(quant):
+    model = attach(small_model(), "bone", r=8, quant=quant)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with torch.no_grad():
+        for parameter in trained:
+            parameter.normal_(0, 0.02)
+    tokens = torch.randint(1, 256, (2, 16))
+    expected = model.loss(tokens, tokens)
+    wanted = torch.autograd.grad(expected, trained)
+    torch._dynamo.reset()
+    found = torch.compile(model.loss, backend="aot_eager")(tokens, tokens)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, trained), wanted, rtol=1e-4, atol=1e-4)

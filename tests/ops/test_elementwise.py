@@ -1,0 +1,176 @@
+"""The compiled element-wise parts of a block against the plain ones in float64."""
+
+import pytest
+import torch
+from helpers.support import cpu_path_in_use, relative_error
+
+from finchtune.ops.elementwise import (
+    GatedNorm,
+    dispatch,
+    fixed_mixtures,
+    mixtures,
+    sigmoid_gate,
+    squared_relu,
+)
+
+PATHS = ["avx512", "avx2", "portable"]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=PATHS)
+def path(request, kernels):
+    with cpu_path_in_use(request.param):
+        yield request.param
+
+
+def gated_norm(y, gate, weight, bias):
+    norm = GatedNorm(3, y.shape[1], eps=64e-5)
+    del norm.weight, norm.bias  # the leaves themselves take their place
+    norm.weight, norm.bias = weight, bias
+    return norm(y, gate)
+
+
+def packed(function, cu_seqlens):
+    return lambda x, *weights: function(x, None, torch.tensor(cu_seqlens), *weights)
+
+
+def following(function):
+    return lambda x, before, *weights: function(x, before, None, *weights)
+
+
+def starting(function):
+    return lambda x, *weights: function(x, None, None, *weights)
+
+
+# C is 45 or 100: whole vectors and a rest, for every width of vector.
+LOW_RANK = [(1, 45), (5, 45), (45, 15), (5, 3, 45)]
+CASES = {
+    "mixtures": (starting(mixtures), [(2, 7, 45), *LOW_RANK]),
+    "mixtures after a state": (following(mixtures), [(2, 7, 45), (2, 45), *LOW_RANK]),
+    "mixtures of packed rows": (packed(mixtures, [0, 1, 1, 5, 7]), [(1, 7, 45), *LOW_RANK]),
+    "mixtures of one token": (following(mixtures), [(3, 1, 45), (3, 45), *LOW_RANK]),
+    "fixed mixtures": (starting(fixed_mixtures), [(2, 7, 100), (2, 100)]),
+    "fixed mixtures after a state": (following(fixed_mixtures), [(2, 7, 45), (2, 45), (2, 45)]),
+    "fixed mixtures of packed rows": (packed(fixed_mixtures, [0, 3, 7]), [(1, 7, 45), (2, 45)]),
+    "gated norm": (gated_norm, [(9, 60), (9, 60), (60,), (60,)]),
+    "squared ReLU": (squared_relu, [(3, 5, 101)]),
+    "sigmoid gate": (sigmoid_gate, [(3, 5, 101), (3, 5, 101)]),
+}
+
+
+def outputs_and_gradients(function, inputs, seed=1):
+    """All outputs, then the gradients of all inputs for random gradients of the outputs."""
+    found = function(*inputs)
+    outputs = found if isinstance(found, tuple) else (found,)
+    generator = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    wanted = [x for x in inputs if x.requires_grad]
+    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
+
+
+def random_inputs(shapes, dtype):
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_as_near_to_the_truth_as_torch(case, dtype, path, monkeypatch):
+    function, shapes = CASES[case]
+    inputs = random_inputs(shapes, dtype)
+    ours = outputs_and_gradients(function, inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    truth = outputs_and_gradients(function, exact)
+    monkeypatch.setattr(dispatch, "fits_cpu", lambda *_: False)
+    plain = outputs_and_gradients(function, inputs)
+    for mine, other, true in zip(ours, plain, truth, strict=True):
+        assert mine.dtype == dtype
+        allowed = 2 * relative_error(other, true) + 4 * torch.finfo(dtype).eps
+        assert relative_error(mine, true) <= allowed
+
+
+@pytest.mark.parametrize("case", ["mixtures after a state", "fixed mixtures", "gated norm"])
+def test_inputs_alone_get_the_same_gradients_when_weights_are_frozen(case, kernels):
+    function, shapes = CASES[case]
+    n_inputs = {"mixtures after a state": 2, "fixed mixtures": 1, "gated norm": 2}[case]
+    inputs = random_inputs(shapes, torch.float32)
+    with_weights = outputs_and_gradients(function, inputs)
+    for weight in inputs[n_inputs:]:
+        weight.requires_grad_(False)
+    alone = outputs_and_gradients(function, inputs)
+    for a, b in zip(alone, with_weights, strict=False):
+        assert torch.equal(a, b)
+
+
+# Not the mixtures with products in them, which torch makes.
+@pytest.mark.parametrize("case", [c for c in CASES if not c.startswith("mixtures")])
+def test_any_number_of_threads_gives_the_same_bits(case, kernels):
+    function, shapes = CASES[case]
+    if case == "gated norm":
+        shapes = [(600, 60), (600, 60), (60,), (60,)]
+    elif case.endswith("packed rows"):
+        shapes = [(1, 7, 4500), *([(2, 4500)] * (len(shapes) - 1))]
+    elif "mixtures" in case:
+        shapes = [(2, 700, shapes[0][2]), *shapes[1:]]
+    else:
+        shapes = [(300, *s[1:]) for s in shapes]
+    inputs = random_inputs(shapes, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(outputs_and_gradients(function, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_extremes_pass(dtype, path):
+    """Closed and open gates stay exact; what is not finite is seen, not hidden."""
+    gate = torch.tensor([-3e4, -200.0, 0.0, 200.0, 3e4, torch.nan, torch.inf]).to(dtype)
+    ones = torch.ones_like(gate)
+    expected = torch.sigmoid(gate.float())
+    assert torch.allclose(sigmoid_gate(gate, ones).float(), expected, atol=1e-30, equal_nan=True)
+    x = torch.tensor([-torch.inf, -1.0, 0.0, 2.0, torch.inf, torch.nan]).to(dtype).requires_grad_()
+    y = squared_relu(x)
+    assert torch.equal(y[:5].float(), torch.tensor([0.0, 0.0, 0.0, 4.0, torch.inf]))
+    assert y[5].isnan()
+    (dx,) = torch.autograd.grad(y[:4].sum(), x)
+    assert torch.equal(dx[:4].float(), torch.tensor([0.0, 0.0, 0.0, 4.0]))
+
+
+def test_second_derivatives_are_refused(kernels):
+    x = torch.randn(5, requires_grad=True)
+    (dx,) = torch.autograd.grad(squared_relu(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_autocast_takes_the_plain_form_where_products_are_mixed_in(kernels):
+    function, shapes = CASES["mixtures"]
+    inputs = random_inputs(shapes, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = function(*inputs)
+    for y, expected in zip(found, function(*inputs), strict=True):
+        assert relative_error(y, expected) < 0.02
+
+
+@pytest.mark.parametrize("of_maa", [False, True])
+def test_operators_say_what_they_return_and_write_to(of_maa, kernels):
+    x, before, maa = torch.randn(2, 7, 45), torch.randn(2, 45), torch.randn(3, 45)
+    tensors = [torch.randn(14, 45) for _ in range(3)]
+    blends = [y.clone() for y in tensors]
+    ops = torch.ops.finchtune
+    checks = "test_schema", "test_faketensor"
+    torch.library.opcheck(ops.token_mix, (x, before, None, maa), test_utils=checks)
+    torch.library.opcheck(ops.token_mix_, (blends, x, before, None, maa), test_utils=checks)
+    backward = tensors, x, before, None, maa, blends, of_maa
+    torch.library.opcheck(ops.token_mix_backward, backward, test_utils=checks)
+    shift = *tensors[:2], tensors[2], x, None, maa[:1], True
+    torch.library.opcheck(ops.shift_backward, shift, test_utils=checks)
+    norm = x.flatten(0, 1), tensors[0], maa[0], maa[1], 3, 1e-5
+    torch.library.opcheck(ops.gated_norm, norm, test_utils=checks)
+    backward = tensors[1], *norm, of_maa
+    torch.library.opcheck(ops.gated_norm_backward, backward, test_utils=checks)

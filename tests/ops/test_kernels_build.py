@@ -1,0 +1,231 @@
+"""Building the kernels: once, by one process, whatever happens to it; and life without a compiler.
+
+Most tests hand the real builder a source file of one line, which compiles in a second.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from finchtune.ops.kernels import build
+
+needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
+STARTED = "compiling the kernels"
+TINY = """
+import sys
+from pathlib import Path
+from finchtune.ops.kernels import build
+build.SOURCE_FOLDER = Path(sys.argv[1])
+print(build.load_library(Path(sys.argv[2])))
+"""
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A folder of sources like cuda/, but quick to compile."""
+    folder = tmp_path / "sources"
+    for path in build.source_files(None):
+        copy = folder / path.relative_to(build.SOURCE_FOLDER)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text("")
+    (folder / "operators" / "wkv6.cpp").write_text("int finchtune_test_symbol = 1;\n")
+    return folder
+
+
+def start(*arguments: object, program: str = TINY, **environment: str) -> subprocess.Popen:
+    """A fresh Python, with `environment` on top of this one's."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """What a process that must succeed wrote to both streams."""
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out + err
+
+
+def endless_compiler(folder: Path) -> Path:
+    """A compiler that notes its process id and then hangs, except when asked for its version."""
+    script = folder / "endless-c++"
+    hang = f'case "$*" in *-c*) echo $$ >> {folder}/pids; exec sleep 60;; esac'
+    script.write_text(f'#!/bin/sh\n{hang}\nexec c++ "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@needs_compiler
+def test_one_of_several_processes_builds(sources, tmp_path):
+    processes = [start(sources, tmp_path / "cache", LOCAL_RANK=str(i)) for i in range(2)]
+    said = [finish(process) for process in processes]
+    assert sum(text.count(STARTED) for text in said) == 1
+    assert len(list((tmp_path / "cache").glob("*.so"))) == 1
+    assert not list((tmp_path / "cache").glob("*.tmp"))
+
+
+@needs_compiler
+def test_a_killed_build_holds_up_nobody(sources, tmp_path):
+    """Not even while the compiler that it started lives on."""
+    cache, pids = tmp_path / "cache", tmp_path / "pids"
+    compiler = endless_compiler(tmp_path)
+    killed = start(sources, cache, CXX=str(compiler))
+    while not pids.exists():
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    try:
+        killed.kill()
+        killed.wait()
+        compiler.write_text('#!/bin/sh\nexec c++ "$@"\n')  # by the same name: the same build
+        began = time.monotonic()
+        assert STARTED in finish(start(sources, cache, CXX=str(compiler)))
+        assert time.monotonic() - began < 50
+        assert not list(cache.glob("*.tmp"))
+    finally:
+        for pid in pids.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+
+
+def test_whatever_the_library_depends_on_makes_a_new_one(sources, monkeypatch):
+    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
+    keys = [build.build_key("g++ 12", None)]
+    keys += [build.build_key("g++ 13", None), build.build_key("g++ 12", "9.0")]
+    (sources / "cpu" / "wkv6.h").write_text("// included by a source, so it counts\n")
+    keys.append(build.build_key("g++ 12", None))
+    assert len(set(keys)) == 4
+
+
+@needs_compiler
+def test_ninja_is_found_beside_python(sources, tmp_path, monkeypatch, capfd):
+    if not (Path(sys.executable).parent / "ninja").exists():
+        pytest.skip("needs ninja installed in this Python's environment")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("c++", "as", "ld", "sh", "which"):
+        (tools / name).symlink_to(shutil.which(name))
+    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
+    monkeypatch.setenv("PATH", str(tools))
+    assert build.load_library(tmp_path / "cache") is False
+    assert STARTED in capfd.readouterr().err
+    assert os.environ["PATH"] == str(tools)
+
+
+@needs_compiler
+def test_the_compilers_message_is_shown(sources, tmp_path, monkeypatch):
+    (sources / "operators/wkv6.cpp").write_text("#error what the compiler says\n")
+    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
+    with pytest.raises(build.BuildError, match="what the compiler says"):
+        build.load_library(tmp_path / "cache")
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+def test_asked_architectures_are_compiled_for(sources, tmp_path, monkeypatch):
+    """The failed build shows nvcc's command: exactly what TORCH_CUDA_ARCH_LIST asks for."""
+    from torch.utils import cpp_extension
+
+    (sources / "gpu").mkdir()
+    (sources / "gpu" / "wkv6.cu").write_text("#error so that the command is shown\n")
+    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(CUDA_HEADERS.parent))
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    with pytest.raises(build.BuildError, match="so that the command is shown") as raised:
+        build.load_library(tmp_path / "cache")
+    commands = re.findall(r"^\S*nvcc .*wkv6\.cu .*$", str(raised.value), re.MULTILINE)
+    assert len(commands) == 1
+    targets = re.findall(r"arch=(\w+),code=(\w+)", commands[0])
+    assert set(targets) == {
+        ("compute_80", "sm_80"),
+        ("compute_90", "sm_90"),
+        ("compute_90", "compute_90"),
+    }
+
+
+def test_waiting_processes_share_a_failure(tmp_path, capfd):
+    """Eight ranks must not compile the same broken source one after the other."""
+    library = tmp_path / "library.so"
+    with ThreadPoolExecutor() as pool:
+        with build.machine_lock(library.with_suffix(".lock")):
+            waiting = pool.submit(build.build_or_wait, library, None)
+            time.sleep(0.3)  # now it stands before the lock
+            library.with_suffix(".log").write_text("the failure of another")
+        with pytest.raises(build.BuildError, match="the failure of another"):
+            waiting.result(timeout=30)
+    assert STARTED not in capfd.readouterr().err
+
+
+def test_no_sources_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
+    with pytest.raises(build.BuildError, match="install from a clone"):
+        build.load_library(tmp_path / "cache")
+
+
+FALLBACK = """
+import torch
+from finchtune.ops.wkv6 import wkv6, wkv6_reference
+r, k, v, w = torch.randn(4, 1, 9, 2, 8).unbind()
+u = torch.randn(2, 8)
+for _ in range(3):
+    torch.testing.assert_close(wkv6(r, k, v, w, u), wkv6_reference(r, k, v, w, u))
+"""
+
+
+def test_without_a_compiler_one_warning_and_plain_torch(tmp_path):
+    said = finish(start(program=FALLBACK, CXX="no-such-compiler", XDG_CACHE_HOME=str(tmp_path)))
+    assert said.count("UserWarning") == 1
+    assert "apt install g++" in said
+
+
+def test_importing_builds_nothing(tmp_path):
+    program = "import finchtune, finchtune.ops.wkv6, finchtune.ops.kernels"
+    finish(start(program=program, XDG_CACHE_HOME=str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_two_ranks_build_the_kernels_and_use_them(tmp_path):
+    ranks = [
+        start(program=FALLBACK, XDG_CACHE_HOME=str(tmp_path), RANK=str(i), LOCAL_RANK=str(i))
+        for i in range(2)
+    ]
+    said = "".join(finish(process) for process in ranks)
+    assert said.count(STARTED) == 1
+    assert "Warning" not in said
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(not CUDA_HEADERS.exists(), reason="needs CUDA's headers")
+def test_the_cuda_binding_compiles(tmp_path):
+    """The part of operators/wkv6.cpp that only a CUDA build contains."""
+    from torch.utils import cpp_extension
+
+    # Torch for the CPU ships its CUDA headers, but not this generated one.
+    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    generated.parent.mkdir(parents=True)
+    generated.touch()
+    command = ["c++", "-fsyntax-only", "-std=c++20", "-DFINCHTUNE_CUDA", "-I", str(tmp_path)]
+    for folder in [*cpp_extension.include_paths(), str(CUDA_HEADERS)]:
+        command += ["-isystem", folder]
+    result = subprocess.run(
+        [*command, str(build.SOURCE_FOLDER / "operators/wkv6.cpp")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr

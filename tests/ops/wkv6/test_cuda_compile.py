@@ -1,0 +1,73 @@
+"""The CUDA kernels compile for every GPU they are for, within its registers and shared memory."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[3] / "cuda" / "gpu" / "wkv6.cu"
+# What torch's extension builder passes: no implicit conversions from and to bf16 and fp16.
+TORCH_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+]
+# Compute capability -> bytes of shared memory that one thread block may have.
+SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+# Several thread blocks share a multiprocessor's registers; a few values that are used once for each
+# chunk may then lie in local memory.
+SPILL_LIMIT = 32
+KERNELS = {
+    "forward_kernel": 1,
+    "backward_kernel": 1,
+    "segment_kernel": 2,  # forward and backward
+    "join_kernel": 2,
+    "sum_kernel": 1,
+    "scan_forward_kernel": 3,  # one for each dtype
+    "scan_backward_kernel": 3,
+}
+
+
+def compile_report(capability: int, folder: Path) -> list[dict]:
+    """Name, spilled bytes and static shared memory of each kernel, as ptxas tells them."""
+    command = ["nvcc", "-cubin", f"-arch=sm_{capability}", *TORCH_FLAGS, "-Xptxas", "-v"]
+    command += ["-Werror", "all-warnings", str(SOURCE), "-o", str(folder / "wkv6.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = []
+    for part in result.stderr.split("Compiling entry function ")[1:]:
+        spilled = re.search(r"(\d+) bytes spill stores", part)
+        static_shared = re.search(r"(\d+) bytes smem", part)
+        name = re.match(r"'_ZN4wkv6.*?\d+([a-z_]+_kernel)", part)
+        kernels.append(
+            {
+                "name": name[1],
+                "spilled": int(spilled[1]),
+                "shared": int(static_shared[1]) if static_shared else 0,
+            }
+        )
+    return kernels
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+@pytest.mark.parametrize("capability", SHARED_LIMIT)
+def test_kernels_fit(capability, tmp_path):
+    """Their dynamic shared memory is not in the report: wkv6.cu itself asserts it."""
+    kernels = compile_report(capability, tmp_path)
+    names = [kernel["name"] for kernel in kernels]
+    assert {name: names.count(name) for name in names} == KERNELS
+    assert all(kernel["spilled"] <= SPILL_LIMIT for kernel in kernels), kernels
+    assert all(kernel["shared"] <= SHARED_LIMIT[capability] for kernel in kernels), kernels
+
+
+def test_header_is_plain_c(tmp_path):
+    source = tmp_path / "only_header.c"
+    source.write_text('#include "wkv6.h"\n')
+    command = ["gcc", "-std=c99", "-Wall", "-Werror", "-fsyntax-only", f"-I{SOURCE.parent}", source]
+    subprocess.run(command, check=True)

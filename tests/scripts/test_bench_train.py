@@ -1,0 +1,46 @@
+"""The benchmark of a training step: what it calls the floor, and that a row can be measured."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers.support import REPOSITORY
+from torch.utils.flop_counter import FlopCounterMode
+
+SPEC = importlib.util.spec_from_file_location(
+    "bench_train", REPOSITORY / "scripts" / "bench" / "train.py"
+)
+bench = importlib.util.module_from_spec(SPEC)
+sys.modules["bench_train"] = bench  # where dataclasses look their module up
+SPEC.loader.exec_module(bench)
+
+TINY = bench.Case(n_layer=3, n_embd=64, vocab_size=512, ctx_len=64)
+
+
+def flops(work):
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("peft", ["none", "bone", "lora"])
+@pytest.mark.parametrize("grad_cp", [0, 1])
+def test_the_floor_is_the_steps_products_without_the_adapters(peft, grad_cp):
+    case = replace(TINY, peft=peft, grad_cp=grad_cp)
+    model = bench.random_model(case, torch.device("cpu"))
+    step = bench.BareLoop(case, model, *torch.randint(512, (2, 1, 64)))
+    adapters = sum(p.numel() for n, p in model.named_parameters() if ".adapter." in n)
+    # Forward, by the input, by the adapter's tensor, and once more for recomputation.
+    own = 2 * case.ctx_len * adapters * (3 + grad_cp)
+    found, floor = flops(step), flops(bench.Floor(case, model))
+    assert floor <= found
+    # Besides the adapters, a step makes one thin product of each block again in backward.
+    assert floor > 0.93 * (found - own)
+
+
+def test_a_row_has_every_figure():
+    row = bench.measure(replace(TINY, loss="whole"), "cpu", torch.get_num_threads(), repeats=1)
+    assert all(figure > 0 for figure in row.values())
+    assert bench.line(TINY, row).startswith("3   64    512    64")
