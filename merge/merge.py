@@ -1,7 +1,6 @@
 """Merge an adapter of any method into its base model's weights."""
 
-from finchtune.cli.merge import merge_main
-from finchtune.errors import run_cli
+from finchtune.cli.main import run
 
 if __name__ == "__main__":
-    run_cli(merge_main)
+    run("merge")

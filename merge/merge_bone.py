@@ -1,7 +1,6 @@
 """Merge a Bone or Bat adapter into its base model's weights."""
 
-from finchtune.cli.merge import merge_main
-from finchtune.errors import run_cli
+from finchtune.cli.main import run
 
 if __name__ == "__main__":
-    run_cli(lambda: merge_main(("bone", "bat")))
+    run("merge", methods=("bone", "bat"))

@@ -1,7 +1,6 @@
-"""Merge a PiSSA adapter into its base model's weights."""
+"""Merge a PiSSA or OLoRA adapter into its base model's weights."""
 
-from finchtune.cli.merge import merge_main
-from finchtune.errors import run_cli
+from finchtune.cli.main import run
 
 if __name__ == "__main__":
-    run_cli(lambda: merge_main(("pissa", "olora")))
+    run("merge", methods=("pissa", "olora"))

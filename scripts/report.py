@@ -1,30 +1,6 @@
-"""Lay training runs side by side in one HTML page that needs no other file.
+"""Lay training runs side by side in one HTML page that needs no other file."""
 
-    python scripts/report.py out/math
-    python scripts/report.py out/bone out/lora out/full --output compare.html
-
-RUN is a --proj_dir of train.py. Unfinished and damaged runs are shown as far as they can be read.
-"""
-
-import argparse
-from pathlib import Path
-
-from finchtune.errors import UserError, run_cli
-from finchtune.report import write_report
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
-    parser.add_argument("--output", default="report.html", help="file to write [report.html]")
-    given = parser.parse_args()
-    for folder in given.runs:
-        if not Path(folder).is_dir():
-            raise UserError(f"{folder}: no such folder; give the --proj_dir of a run")
-    print(write_report(given.runs, given.output))
-
+from finchtune.cli.main import run
 
 if __name__ == "__main__":
-    run_cli(main)
+    run("report")

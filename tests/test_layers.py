@@ -14,9 +14,10 @@ LAYERS = [
     {"adapters"},
     {"models"},
     {"model", "weights"},
-    {"memory", "inference"},
-    {"training", "evaluation", "report"},
+    {"memory", "inference", "report"},
+    {"training", "evaluation"},
     {"cli"},
+    {"__main__"},
 ]
 LAYER_OF = {name: depth for depth, names in enumerate(LAYERS) for name in names}
 

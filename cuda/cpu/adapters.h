@@ -1,4 +1,4 @@
-// Bone and Bat in row mode, the parts beside the products with W: a token's row is cut into blocks
+// Bone and Bat in row mode, the parts beside the products with W: a token's row is cut into shards
 // of r channels. Part of kernels.h.
 
 // to += from, n floats each, anywhere in memory.
@@ -11,7 +11,7 @@ static inline void add_row(float* to, const float* from, int64_t n) {
   for (; i < n; ++i) to[i] += from[i];
 }
 
-static void block_sums(const void* x, Element element, int64_t k, int64_t r, void* sums,
+static void shard_sums(const void* x, Element element, int64_t k, int64_t r, void* sums,
                        Element of_sums, int64_t first, int64_t last) {
   const bool wide = element == Element::kFloat32;
   Scratch sum(r), floats(wide ? 0 : k);
@@ -24,7 +24,7 @@ static void block_sums(const void* x, Element element, int64_t k, int64_t r, voi
   }
 }
 
-static void add_to_blocks(void* x, Element element, int64_t k, const void* s, Element of_s,
+static void add_to_shards(void* x, Element element, int64_t k, const void* s, Element of_s,
                           int64_t r, int64_t first, int64_t last) {
   const bool wide = element == Element::kFloat32;
   Scratch added(r), floats(wide ? 0 : k);
@@ -39,17 +39,17 @@ static void add_to_blocks(void* x, Element element, int64_t k, const void* s, El
 
 constexpr int64_t kTileTokens = 32;
 
-// Some tokens of one block, copied to where rows are whole vectors and share no sets of the cache.
+// Some tokens of one shard, copied to where rows are whole vectors and share no sets of the cache.
 // Lanes past r hold zeros.
 struct Tile {
   const int64_t r, width, row_of_x;
   const Element element;
   Scratch memory;
 
-  explicit Tile(const Blocks& shape)
+  explicit Tile(const Shards& shape)
       : r(shape.r),
         width(shape.width()),
-        row_of_x(shape.n_blocks * r),
+        row_of_x(shape.n_shards * r),
         element(shape.element),
         memory(kTileTokens * width) {
     clear();
@@ -59,29 +59,29 @@ struct Tile {
 
   void clear() const { std::memset(memory.data, 0, kTileTokens * width * sizeof(float)); }
 
-  void load(const void* x, int64_t token, int64_t block, int64_t n) const {
+  void load(const void* x, int64_t token, int64_t shard, int64_t n) const {
     for (int64_t t = 0; t < n; ++t)
-      load_row(at(t), x, element, (token + t) * row_of_x + block * r, r);
+      load_row(at(t), x, element, (token + t) * row_of_x + shard * r, r);
   }
 
-  void store(void* x, int64_t token, int64_t block, int64_t n) const {
+  void store(void* x, int64_t token, int64_t shard, int64_t n) const {
     for (int64_t t = 0; t < n; ++t)
-      store_row(at(t), x, element, (token + t) * row_of_x + block * r, r);
+      store_row(at(t), x, element, (token + t) * row_of_x + shard * r, r);
   }
 
   // Rows lie too far apart for the processor to see what comes next.
-  void prefetch(const void* x, int64_t token, int64_t block, int64_t n) const {
+  void prefetch(const void* x, int64_t token, int64_t shard, int64_t n) const {
     const int64_t size = element == Element::kFloat32 ? 4 : 2;
     for (int64_t t = 0; t < n; ++t) {
-      const char* row = static_cast<const char*>(x) + ((token + t) * row_of_x + block * r) * size;
+      const char* row = static_cast<const char*>(x) + ((token + t) * row_of_x + shard * r) * size;
       for (int64_t i = 0; i < r * size; i += 64) __builtin_prefetch(row + i, 0, 2);
     }
   }
 };
 
-// Every x_b becomes x_b + u_b with u_b = D_b x_b; sums (T, r) are those of u over the blocks. Takes
+// Every x_b becomes x_b + u_b with u_b = D_b x_b; sums (T, r) are those of u over the shards. Takes
 // the D_b transposed.
-static void bat_row_forward(const Blocks& shape, const void* x, const float* D, void* moved,
+static void bat_row_forward(const Shards& shape, const void* x, const float* D, void* moved,
                             float* sums, int64_t first, int64_t last) {
   DenormalsAreZero while_alive;
   const int64_t r = shape.r, width = shape.width();
@@ -89,9 +89,9 @@ static void bat_row_forward(const Blocks& shape, const void* x, const float* D, 
   for (; first < last; first += kTileTokens) {
     const int64_t n = std::min(kTileTokens, last - first);
     sum.clear();
-    for (int64_t b = 0; b < shape.n_blocks; ++b) {
+    for (int64_t b = 0; b < shape.n_shards; ++b) {
       from.load(x, first, b, n);
-      if (b + 1 < shape.n_blocks) from.prefetch(x, first, b + 1, n);
+      if (b + 1 < shape.n_shards) from.prefetch(x, first, b + 1, n);
       for_columns(width, [&](auto vecs, int64_t column) __attribute__((always_inline)) {
         for (int64_t t = 0; t < n; t += kBlockRows) {
           Block<vecs> u;
@@ -110,9 +110,9 @@ static void bat_row_forward(const Blocks& shape, const void* x, const float* D, 
   }
 }
 
-// With q_b = dx_b + sums, of every token: dx_b += q_b D_b and dD_b = q_b^T x_b, over blocks first to
+// With q_b = dx_b + sums, of every token: dx_b += q_b D_b and dD_b = q_b^T x_b, over shards first to
 // last. Few channels at a time go through all tokens, whole lines of the cache where r is small.
-static void bat_row_backward(const Blocks& shape, void* dx, const void* x, const float* D,
+static void bat_row_backward(const Shards& shape, void* dx, const void* x, const float* D,
                              const float* sums, void* dD, int64_t first, int64_t last) {
   DenormalsAreZero while_alive;
   const int64_t r = shape.r, width = shape.width();

@@ -7,9 +7,9 @@
 
 namespace finchtune {
 
-// Rows (n_tokens, n_blocks * r), cut into blocks of r channels with an r x r matrix each.
-struct Blocks {
-  int64_t n_tokens, n_blocks, r;
+// Rows (n_tokens, n_shards * r), cut into shards of r channels with an r x r matrix each.
+struct Shards {
+  int64_t n_tokens, n_shards, r;
   Element element;
   // Floats in a row of a matrix (r, r): whole vectors, in which zeros follow on r numbers.
   int64_t width() const { return (r + 15) / 16 * 16; }
@@ -26,19 +26,19 @@ struct CpuKernels {
   // the logits, with l2wrap times the largest logit added at that one's.
   void (*cross_entropy)(void* logits, Element element, int64_t n, const int64_t* labels,
                         float l2wrap, float* losses, int64_t first, int64_t last);
-  // Rows of x (rows, k): sums (rows, r) of its blocks of r columns, the last of which may be
-  // narrower; and s (rows, r) added to each block.
-  void (*block_sums)(const void* x, Element element, int64_t k, int64_t r, void* sums,
+  // Rows of x (rows, k): sums (rows, r) of its shards of r columns, the last of which may be
+  // narrower; and s (rows, r) added to each shard.
+  void (*shard_sums)(const void* x, Element element, int64_t k, int64_t r, void* sums,
                      Element of_sums, int64_t first, int64_t last);
-  void (*add_to_blocks)(void* x, Element element, int64_t k, const void* s, Element of_s,
+  void (*add_to_shards)(void* x, Element element, int64_t k, const void* s, Element of_s,
                         int64_t r, int64_t first, int64_t last);
   // Tokens: moved = x + u with u_b = D_b x_b, and the sums (n_tokens, r) of the u_b. Takes the D_b
   // transposed, in rows of width().
-  void (*bat_row_forward)(const Blocks&, const void* x, const float* D, void* moved, float* sums,
+  void (*bat_row_forward)(const Shards&, const void* x, const float* D, void* moved, float* sums,
                           int64_t first, int64_t last);
-  // Blocks b, with q_b = dx_b + sums: dD_b = q_b^T x_b, and q_b D_b added to dx_b. D in rows of
-  // width(), dD (n_blocks, r, r) dense.
-  void (*bat_row_backward)(const Blocks&, void* dx, const void* x, const float* D,
+  // Shards b, with q_b = dx_b + sums: dD_b = q_b^T x_b, and q_b D_b added to dx_b. D in rows of
+  // width(), dD (n_shards, r, r) dense.
+  void (*bat_row_backward)(const Shards&, void* dx, const void* x, const float* D,
                            const float* sums, void* dD, int64_t first, int64_t last);
   // Bands of channels.
   void (*token_mix)(const TokenMix&, void* const* out, int64_t first, int64_t last);

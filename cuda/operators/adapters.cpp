@@ -22,30 +22,30 @@ void check_rows(const Tensor& x, const char* name) {
   TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), name, " must be dense, with two dimensions");
 }
 
-Tensor block_sums_cpu(const Tensor& any_x, int64_t r, at::ScalarType dtype) {
+Tensor shard_sums_cpu(const Tensor& any_x, int64_t r, at::ScalarType dtype) {
   const Tensor x = dense(any_x);
-  check_rows(x, "block_sums: x");
-  TORCH_CHECK(r > 0, "block_sums: r must be above zero");
+  check_rows(x, "shard_sums: x");
+  TORCH_CHECK(r > 0, "shard_sums: r must be above zero");
   Tensor sums = at::empty({x.size(0), r}, x.options().dtype(dtype));
   const Element element = element_of(x), of_sums = element_of(sums);
   const void* from = x.const_data_ptr();
   void* to = sums.data_ptr();
   at::parallel_for(0, x.size(0), 1, [&](int64_t first, int64_t last) {
-    cpu_kernels().block_sums(from, element, x.size(1), r, to, of_sums, first, last);
+    cpu_kernels().shard_sums(from, element, x.size(1), r, to, of_sums, first, last);
   });
   return sums;
 }
 
-void add_to_blocks_cpu(Tensor& x, const Tensor& any_s) {
+void add_to_shards_cpu(Tensor& x, const Tensor& any_s) {
   const Tensor s = dense(any_s);
-  check_rows(x, "add_to_blocks_: x");
-  check_rows(s, "add_to_blocks_: s");
-  TORCH_CHECK(x.size(0) == s.size(0) && s.size(1) > 0, "add_to_blocks_: a row of s for each of x");
+  check_rows(x, "add_to_shards_: x");
+  check_rows(s, "add_to_shards_: s");
+  TORCH_CHECK(x.size(0) == s.size(0) && s.size(1) > 0, "add_to_shards_: a row of s for each of x");
   const Element element = element_of(x), of_s = element_of(s);
   void* to = x.data_ptr();
   const void* added = s.const_data_ptr();
   at::parallel_for(0, x.size(0), 1, [&](int64_t first, int64_t last) {
-    cpu_kernels().add_to_blocks(to, element, x.size(1), added, of_s, s.size(1), first, last);
+    cpu_kernels().add_to_shards(to, element, x.size(1), added, of_s, s.size(1), first, last);
   });
 }
 
@@ -55,11 +55,11 @@ Tensor product_plus_cpu(const Tensor& s, const std::optional<Tensor>& D, const T
   Tensor y = at::mm(x, W.t());
   if (D) return y.addmm_(s, *D);
   const bool fits = y.scalar_type() == at::kFloat || y.scalar_type() == at::kBFloat16;
-  fits ? add_to_blocks_cpu(y, s) : (void)y.unflatten(1, {-1, s.size(1)}).add_(s.unsqueeze(1));
+  fits ? add_to_shards_cpu(y, s) : (void)y.unflatten(1, {-1, s.size(1)}).add_(s.unsqueeze(1));
   return y;
 }
 
-Blocks blocks_of(const Tensor& x, const Tensor& D) {
+Shards shards_of(const Tensor& x, const Tensor& D) {
   check_rows(x, "bat_row: x");
   TORCH_CHECK(D.dim() == 3 && D.size(1) == D.size(2) && D.size(0) * D.size(1) == x.size(1) &&
                   D.scalar_type() == x.scalar_type(),
@@ -68,15 +68,15 @@ Blocks blocks_of(const Tensor& x, const Tensor& D) {
 }
 
 // In fp32, in rows of whole vectors.
-Tensor padded(const Tensor& D, const Blocks& shape) {
-  Tensor rows = at::zeros({shape.n_blocks, shape.r, shape.width()}, D.options().dtype(at::kFloat));
+Tensor padded(const Tensor& D, const Shards& shape) {
+  Tensor rows = at::zeros({shape.n_shards, shape.r, shape.width()}, D.options().dtype(at::kFloat));
   rows.narrow(2, 0, shape.r).copy_(D);
   return rows;
 }
 
 std::tuple<Tensor, Tensor> bat_row_forward_cpu(const Tensor& any_x, const Tensor& D) {
   const Tensor x = dense(any_x);
-  const Blocks shape = blocks_of(x, D);
+  const Shards shape = shards_of(x, D);
   const Tensor matrices = padded(D.mT(), shape);
   Tensor moved = at::empty_like(x);
   Tensor sums = at::empty({shape.n_tokens, shape.r}, x.options().dtype(at::kFloat));
@@ -93,20 +93,20 @@ std::tuple<Tensor, Tensor> bat_row_forward_cpu(const Tensor& any_x, const Tensor
 Tensor bat_row_backward_cpu(Tensor& dx, const Tensor& any_x, const Tensor& D,
                             const Tensor& any_sums) {
   const Tensor x = dense(any_x), sums = dense(any_sums);
-  const Blocks shape = blocks_of(x, D);
+  const Shards shape = shards_of(x, D);
   check_rows(dx, "bat_row_backward_: dx");
   check_rows(sums, "bat_row_backward_: sums");
   TORCH_CHECK(dx.sizes() == x.sizes() && dx.scalar_type() == x.scalar_type() &&
                   sums.size(0) == shape.n_tokens && sums.size(1) == shape.r,
               "bat_row_backward_: dx must be like x (T, k), sums (T, r)");
   const Tensor matrices = padded(D, shape);
-  Tensor dD = at::empty({shape.n_blocks, shape.r, shape.r}, D.options());
+  Tensor dD = at::empty({shape.n_shards, shape.r, shape.r}, D.options());
   void* gradient = dx.data_ptr();
   const void* input = x.const_data_ptr();
   const float* matrix = matrices.const_data_ptr<float>();
   const float* sum = sums.const_data_ptr<float>();
   void* result = dD.data_ptr();
-  at::parallel_for(0, shape.n_blocks, 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, shape.n_shards, 1, [&](int64_t first, int64_t last) {
     cpu_kernels().bat_row_backward(shape, gradient, input, matrix, sum, result, first, last);
   });
   return dD;
@@ -116,15 +116,15 @@ Tensor bat_row_backward_cpu(Tensor& dx, const Tensor& any_x, const Tensor& D,
 }  // namespace finchtune
 
 TORCH_LIBRARY_FRAGMENT(finchtune, library) {
-  library.def("block_sums(Tensor x, int r, ScalarType dtype) -> Tensor sums");
-  library.def("add_to_blocks_(Tensor(a!) x, Tensor s) -> ()");
+  library.def("shard_sums(Tensor x, int r, ScalarType dtype) -> Tensor sums");
+  library.def("add_to_shards_(Tensor(a!) x, Tensor s) -> ()");
   library.def("bat_row_forward(Tensor x, Tensor D) -> (Tensor moved, Tensor sums)");
   library.def("bat_row_backward_(Tensor(a!) dx, Tensor x, Tensor D, Tensor sums) -> Tensor dD");
 }
 
 TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
-  library.impl("block_sums", &finchtune::block_sums_cpu);
-  library.impl("add_to_blocks_", &finchtune::add_to_blocks_cpu);
+  library.impl("shard_sums", &finchtune::shard_sums_cpu);
+  library.impl("add_to_shards_", &finchtune::add_to_shards_cpu);
   library.impl("product_plus", &finchtune::product_plus_cpu);
   library.impl("bat_row_forward", &finchtune::bat_row_forward_cpu);
   library.impl("bat_row_backward_", &finchtune::bat_row_backward_cpu);

@@ -27,8 +27,9 @@ from finchtune.distributed.launch import run_processes
 from finchtune.errors import run_cli
 from finchtune.memory.estimate import Estimate, StorageCount, estimate
 from finchtune.models.rwkv6 import RWKV6, ModelConfig
-from finchtune.training.engine import Engine, choose_precision
-from finchtune.training.run import build_model
+from finchtune.training.engine import Engine
+from finchtune.training.precision import choose_precision
+from finchtune.training.setup import build_model
 from finchtune.weights.base import write_tensors
 
 SMALL = ModelConfig(n_layer=4, n_embd=256, vocab_size=4096)
@@ -85,16 +86,18 @@ def main() -> int:
     devices = parser.parse_args().devices
     if distributed.processes_to_start(devices, 1):
         return run_processes(devices, sys.argv)
-    distributed.say(
+    distributed.print_rank_zero(
         f"{'model':18}{'method':8}{'precision':>10}{'cp':>4}{'ZeRO':>11}{'rows x T':>12}"
         f"{'measured':>12}{'foretold':>12}{'ratio':>8}   MiB of one process, {devices} in all"
     )
     ratios = []
     for (sizes, config), (measured, found) in zip(rows(devices), measure_all(devices), strict=True):
         ratios.append(foretold(found) / measured)
-        distributed.say(line(sizes, config, measured, found))
+        distributed.print_rank_zero(line(sizes, config, measured, found))
     worst = max(ratios, key=lambda ratio: abs(ratio - 1))
-    distributed.say(f"worst of {len(ratios)} rows: {worst:.3f}; allowed 1 +- {TOLERANCE}")
+    distributed.print_rank_zero(
+        f"worst of {len(ratios)} rows: {worst:.3f}; allowed 1 +- {TOLERANCE}"
+    )
     return int(abs(worst - 1) > TOLERANCE)
 
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 # Exit statuses of train.py, besides 0 (done) and 1 (a fault of finchtune, with its traceback).
 USER_ERROR = 2
@@ -51,23 +52,17 @@ def print_error(error: UserError) -> None:
 
 
 def run_cli(
-    main: Callable[[], int | None],
-    explain: Callable[[Exception], UserError | None] | None = None,
-    tell: Callable[[UserError], None] = print_error,
-) -> None:
+    main: Callable[[], int | None], report: Callable[[UserError], None] = print_error
+) -> NoReturn:
     """Run a command's `main`; a UserError becomes one line on stderr and its exit status.
 
-    `explain` may turn other exceptions into one, `tell` prints it. Anything else is a fault of
-    finchtune itself and keeps its traceback.
+    Anything else is a fault of finchtune itself and keeps its traceback.
     """
     try:
         status = main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:
-        told = error if isinstance(error, UserError) else explain(error) if explain else None
-        if told is None:
-            raise
-        tell(told)
-        sys.exit(told.status)
+    except UserError as error:
+        report(error)
+        sys.exit(error.status)
     sys.exit(status or 0)

@@ -6,16 +6,16 @@ from helpers.support import cpu_path_in_use
 
 from finchtune.adapters import METHODS
 from finchtune.adapters.shards import (
-    add_to_blocks,
-    block_sum,
+    add_to_shards,
     compiled,
-    move_blocks,
-    move_blocks_backward,
+    move_shards,
+    move_shards_backward,
+    shard_sum,
 )
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 2**-8}  # and the largest error of one rounding
 SHAPES = [(1, 1, 1), (5, 7, 3), (33, 3, 16), (70, 5, 20), (64, 2, 64), (101, 40, 2), (9, 2, 130)]
-"""Tokens, blocks and r: tiles that are full and not, blocks smaller and larger than a vector."""
+"""Tokens, shards and r: tiles that are full and not, shards smaller and larger than a vector."""
 
 
 @pytest.fixture(params=["avx512", "avx2", "portable"])
@@ -39,15 +39,15 @@ def test_bat_moves_blocks(cpu_path, dtype, shape):
     x, dx = torch.randn(2, T, count * r).to(dtype)
     D = (torch.randn(count, r, r) / r**0.5).to(dtype)
     assert compiled(x)
-    moved, sums = move_blocks(x, D)
-    wanted_moved, wanted_sums = move_blocks(x.double(), D.double())
+    moved, sums = move_shards(x, D)
+    wanted_moved, wanted_sums = move_shards(x.double(), D.double())
     assert moved.dtype == dtype
     assert sums.dtype == torch.float32
     assert_close(moved, wanted_moved, DTYPES[dtype])
     assert_close(sums, wanted_sums, 2e-6)
     wanted_dx = dx.double()
-    wanted_dD = move_blocks_backward(wanted_dx, x.double(), D.double(), sums.double())
-    dD = move_blocks_backward(dx, x, D, sums)
+    wanted_dD = move_shards_backward(wanted_dx, x.double(), D.double(), sums.double())
+    dD = move_shards_backward(dx, x, D, sums)
     assert dx.dtype == dD.dtype == dtype
     assert_close(dx, wanted_dx, DTYPES[dtype])
     assert_close(dD, wanted_dD, DTYPES[dtype])
@@ -58,12 +58,12 @@ def test_bat_moves_blocks(cpu_path, dtype, shape):
 def test_blocks_are_summed_and_added_to(cpu_path, dtype, k, r):
     x = torch.randn(11, k).to(dtype)
     for of_sums in (dtype, torch.float32):
-        sums = block_sum(x, r, of_sums)
+        sums = shard_sum(x, r, of_sums)
         assert sums.dtype == of_sums
-        assert_close(sums, block_sum(x.double(), r), DTYPES[of_sums])
+        assert_close(sums, shard_sum(x.double(), r), DTYPES[of_sums])
         expected, found = x.double(), x.clone()
-        add_to_blocks(expected, sums.double())
-        add_to_blocks(found, sums)
+        add_to_shards(expected, sums.double())
+        add_to_shards(found, sums)
         assert_close(found, expected, DTYPES[dtype])
 
 
@@ -73,13 +73,13 @@ def test_any_strides(kernels):
     for x in (wide[:, ::2], wide[:, 1:13], torch.randn(12, 6).T):
         dense = x.contiguous()
         with torch.no_grad():
-            torch.testing.assert_close(move_blocks(x, D), move_blocks(dense, D))
-            torch.testing.assert_close(block_sum(x, 5), block_sum(dense, 5))
+            torch.testing.assert_close(move_shards(x, D), move_shards(dense, D))
+            torch.testing.assert_close(shard_sum(x, 5), shard_sum(dense, 5))
             one, other = torch.ones(2, 6, 12)
             narrow = sums[:, :4]
             torch.testing.assert_close(
-                move_blocks_backward(one, x, D.mT, narrow),
-                move_blocks_backward(other, dense, D.mT.contiguous(), narrow.contiguous()),
+                move_shards_backward(one, x, D.mT, narrow),
+                move_shards_backward(other, dense, D.mT.contiguous(), narrow.contiguous()),
             )
             torch.testing.assert_close(one, other)
 
@@ -114,7 +114,7 @@ def test_the_same_bits_in_every_run(kernels):
     x, dx, sums = torch.randn(301, 192), torch.randn(301, 192), torch.randn(301, 16)
     D = torch.randn(12, 16, 16)
     with torch.no_grad():
-        runs = [move_blocks_backward(dx.clone(), x, D, sums) for _ in range(3)]
+        runs = [move_shards_backward(dx.clone(), x, D, sums) for _ in range(3)]
     assert all(torch.equal(run, runs[0]) for run in runs)
 
 
@@ -124,8 +124,8 @@ def test_the_operators_are_what_torch_expects(kernels, dtype):
     x, dx = torch.randn(2, 6, 12).to(dtype)
     D, sums = torch.randn(3, 4, 4).to(dtype), torch.randn(6, 4)
     operators = torch.ops.finchtune
-    torch.library.opcheck(operators.block_sums, (x, 5, torch.float32))
-    torch.library.opcheck(operators.add_to_blocks_, (dx, sums))
+    torch.library.opcheck(operators.shard_sums, (x, 5, torch.float32))
+    torch.library.opcheck(operators.add_to_shards_, (dx, sums))
     torch.library.opcheck(operators.bat_row_forward, (x, D))
     torch.library.opcheck(operators.bat_row_backward_, (dx, x, D, sums))
 

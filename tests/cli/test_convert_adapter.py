@@ -6,13 +6,8 @@ from helpers.support import REPOSITORY, save_model, small_model
 
 from finchtune.adapters import attach
 from finchtune.files import read_json, sha256
-from finchtune.weights.base import (
-    adapter_keys,
-    adapter_record,
-    load_model,
-    save_adapter,
-    write_tensors,
-)
+from finchtune.weights.adapter_files import adapter_keys, adapter_record, save_adapter
+from finchtune.weights.base import load_model, write_tensors
 from finchtune.weights.merging import merge_files
 
 SCRIPT = REPOSITORY / "merge/convert_adapter.py"

@@ -12,7 +12,8 @@ import sys
 import pytest
 import torch
 
-from finchtune.cli import failures as faults
+from finchtune.cli import failures
+from finchtune.cli.flags import parse_train_flags
 from finchtune.config import TrainConfig
 from finchtune.errors import NotFinite, UserError
 from finchtune.files import atomic_path, remove_leftovers, require_space
@@ -25,6 +26,7 @@ from finchtune.training.checkpoints import (
 )
 from finchtune.training.engine import StepResult
 from finchtune.training.run_folder import choose_checkpoint, clean_folder
+from finchtune.training.watch import StepWatch
 from finchtune.weights.base import write_tensors
 from finchtune.weights.pth import tensors_of
 
@@ -197,7 +199,7 @@ BAD = result(loss=float("nan"), grad_norm=float("inf"), skipped=True)
 
 def test_skipped_steps_are_written_down_and_stop_a_run_at_last(tmp_path, capsys):
     def watch(start):
-        return faults.StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, start)
+        return StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, start)
 
     first = watch(0)
     for step, step_result in enumerate((result(), BAD, result(), BAD, BAD)):
@@ -214,13 +216,13 @@ def test_skipped_steps_are_written_down_and_stop_a_run_at_last(tmp_path, capsys)
 
 
 def test_a_masked_batch_is_warned_of(tmp_path, capsys):
-    watch = faults.StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, 0)
+    watch = StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, 0)
     watch.check(0, result(loss=0.0, targets=0))
     assert "step 1: every label is masked" in capsys.readouterr().out
 
 
 def test_fp16_may_search_its_loss_scale(tmp_path):
-    watch = faults.StepWatch(config(tmp_path, precision="fp16"), tmp_path, FiveDocuments(), 4, 0)
+    watch = StepWatch(config(tmp_path, precision="fp16"), tmp_path, FiveDocuments(), 4, 0)
     for step in range(9):
         watch.check(step, result(skipped=True, grad_norm=float("inf")))
     assert not (tmp_path / "skipped.jsonl").exists()
@@ -230,12 +232,12 @@ def test_fp16_may_search_its_loss_scale(tmp_path):
         watch.check(11, BAD)
 
 
-def test_no_memory_is_explained_with_three_remedies(monkeypatch):
-    monkeypatch.setattr(sys, "argv", "train.py --load_model m --data_file d --micro_bsz 6".split())
+def test_no_memory_is_explained_with_three_remedies():
+    config = TrainConfig(load_model="m", data_file="d", micro_bsz=6)
     try:
         torch.empty(1 << 60, dtype=torch.uint8)
     except RuntimeError as error:
-        told = faults.explain(error)
+        told = failures.explain(error, config)
     assert told is not None
     assert told.status == 4
     for part in (
@@ -245,9 +247,9 @@ def test_no_memory_is_explained_with_three_remedies(monkeypatch):
         "tried to allocate",
     ):
         assert part in str(told), told
-    assert faults.explain(ValueError("something else")) is None
+    assert failures.explain(ValueError("something else"), config) is None
     offload = "--precision bf16 --strategy deepspeed_stage_3_offload"
     for peft, words in (("none", "--grad_cp 1"), ("bone", offload)):
         flags = f"--load_model m --data_file d --peft {peft} {words}".split()
-        smallest = faults.parse_train_flags(flags)
-        assert len(faults.flags_that_lower_memory(smallest)) >= 3
+        smallest = parse_train_flags(flags)
+        assert len(failures.flags_that_lower_memory(smallest)) >= 3

@@ -58,7 +58,7 @@ def test_nothing_but_bad_documents_stops_the_run(folder):
 
 LIMITED = """
 import resource, runpy, sys
-import torch, finchtune.training.engine, deepspeed, finchtune.cli.plan
+import torch, finchtune.training.engine, deepspeed, finchtune.training.plan
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30),) * 2)
 sys.argv = sys.argv[1:]

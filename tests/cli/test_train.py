@@ -17,7 +17,8 @@ from helpers.support import (
 
 from finchtune.adapters import attach
 from finchtune.files import sha256
-from finchtune.weights.base import load_adapter, load_model
+from finchtune.weights.adapter_files import load_adapter
+from finchtune.weights.base import load_model
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from finchtune.adapters import METHODS, attach
 from finchtune.cli.merge import verify
 from finchtune.errors import UserError
 from finchtune.files import sha256
-from finchtune.weights.base import load_adapter, load_model
+from finchtune.weights.adapter_files import load_adapter
+from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files, unmerge_files
 
 pytestmark = pytest.mark.slow

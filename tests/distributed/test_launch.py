@@ -9,7 +9,7 @@ import time
 import pytest
 from helpers.support import children_of, is_alive
 
-from finchtune.distributed.collectives import die_with
+from finchtune.distributed import set_parent_death_signal
 from finchtune.distributed.launch import run_processes
 from finchtune.errors import LOST_RANK
 
@@ -49,9 +49,12 @@ def main():
     distributed.init_process_group(torch.device("cpu"))
     if str(distributed.rank()) in sys.argv[1]:
         raise UserError("a mistake in\\nthe file")
-    distributed.barrier()
+    try:
+        distributed.barrier()
+    except RuntimeError:
+        raise UserError("another is gone")
 
-run_cli(main, lambda _: UserError("another is gone"), distributed.tell_once)
+run_cli(main, distributed.report_once)
 """
 
 
@@ -80,7 +83,7 @@ me = distributed.rank()
 for work, expected in ((list, [[1.0], [3.0], [5.0]]), (fail_at_the_second, "the disk is full")):
     items = (distributed.all_sum([number + me], cpu) for number in range(3))
     try:
-        found = distributed.rank_zero_takes(items, work)
+        found = distributed.stream_to_rank_zero(items, work)
     except UserError as error:
         found = str(error)
     assert found == expected, found
@@ -124,7 +127,7 @@ def test_ranks_do_not_outlive_the_launcher():
 
 def test_a_rank_whose_launcher_died_before_it_could_tell_ends():
     another = os.getppid()
-    child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: die_with(another))
+    child = subprocess.Popen(["sleep", "60"], preexec_fn=lambda: set_parent_death_signal(another))
     assert child.wait(10) == -signal.SIGKILL
 
 

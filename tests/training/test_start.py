@@ -62,7 +62,7 @@ from finchtune.config import TrainConfig
 from finchtune.data import Batch
 from finchtune.training.engine import Engine
 from finchtune.errors import run_cli
-from finchtune.training.run import build_model
+from finchtune.training.setup import build_model
 
 folder, settings, change = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
 device = torch.device("cpu")

@@ -24,7 +24,8 @@ from finchtune.inference.generate import generate
 from finchtune.tokenizer import load_tokenizer
 from finchtune.training.schedule import Schedule
 from finchtune.training.validation import Validation
-from finchtune.weights.base import load_adapter, load_model
+from finchtune.weights.adapter_files import load_adapter
+from finchtune.weights.base import load_model
 
 WORDS = "--peft bone --bone_r 8 --micro_bsz 4 --epoch_steps 8 --save_every 4".split()
 SAMPLES = ["--sample_prompt", "What is", "--sample_every", 4, "--sample_tokens", 12]

@@ -17,8 +17,9 @@ from finchtune.adapters import attach
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
 from finchtune.files import sha256
-from finchtune.training.run import build_model
-from finchtune.weights.base import adapter_keys, load_model, save_adapter, write_tensors
+from finchtune.training.setup import build_model
+from finchtune.weights.adapter_files import adapter_keys, save_adapter
+from finchtune.weights.base import load_model, write_tensors
 from finchtune.weights.merging import merge_files
 
 R, ALPHA = 8, 12

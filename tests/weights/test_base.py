@@ -9,13 +9,8 @@ from helpers.support import save_model, small_model
 
 from finchtune.errors import UserError
 from finchtune.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
-from finchtune.weights.base import (
-    adapter_record,
-    load_model,
-    read_tensors,
-    save_adapter,
-    write_tensors,
-)
+from finchtune.weights.adapter_files import adapter_record, save_adapter
+from finchtune.weights.base import load_model, read_tensors, write_tensors
 from finchtune.weights.pth import tensors_of
 
 

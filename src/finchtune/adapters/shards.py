@@ -1,4 +1,4 @@
-"""Rows cut into blocks of r channels: what Bone and Bat do beside their products with W.
+"""Rows cut into shards of r channels: what Bone and Bat do beside their products with W.
 
 Compiled for CPUs; the plain forms run everywhere and say what the compiled ones must give.
 """
@@ -12,7 +12,7 @@ from finchtune.ops.kernels import fits_cpu
 
 GROUP_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 """Largest temporary tensor of plain Bat: on a CPU small, on a GPU few but full launches."""
-LARGEST_BLOCK = 256  # above it torch's own products are as fast
+LARGEST_SHARD = 256  # above it torch's own products are as fast
 
 
 def compiled(x: Tensor) -> bool:
@@ -20,23 +20,23 @@ def compiled(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and fits_cpu(x)
 
 
-def block_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
-    """x (..., k) -> (..., r): the sum of its blocks of r channels, the last padded with zeros.
+def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
+    """x (..., k) -> (..., r): the sum of its shards of r channels, the last padded with zeros.
 
     In `dtype`, that of x if None.
     """
     if x.dim() == 2 and compiled(x):
-        return torch.ops.finchtune.block_sums(x, r, dtype or x.dtype)
+        return torch.ops.finchtune.shard_sums(x, r, dtype or x.dtype)
     padding = -x.shape[-1] % r
     if padding:
         x = F.pad(x, (0, padding))
     return x.unflatten(-1, (-1, r)).sum(-2, dtype=dtype)
 
 
-def add_to_blocks(x: Tensor, s: Tensor) -> None:
-    """Add s (T, r) to every block of r columns of x (T, k), in place; the last may be narrower."""
+def add_to_shards(x: Tensor, s: Tensor) -> None:
+    """Add s (T, r) to every shard of r columns of x (T, k), in place; the last may be narrower."""
     if compiled(x):
-        torch.ops.finchtune.add_to_blocks_(x, s)
+        torch.ops.finchtune.add_to_shards_(x, s)
         return
     r = s.shape[1]
     whole = x.shape[1] // r * r
@@ -44,12 +44,12 @@ def add_to_blocks(x: Tensor, s: Tensor) -> None:
     x[:, whole:].add_(s[:, : x.shape[1] - whole])
 
 
-def move_blocks(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
-    """x + u (T, k) and sum_b u_b (T, r), at least fp32, for u_b = D_b x_b of the blocks of x.
+def move_shards(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """x + u (T, k) and sum_b u_b (T, r), at least fp32, for u_b = D_b x_b of the shards of x.
 
     x (T, k), D (k/r, r, r).
     """
-    if D.shape[1] <= LARGEST_BLOCK and compiled(x):
+    if D.shape[1] <= LARGEST_SHARD and compiled(x):
         return torch.ops.finchtune.bat_row_forward(x, D)
     x = x.unflatten(1, D.shape[:2])
     moved = torch.empty_like(x)
@@ -61,13 +61,13 @@ def move_blocks(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
     return moved.flatten(1), sums
 
 
-def move_blocks_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tensor:
-    """dD of `move_blocks`, and dx made that of x in place, from the gradients of its results.
+def move_shards_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tensor:
+    """dD of `move_shards`, and dx made that of x in place, from the gradients of its results.
 
     dx (T, k) comes in as that of x + u, and sums (T, r), at least fp32, as that of sum_b u_b.
     With q_b = dx_b + sums: dD_b = q_b x_b^T over all tokens, dx_b + D_b^T q_b.
     """
-    if D.shape[1] <= LARGEST_BLOCK and compiled(x):
+    if D.shape[1] <= LARGEST_SHARD and compiled(x):
         return torch.ops.finchtune.bat_row_backward_(dx, x, D, sums)
     x, dx = x.unflatten(1, D.shape[:2]), dx.unflatten(1, D.shape[:2])
     dD = torch.empty_like(D)
@@ -81,7 +81,7 @@ def move_blocks_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tens
 
 
 def groups(D: Tensor, length: int, sizes: dict[str, int]) -> list[slice]:
-    """D's blocks (n, r, r) in groups of which r * length * their number fits, by device type."""
+    """D's shards (n, r, r) in groups of which r * length * their number fits, by device type."""
     count, r, _ = D.shape
     elements = sizes.get(D.device.type, sizes["cuda"])
     step = max(1, elements // max(1, length) // r)

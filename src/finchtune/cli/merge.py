@@ -1,4 +1,4 @@
-"""The command lines under merge/."""
+"""Merge an adapter into its base model's weights."""
 
 import argparse
 import gc
@@ -9,20 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finchtune.cli.options import refuse_overwriting
 from finchtune.errors import UserError
 from finchtune.tokenizer import load_tokenizer
-from finchtune.weights.adapter_files import adapted_model
-from finchtune.weights.base import load_model, read_adapter
-from finchtune.weights.merging import merge_files, receipt_path, unmerge_files
+from finchtune.weights.adapter_files import adapted_model, read_adapter
+from finchtune.weights.base import load_model
+from finchtune.weights.merging import merge_files, receipt_path
 
 VERIFY_TOKENS = 512
 VERIFY_LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """By the dtype that merged weights are rounded to: what their logits may differ by."""
 
 
-def merge_main(methods: Collection[str] | None = None) -> None:
-    """Merge an adapter into its base model's weights; `methods` is what the script accepts."""
-    parser = argparse.ArgumentParser(description=merge_main.__doc__.partition(";")[0])  # type: ignore[union-attr]
+def main(arguments: list[str] | None = None, methods: Collection[str] | None = None) -> None:
+    """`methods` restricts which methods' adapters are merged."""
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base_model", required=True, help="the .pth that was fine-tuned")
     parser.add_argument(
         "--peft_checkpoint", "--lora_checkpoint", required=True, help="the adapter's .pth"
@@ -37,7 +38,7 @@ def merge_main(methods: Collection[str] | None = None) -> None:
         help="compare the logits of the merged and of the adapted model on this text; both are "
         "loaded whole, one after the other",
     )
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     refuse_overwriting(given.output, given.base_model, given.peft_checkpoint)
 
     def check(merged: Path, spec: dict[str, Any]) -> None:
@@ -56,32 +57,6 @@ def merge_main(methods: Collection[str] | None = None) -> None:
     )
     counts = ", ".join(f"{receipt[kind]} tensors {kind}" for kind in ("merged", "replaced", "kept"))
     print(f"{given.output}: {counts}; receipt: {receipt_path(given.output)}")
-
-
-def unmerge_main() -> None:
-    """Take an adapter off merged weights; the base comes back up to rounding."""
-    parser = argparse.ArgumentParser(description=unmerge_main.__doc__)
-    parser.add_argument("--merged_model", required=True, help="the merged .pth")
-    parser.add_argument("--peft_checkpoint", required=True, help="the adapter's .pth")
-    parser.add_argument("--output", required=True, help="the base .pth to write")
-    parser.add_argument("--base_model", help="also compare with this file")
-    given = parser.parse_args()
-    refuse_overwriting(given.output, given.merged_model, given.peft_checkpoint, given.base_model)
-    found = unmerge_files(given.merged_model, given.peft_checkpoint, given.output, given.base_model)
-    hashes = {
-        True: "it is the base, bit for bit",
-        False: "it is the base up to rounding, not bit for bit",
-        None: "no hash of the base is known to compare with",
-    }
-    print(f"{given.output}: {hashes[found['exact']]}")
-    if found["largest_difference"] is not None:
-        print(f"largest difference from {given.base_model}: {found['largest_difference']:.3g}")
-
-
-def refuse_overwriting(output: str, *inputs: str | None) -> None:
-    """Raise UserError if an input would be overwritten."""
-    if Path(output).resolve() in {Path(path).resolve() for path in inputs if path}:
-        raise UserError(f"--output {output} would overwrite an input; choose another name")
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ def read_cached(
         except UserError:  # missing or damaged
             write_json(_note(prefix), asdict(prepare([source], str(prefix), recipe)))
 
-    distributed.from_rank_zero(make)
+    distributed.run_on_rank_zero(make)
     make()
     return _read(source, prefix, tokenizer.vocab_size)
 

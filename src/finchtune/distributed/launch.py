@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from finchtune.distributed.collectives import die_with, free_port
+from finchtune.distributed.lifetime import free_port, set_parent_death_signal
 from finchtune.errors import LOST_RANK
 
 POLL_SECONDS = 0.1
@@ -33,7 +33,7 @@ def run_processes(n_processes: int, command: list[str]) -> int:
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             # A session of its own: Ctrl-C on the terminal reaches it once, through us.
             start_new_session=True,
-            preexec_fn=lambda: die_with(launcher),
+            preexec_fn=lambda: set_parent_death_signal(launcher),
         )
 
     processes: list[subprocess.Popen] = []

@@ -15,7 +15,7 @@ from finchtune.models.rwkv6 import RWKV6
 MARGIN = 0.9  # of the free memory that a plan may fill: allocators leave gaps
 
 
-def settle_batch(config: TrainConfig, model: RWKV6, device: torch.device) -> TrainConfig:
+def resolve_batch_size(config: TrainConfig, model: RWKV6, device: torch.device) -> TrainConfig:
     """The configuration with micro_bsz and accumulate_grad_batches that make up --global_bsz.
 
     `--micro_bsz auto` takes the most rows that fit into the free memory by the estimate and, on a
@@ -32,7 +32,7 @@ def settle_batch(config: TrainConfig, model: RWKV6, device: torch.device) -> Tra
     for chosen in choices[first:]:
         fits = device.type == "cpu" or trial(chosen, model, estimate_of(chosen, model, device))
         if distributed.all_sum([fits], device)[0] == distributed.world_size():
-            distributed.say(
+            distributed.print_rank_zero(
                 f"micro batch: {chosen.micro_bsz} x {chosen.accumulate_grad_batches} accumulated"
             )
             return chosen

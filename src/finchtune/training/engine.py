@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.data import Batch, Data
-from finchtune.errors import UserError
 from finchtune.memory.zero import REDUCE_BUCKET
 from finchtune.models.rwkv6 import RWKV6
 from finchtune.ops.cross_entropy import IGNORE
@@ -22,12 +21,6 @@ from finchtune.training.deepspeed import start_deepspeed
 from finchtune.training.metrics import peak_memory_mb
 from finchtune.training.optim import adamw, parameter_groups, set_learning_rate
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "tf32": torch.float32,
-}
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
@@ -65,19 +58,8 @@ class StepResult:
         }
 
 
-def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype that weights are held in. Sets TF32 matrix products where asked for."""
-    on_gpu = device.type == "cuda"
-    name = config.precision or ("bf16" if on_gpu else "fp32")
-    if name in ("fp16", "tf32") and not on_gpu:
-        raise UserError(f"--precision {name} needs a GPU; use bf16 or fp32 on a CPU")
-    if on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-    return DTYPES[name]
-
-
-def whole_like(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
-    """On the meta device, what `Engine.whole` gives: ZeRO-3 leaves a rank a part of a parameter."""
+def full_parameter_like(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """What `Engine.full_parameter` returns, on the meta device, also of a sharded parameter."""
     shape = getattr(parameter, "ds_shape", parameter.shape)
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -190,7 +172,7 @@ class Engine:
         """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""
         self.ds.destroy()
 
-    def whole(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+    def full_parameter(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
         """A trained parameter, or one of its Adam moments, whole, in fp32, on the CPU.
 
         A collective call under ZeRO; the same on all ranks.
@@ -212,7 +194,7 @@ class Engine:
         # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
         frozen = {n: b for n, b in self.model.named_buffers() if ".adapter." in n}
         layout: dict[str, Any] = {
-            part: {name: whole_like(p, torch.float32) for name, p in self.trained.items()}
+            part: {name: full_parameter_like(p, torch.float32) for name, p in self.trained.items()}
             for part in (*MOMENTS, "trained")
         }
         layout["frozen"] = {name: buffer.to("meta") for name, buffer in frozen.items()}
@@ -223,7 +205,7 @@ class Engine:
         def tensors() -> Iterator[Tensor]:
             for moment in (*MOMENTS, None):
                 for parameter in self.trained.values():
-                    yield self.whole(parameter, moment)
+                    yield self.full_parameter(parameter, moment)
             for buffer in frozen.values():
                 yield buffer.cpu()
 

@@ -23,7 +23,7 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
     Raises UserError for a damaged checkpoint, and for a proj_dir that holds something already
     unless --resume or --overwrite asks for it. A collective call: rank 0 looks.
     """
-    return distributed.from_rank_zero(lambda: _choose_checkpoint(config))
+    return distributed.run_on_rank_zero(lambda: _choose_checkpoint(config))
 
 
 def _choose_checkpoint(config: TrainConfig) -> Path | None:
@@ -58,14 +58,16 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
 def _newest(folder: Path) -> Path | None:
     checkpoint, skipped = newest_checkpoint(folder)
     for line in skipped:
-        distributed.say(f"warning: {line}")
+        distributed.print_rank_zero(f"warning: {line}")
     if checkpoint is None and checkpoints(folder):
         raise UserError(
             f"--resume auto: no checkpoint in {folder} is intact; start the run anew with "
             "--overwrite 1 instead"
         )
     if checkpoint is None:
-        distributed.say(f"--resume auto: there is no checkpoint in {folder}; starting anew")
+        distributed.print_rank_zero(
+            f"--resume auto: there is no checkpoint in {folder}; starting anew"
+        )
     return checkpoint
 
 

@@ -1,29 +1,94 @@
-"""What an adapter file says of itself, and starting a run from one."""
+"""Adapter files: their tensors, the record of what they are, and reading both back."""
 
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finchtune import distributed
-from finchtune.adapters import attach, get_method, hyperparameters_of, load_adapter_state
-from finchtune.config import HYPERPARAMETERS, TrainConfig
+from finchtune.adapters import attach, load_adapter_state
+from finchtune.adapters.state import file_key
 from finchtune.errors import UserError
-from finchtune.files import sha256
+from finchtune.files import read_json, sha256, write_json
 from finchtune.models.rwkv6 import RWKV6
-from finchtune.weights.base import (
-    adapter_keys,
-    adapter_record,
-    load_adapter,
-    load_model,
-    read_adapter,
-)
+from finchtune.weights.base import check_shapes, finite, load_model, read_tensors, write_tensors
 
 FORMAT = "finchtune 1"  # of the JSON beside an adapter file
-PARTS = ("time", "ln", "emb", "head")  # words that --train_parts takes in RWKV-PEFT's scripts
-FREE_HYPERPARAMETERS = {"targets", "dropout", "svd_niter", "gamma"}
-"""Hyperparameters that may differ from those in the file: they do not change what it computes."""
+
+
+def adapter_keys(model: RWKV6) -> dict[str, str]:
+    """Name in the model -> key in an adapter file, of every tensor that such a file holds.
+
+    These are all tensors of the adapters (frozen initial ones too) and every other trained
+    parameter; for full fine-tuning, the whole model.
+    """
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    names = [name for name in model.state_dict() if name in trained or ".adapter." in name]
+    return {name: file_key(name) for name in names}
+
+
+def read_adapter(path: str | Path, initial: str | Path | None = None) -> dict[str, Tensor]:
+    """An adapter file's tensors by plain key; `initial` is PiSSA's separate file of first A, B.
+
+    Other software's spellings are understood: a `model.` prefix, and `.disha` for `.bone`.
+    """
+    tensors = read_tensors(path)
+    if initial:
+        tensors = tensors | read_tensors(initial)
+    return {
+        re.sub(r"\.disha$", ".bone", name.removeprefix("model.")): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def load_adapter(model: RWKV6, path: str | Path, initial: str | Path | None = None) -> None:
+    """Fill an adapted model's trained tensors from an adapter file.
+
+    Raises UserError that lists missing, unknown and misshapen tensors; nothing is changed then.
+    """
+    tensors = read_adapter(path, initial)
+    own = model.state_dict()
+    names = {key: name for name, key in adapter_keys(model).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    check_shapes(found, {key: tuple(own[name].shape) for key, name in names.items()}, path)
+    with torch.no_grad():
+        for key, name in names.items():
+            own[name].copy_(tensors[key])
+
+
+def save_adapter(
+    tensors: Mapping[str, Tensor],
+    record: dict[str, Any],
+    path: str | Path,
+    stream: Iterable[Tensor] | None = None,
+) -> None:
+    """Write `path` (.pth) and, beside it, `record` as .json with the sha256 of what was written.
+
+    `stream` as in `write_tensors`. Raises UserError, and leaves what was there, if a tensor holds
+    NaN or infinity.
+    """
+    path = Path(path)
+    good = finite(tensors, tensors.values() if stream is None else stream, path)
+    digest = write_tensors(tensors, path, good)
+    write_json(path.with_suffix(".json"), record | {"sha256": digest})
+
+
+def adapter_record(path: str | Path) -> dict[str, Any] | None:
+    """The JSON beside an adapter file, or None if there is none (files of other software).
+
+    Raises UserError if the file is not the one that the JSON was written for.
+    """
+    path = Path(path)
+    beside = path.with_suffix(".json")
+    record = read_json(beside) if beside.exists() else None
+    if record and path.exists() and record.get("sha256") not in (None, sha256(path)):
+        raise UserError(
+            f"{path} ({path.stat().st_size:,} bytes) does not match its checksum in "
+            f"{beside.name}; copy both again, or take the JSON away if you changed the file"
+        )
+    return record
 
 
 def check_base(record: dict[str, Any], base: str | Path, adapter: str | Path) -> None:
@@ -53,67 +118,6 @@ def detect_spec(tensors: dict[str, Tensor]) -> dict[str, Any]:
         return {}
     method = "pissa" if "init_lora_A" in by_kind else "lora"
     return {"method": method, "r": by_kind["lora_A"].shape[0]}
-
-
-def start_from_file(model: RWKV6, config: TrainConfig) -> None:
-    """Fill an adapted model's trained tensors from --peft_load. A collective call.
-
-    Raises UserError, saying which flags to give, unless method, hyperparameters, trained
-    parameters and base are those of the file.
-    """
-    path, initial = config.peft_load, config.pissa_init or None
-    tensors, record = read_adapter(path, initial), adapter_record(path)
-    if record:
-        distributed.from_rank_zero(lambda: check_base(record, config.load_model, path))
-    check_method(config, record["adapter"] if record else detect_spec(tensors))
-    check_parts(model, set(tensors), path)
-    load_adapter(model, path, initial)
-
-
-def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
-    """Raise UserError unless the flags ask for the method and hyperparameters of the file."""
-    path, defaults = config.peft_load, hyperparameters_of(get_method(config.peft))
-    wanted = {"method": config.peft, **defaults, **config.adapter_hyperparameters}
-    if not found:
-        raise UserError(f"--peft_load {path} holds no adapter; give merged weights as --load_model")
-    if config.peft == "pissa" and found["method"] == "lora" and not config.pissa_init:
-        raise UserError(
-            f"--peft_load {path} holds no initial A and B, which PiSSA subtracts; give the file "
-            "that holds them (init_pissa.pth) as --pissa_init"
-        )
-    if any(wanted.get(key) != found[key] for key in found if key not in FREE_HYPERPARAMETERS):
-        kind = found["method"]
-        flags = {name: flag for flag, (name, kinds) in HYPERPARAMETERS.items() if kind in kinds}
-        flags |= {"method": "peft", "quant": "quant"}
-        needed = " ".join(
-            f"--{flags[key]} {value}"
-            for key, value in found.items()
-            if key in flags and key not in FREE_HYPERPARAMETERS
-        )
-        raise UserError(f"--peft_load {path} was trained otherwise; give {needed}")
-
-
-def check_parts(model: RWKV6, found: set[str], path: str) -> None:
-    """Raise UserError unless --train_parts trains the tensors that the file holds beside adapters.
-
-    Adapter tensors are left to `load_adapter`.
-    """
-    base = {name for name in model.state_dict() if ".adapter." not in name}
-    wanted = set(adapter_keys(model).values()) & base
-    extra = sorted((found & base) - wanted)
-    if extra:
-        parts = [part for part in PARTS if any(part in name for name in extra)]
-        words = " ".join(parts) if parts else " ".join(extra)
-        raise UserError(
-            f"--peft_load {path} also holds {len(extra)} trained tensors of the model, such as "
-            f"{extra[0]}; give --train_parts {words} to go on training them"
-        )
-    missing = sorted(wanted - found)
-    if missing:
-        raise UserError(
-            f"--peft_load {path} does not hold {missing[0]} ({len(missing)} such tensors), which "
-            "--train_parts trains; drop what the file lacks from --train_parts"
-        )
 
 
 def adapted_model(base: str | Path, tensors: dict[str, Tensor], spec: dict[str, Any]) -> RWKV6:

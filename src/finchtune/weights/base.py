@@ -6,15 +6,13 @@ import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.adapters import file_key
 from finchtune.errors import NotFinite, UserError
-from finchtune.files import atomic_path, read_json, sha256, write_json
+from finchtune.files import atomic_path
 from finchtune.models.rwkv6 import RWKV6, ModelConfig
 from finchtune.weights.pth import write_pth
 
@@ -152,63 +150,6 @@ def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], path: str 
         raise UserError(f"{path} does not fit: {'; '.join(problems[:5])}{more}")
 
 
-def adapter_keys(model: RWKV6) -> dict[str, str]:
-    """Name in the model -> key in an adapter file, of every tensor that such a file holds.
-
-    These are all tensors of the adapters (frozen initial ones too) and every other trained
-    parameter; for full fine-tuning, the whole model.
-    """
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    names = [name for name in model.state_dict() if name in trained or ".adapter." in name]
-    return {name: file_key(name) for name in names}
-
-
-def read_adapter(path: str | Path, initial: str | Path | None = None) -> dict[str, Tensor]:
-    """An adapter file's tensors by plain key; `initial` is PiSSA's separate file of first A, B.
-
-    Other software's spellings are understood: a `model.` prefix, and `.disha` for `.bone`.
-    """
-    tensors = read_tensors(path)
-    if initial:
-        tensors = tensors | read_tensors(initial)
-    return {
-        re.sub(r"\.disha$", ".bone", name.removeprefix("model.")): tensor
-        for name, tensor in tensors.items()
-    }
-
-
-def load_adapter(model: RWKV6, path: str | Path, initial: str | Path | None = None) -> None:
-    """Fill an adapted model's trained tensors from an adapter file.
-
-    Raises UserError that lists missing, unknown and misshapen tensors; nothing is changed then.
-    """
-    tensors = read_adapter(path, initial)
-    own = model.state_dict()
-    names = {key: name for name, key in adapter_keys(model).items()}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    check_shapes(found, {key: tuple(own[name].shape) for key, name in names.items()}, path)
-    with torch.no_grad():
-        for key, name in names.items():
-            own[name].copy_(tensors[key])
-
-
-def save_adapter(
-    tensors: Mapping[str, Tensor],
-    record: dict[str, Any],
-    path: str | Path,
-    stream: Iterable[Tensor] | None = None,
-) -> None:
-    """Write `path` (.pth) and, beside it, `record` as .json with the sha256 of what was written.
-
-    `stream` as in `write_tensors`. Raises UserError, and leaves what was there, if a tensor holds
-    NaN or infinity.
-    """
-    path = Path(path)
-    good = finite(tensors, tensors.values() if stream is None else stream, path)
-    digest = write_tensors(tensors, path, good)
-    write_json(path.with_suffix(".json"), record | {"sha256": digest})
-
-
 def finite(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> Iterator[Tensor]:
     """The same tensors. Raises NotFinite, naming it, at one that holds NaN or infinity."""
     for name, tensor in zip(names, tensors, strict=True):
@@ -219,19 +160,3 @@ def finite(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> Itera
                 "goes on from an earlier checkpoint, with a lower --lr_init or --grad_clip"
             )
         yield tensor
-
-
-def adapter_record(path: str | Path) -> dict[str, Any] | None:
-    """The JSON beside an adapter file, or None if there is none (files of other software).
-
-    Raises UserError if the file is not the one that the JSON was written for.
-    """
-    path = Path(path)
-    beside = path.with_suffix(".json")
-    record = read_json(beside) if beside.exists() else None
-    if record and path.exists() and record.get("sha256") not in (None, sha256(path)):
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) does not match its checksum in "
-            f"{beside.name}; copy both again, or take the JSON away if you changed the file"
-        )
-    return record

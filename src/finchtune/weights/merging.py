@@ -14,8 +14,8 @@ from torch import Tensor
 from finchtune.adapters import Adapter, QuantisedWeight, get_method, hyperparameters_of
 from finchtune.errors import UserError
 from finchtune.files import atomic_path, read_json, sha256, write_json
-from finchtune.weights.adapter_files import check_base, detect_spec
-from finchtune.weights.base import adapter_record, read_adapter, read_base
+from finchtune.weights.adapter_files import adapter_record, check_base, detect_spec, read_adapter
+from finchtune.weights.base import read_base
 from finchtune.weights.pth import write_pth
 
 CHUNK = 2**18  # elements compared at a time

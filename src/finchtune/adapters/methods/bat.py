@@ -1,4 +1,4 @@
-"""Bat: every r x r block of W is changed by an affine map with a trainable r x r matrix."""
+"""Bat: every r x r shard of W is changed by an affine map with a trainable r x r matrix."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
-from finchtune.adapters.shards import block_sum, groups, move_blocks, move_blocks_backward
+from finchtune.adapters.shards import groups, move_shards, move_shards_backward, shard_sum
 from finchtune.errors import UserError
 
 GROUP_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
@@ -16,7 +16,7 @@ GROUP_ELEMENTS = {"cpu": 2**22, "cuda": 2**24}
 
 
 class Bat(Adapter):
-    """y = W' x, where W' has the blocks W_ab + W_ab D + D (a over output, b over input blocks).
+    """y = W' x, where W' has the shards W_ab + W_ab D + D (a over output, b over input shards).
 
     DiSHA (arXiv 2409.15371). mode "row" (equation 5): D = D_b, parameter (k/r, r, r);
     mode "col" (equation 4): D = D_a, parameter (d/r, r, r). D is zero at first. W' is never
@@ -63,20 +63,20 @@ class Bat(Adapter):
         W, D = W.detach().to(dtype), self.bone.detach().to(W.device, dtype)
         if self.mode == "col":
             return changed(W, D)
-        blocks = W.reshape(-1, self.r, self.in_features // self.r, self.r)
-        moved = torch.einsum("aibl,blj->aibj", blocks, D)
-        return moved.add_(blocks).add_(D.transpose(0, 1)).reshape(W.shape)
+        shards = W.reshape(-1, self.r, self.in_features // self.r, self.r)
+        moved = torch.einsum("aibl,blj->aibj", shards, D)
+        return moved.add_(shards).add_(D.transpose(0, 1)).reshape(W.shape)
 
     def unmerged(self, W: Tensor) -> Tensor:
         """Solves W'_ab = W_ab (1 + D) + D for W_ab."""
         dtype = merge_precision(W)
         W, D = W.detach().to(dtype), self.bone.detach().to(W.device, dtype)
-        blocks = (W - self.merged(torch.zeros_like(W))).reshape(
+        shards = (W - self.merged(torch.zeros_like(W))).reshape(
             -1, self.r, self.in_features // self.r, self.r
         )
-        # One block row or column of blocks to each D, its rows one below the other.
+        # One shard row or column of shards to each D, its rows one below the other.
         shared, each = (2, 0) if self.mode == "row" else (0, 2)
-        stacked = blocks.movedim((shared, each), (0, 1)).flatten(1, 2)
+        stacked = shards.movedim((shared, each), (0, 1)).flatten(1, 2)
         solved = torch.linalg.solve(torch.eye(self.r, dtype=dtype, device=W.device) + D, stacked,
                                     left=False)  # fmt: skip
         back = solved.unflatten(1, (-1, self.r)).movedim((0, 1), (shared, each))
@@ -101,7 +101,7 @@ class BatRow(torch.autograd.Function):
         assert not ctx.needs_input_grad[2], "bat has no gradient for W"
         ctx.save_for_backward(x, D, main, scales)
         ctx.form = form
-        moved, sums = move_blocks(x, D)
+        moved, sums = move_shards(x, D)
         W = dense_weight(main, scales, form, D.dtype)
         return product_plus(sums.to(x.dtype), None, moved, W)
 
@@ -110,8 +110,8 @@ class BatRow(torch.autograd.Function):
         """q_b = (W^T dy)_b + sum_a dy_a; dD_b = q_b x_b^T; dx = W^T dy + D^T q."""
         x, D, main, scales = ctx.saved_tensors
         dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype)
-        sums = block_sum(dy, D.shape[1], merge_precision(dy))
-        dD = move_blocks_backward(dx, x, D, sums)
+        sums = shard_sum(dy, D.shape[1], merge_precision(dy))
+        dD = move_shards_backward(dx, x, D, sums)
         return dx, dD, None, None, None
 
 
@@ -145,12 +145,12 @@ class BatCol(torch.autograd.Function):
 
 
 def changed(W: Tensor, D: Tensor) -> Tensor:
-    """The blocks W_ab + W_ab D_a + D_a for n block rows of W, D (n, r, r) -> (n r, k)."""
-    blocks = blocks_of(W, D)
-    moved = torch.baddbmm(blocks, blocks, D).unflatten(1, (D.shape[1], -1))
+    """The shards W_ab + W_ab D_a + D_a for n shard rows of W, D (n, r, r) -> (n r, k)."""
+    shards = blocks_of(W, D)
+    moved = torch.baddbmm(shards, shards, D).unflatten(1, (D.shape[1], -1))
     return moved.add_(D.unsqueeze(2)).view(D.shape[0] * D.shape[1], -1)
 
 
 def blocks_of(W: Tensor, D: Tensor) -> Tensor:
-    """n block rows of W, with n r k elements, as (n, k, r): one row for each row of a block."""
+    """n shard rows of W, with n r k elements, as (n, k, r): one row for each row of a shard."""
     return W.reshape(D.shape[0], -1, D.shape[2])

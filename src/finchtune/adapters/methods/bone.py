@@ -1,4 +1,4 @@
-"""Bone: one trainable r x d matrix, shared by all blocks of the input."""
+"""Bone: one trainable r x d matrix, shared by all shards of the input."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
-from finchtune.adapters.shards import add_to_blocks, block_sum
+from finchtune.adapters.shards import add_to_shards, shard_sum
 
 
 class Bone(Adapter):
-    """y = W x + (sum over blocks of x viewed as (k/r, r)) D, with D (r, d) zero at first.
+    """y = W x + (sum over shards of x viewed as (k/r, r)) D, with D (r, d) zero at first.
 
     DiSHA (arXiv 2409.15371), equation 3. Any in_features: x is padded with zeros up to a
-    multiple of r. For backward only the block sums (..., r) are kept, not x.
+    multiple of r. For backward only the shard sums (..., r) are kept, not x.
     """
 
     name = "bone"
@@ -37,13 +37,13 @@ class Bone(Adapter):
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
-        blocks = -(-self.in_features // self.r)
-        tiled = self.bone.detach().to(W.device, dtype).T.repeat(1, blocks)
+        shards = -(-self.in_features // self.r)
+        tiled = self.bone.detach().to(W.device, dtype).T.repeat(1, shards)
         return tiled[:, : self.in_features].add_(W.detach())
 
 
 class BoneLinear(torch.autograd.Function):
-    """x W^T + s D with s the sums of x's blocks, and gradients for x, D and W.
+    """x W^T + s D with s the sums of x's shards, and gradients for x, D and W.
 
     s is an output too, so that autograd knows what it depends on when it differentiates twice.
     """
@@ -53,7 +53,7 @@ class BoneLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, D: Tensor, main: Tensor, scales: Tensor | None, form: Form | None
     ) -> tuple[Tensor, Tensor]:
         """x (T, k), D (r, d) of one dtype and the parts of a W (d, k) -> (T, d), s (T, r)."""
-        s = block_sum(x, len(D))
+        s = shard_sum(x, len(D))
         ctx.save_for_backward(s, D, x if ctx.needs_input_grad[2] else None, main, scales)
         ctx.form = form
         ctx.set_materialize_grads(False)
@@ -61,7 +61,7 @@ class BoneLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
-        """dx = dy W + (dy D^T + ds) on each block, dD = s^T dy, dW = dy^T x, where asked for."""
+        """dx = dy W + (dy D^T + ds) on each shard, dD = s^T dy, dW = dy^T x, where asked for."""
         s, D, x, main, scales = ctx.saved_tensors
         of_x, of_D, of_W = ctx.needs_input_grad[:3]
         if dy is None:  # only when differentiating twice
@@ -70,5 +70,5 @@ class BoneLinear(torch.autograd.Function):
         if of_x:
             dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype)
             # Into dx itself: a gradient of s spread out and then added would take two more.
-            add_to_blocks(dx, dy @ D.T if ds is None else torch.addmm(ds, dy, D.T))
+            add_to_shards(dx, dy @ D.T if ds is None else torch.addmm(ds, dy, D.T))
         return dx, s.T @ dy if of_D else None, dy.T @ x if of_W else None, None, None

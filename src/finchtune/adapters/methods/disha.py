@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
 from finchtune.adapters.frozen import frozen_linear
-from finchtune.adapters.shards import block_sum
+from finchtune.adapters.shards import shard_sum
 
 
 class DiSHA(Adapter):
@@ -31,7 +31,7 @@ class DiSHA(Adapter):
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         y = frozen_linear(x, W)
-        sums = block_sum(x, self.shard.shape[1]).to(y.dtype)
+        sums = shard_sum(x, self.shard.shape[1]).to(y.dtype)
         change = F.linear(sums, self.shard.to(y.dtype))
         repeats = -(-self.out_features // self.shard.shape[0])
         return y + torch.cat([change] * repeats, dim=-1)[..., : self.out_features]

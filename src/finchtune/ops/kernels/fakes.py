@@ -46,12 +46,12 @@ def cross_entropy_(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
     return logits.new_empty(labels.shape, dtype=torch.float32)
 
 
-def block_sums(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
+def shard_sums(x: Tensor, r: int, dtype: torch.dtype) -> Tensor:
     """A sum for each row, (T, r)."""
     return x.new_empty(x.shape[0], r, dtype=dtype)
 
 
-def add_to_blocks_(x: Tensor, s: Tensor) -> None:
+def add_to_shards_(x: Tensor, s: Tensor) -> None:
     """Nothing: x itself is changed."""
 
 
@@ -143,8 +143,8 @@ SHAPES: dict[str, Callable] = {
         wkv6_forward,
         wkv6_backward,
         cross_entropy_,
-        block_sums,
-        add_to_blocks_,
+        shard_sums,
+        add_to_shards_,
         bat_row_forward,
         bat_row_backward_,
         token_mix,

@@ -1,4 +1,4 @@
-"""A run's folder: what may start or go on in it, and what is saved there."""
+"""What a run saves: adapter or model files by epoch, checkpoints to resume from."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -10,149 +10,18 @@ import torch
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.adapters import adapted_layers, attach, start_from_gradients
 from finchtune.config import TrainConfig
-from finchtune.data import Data, load_data
 from finchtune.errors import UserError
 from finchtune.files import sha256, write_json
 from finchtune.models.rwkv6 import RWKV6
-from finchtune.ops.cross_entropy import IGNORE
-from finchtune.tokenizer import load_tokenizer
 from finchtune.training.checkpoints import load_checkpoint, save_checkpoint
-from finchtune.training.engine import Engine, whole_like
+from finchtune.training.engine import Engine, full_parameter_like
 from finchtune.training.metrics import Metrics
 from finchtune.training.run_folder import clean_folder
-from finchtune.weights.adapter_files import FORMAT, start_from_file
-from finchtune.weights.base import adapter_keys, load_model, save_adapter
+from finchtune.weights.adapter_files import FORMAT, adapter_keys, save_adapter
 
 
-def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> RWKV6:
-    """The base model with its adapters, and exactly the wanted parameters trainable."""
-    # Quantised from the file as it is, one layer at a time: the codes do not depend on `dtype`,
-    # and the device never holds the whole weights.
-    quantised = config.quant != "none"
-    # What is trained is written, and every process needs pages of its own for it.
-    shared = config.peft != "none" and device.type == "cpu" and distributed.world_size() > 1
-    model = load_model(
-        config.load_model,
-        None if quantised else dtype,
-        None if quantised else device,
-        config.grad_cp,
-        shared,
-    )
-    check_sizes(config, model)
-    if config.peft == "none":
-        return model.requires_grad_(True)
-    init = not config.peft_load and config.peft != "lora_ga"
-    attach(model, config.peft, init=init, **config.adapter_hyperparameters)
-    model.to(device=device, dtype=dtype)
-    for part in config.train_parts:
-        train_part(model, part)
-    if config.peft_load:
-        start_from_file(model, config)
-    return model
-
-
-def train_part(model: RWKV6, part: str) -> None:
-    """Make the parameters with `part` in their names trainable; UserError if that cannot be."""
-    chosen = {name: p for name, p in model.named_parameters() if part in name}
-    if not chosen:
-        raise UserError(f"--train_parts {part}: no parameter has this in its name")
-    for name, layer in adapted_layers(model).items():
-        if layer.adapter.freezes_W and f"{name}.weight" in chosen:
-            raise UserError(
-                f"--train_parts {part}: {name} has an adapter of {layer.adapter.name}, beside "
-                "which its weight cannot be trained; name other parts, or choose another --peft"
-            )
-    for parameter in chosen.values():
-        parameter.requires_grad_(True)
-
-
-def describe_parameters(model: RWKV6) -> str:
-    """How many parameters a model has, in which dtype, and how many are trained."""
-    parameters = list(model.parameters())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    return (
-        f"{sum(p.numel() for p in parameters) / 1e6:,.2f} M parameters in {parameters[0].dtype}, "
-        f"{trained / 1e6:,.2f} M trained"
-    )
-
-
-def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch.device) -> None:
-    """Start a method that begins at the gradient of the run's first rows (lora_ga).
-
-    Rank 0 computes it, whatever the number of processes; the others take its tensors as DeepSpeed
-    starts. Needs the gradients of all adapted weights in rank 0's memory, in float32. A collective
-    call, before DeepSpeed divides the model; does nothing for other methods.
-    """
-    if config.peft != "lora_ga" or config.peft_load:
-        return
-
-    def compute() -> None:
-        batches = data.rows(0, 0, 1, config.micro_bsz, config.lora_ga_batches)
-        valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        rest = iter(batches)
-
-        def loss() -> Tensor:
-            return model.loss(*next(rest).to(device)) / max(1, valid)
-
-        start_from_gradients(model, loss, config.lora_ga_batches)
-
-    distributed.from_rank_zero(compute)
-
-
-def check_sizes(config: TrainConfig, model: RWKV6) -> None:
-    """Raise UserError if a size given as a flag contradicts the weight file."""
-    sizes = model.config
-    in_file = {
-        "n_layer": sizes.n_layer,
-        "n_embd": sizes.n_embd,
-        "vocab_size": sizes.vocab_size,
-        "head_size_a": sizes.head_size,
-        "dim_att": sizes.n_embd,
-        "dim_ffn": sizes.dim_ffn,
-    }
-    for name, value in in_file.items():
-        given = getattr(config, name)
-        if given not in (None, value):
-            raise UserError(
-                f"--{name} {given} contradicts {config.load_model}, where it is {value}; "
-                "drop the flag, sizes are read off the file"
-            )
-
-
-def open_data(config: TrainConfig, vocab_size: int) -> Data:
-    """The rows that a run trains on, with what it holds out as their `validation`.
-
-    Raises UserError for flags or data that cannot be used.
-    """
-
-    # Planning writes nothing.
-    cache_dir = None if config.plan else config.data_cache or f"{config.proj_dir}/data_cache"
-
-    def load(data_file: str, val_split: float) -> Data:
-        return load_data(
-            data_file,
-            data_type="sft" if config.sft_field else config.data_type,
-            dataload=config.dataload,
-            ctx_len=config.ctx_len,
-            loss_mask=config.loss_mask,
-            sft_field=config.sft_field,
-            tokenizer=load_tokenizer(config.tokenizer, vocab_size),
-            vocab_size=vocab_size,
-            seed=config.random_seed,
-            on_bad=config.on_bad,
-            val_split=val_split,
-            cache_dir=cache_dir,
-        )
-
-    data = load(config.data_file, config.val_split)
-    if config.val_file:
-        data.validation = load(config.val_file, 0.0)
-    return data
-
-
-class Run:
+class Saver:
     """Saves what a run makes: adapter or model files by epoch, checkpoints that resume."""
 
     def __init__(
@@ -169,7 +38,7 @@ class Run:
         self._base_sha256: Future[str] | None = None
         if distributed.rank() == 0:
             self._base_sha256 = ThreadPoolExecutor(1).submit(sha256, config.load_model)
-        distributed.from_rank_zero(lambda: self._prepare_folder(manifest))
+        distributed.run_on_rank_zero(lambda: self._prepare_folder(manifest))
 
     def _prepare_folder(self, manifest: dict[str, Any]) -> None:
         if manifest:
@@ -212,7 +81,7 @@ class Run:
         """Write rwkv-{epoch_begin + epoch}.pth and its JSON. A collective call."""
         name = f"rwkv-{self.config.epoch_begin + epoch}.pth"
         path = self._save_weights(name, {"step": step})
-        distributed.say(f"saved {path}")
+        distributed.print_rank_zero(f"saved {path}")
         return path
 
     def save_best(self, step: int, val_loss: float) -> Path:
@@ -226,7 +95,7 @@ class Run:
         def write(stream: Iterator[Tensor]) -> None:
             save_adapter(layout, self.record() | more, path, stream)
 
-        distributed.rank_zero_takes(tensors, write)
+        distributed.stream_to_rank_zero(tensors, write)
         return path
 
     def _file_tensors(self) -> tuple[dict[str, Tensor], Iterator[Tensor]]:
@@ -238,7 +107,7 @@ class Run:
         dtype = self.base_dtype if self.config.peft == "none" else torch.float32
         trained = self.engine.trained
         layout = {
-            key: whole_like(trained[name], dtype)
+            key: full_parameter_like(trained[name], dtype)
             if name in trained
             else model.get_buffer(name).to("meta")
             for name, key in keys.items()
@@ -247,7 +116,7 @@ class Run:
         def tensors() -> Iterator[Tensor]:
             for name in keys:
                 if name in trained:
-                    yield self.engine.whole(trained[name]).to(dtype)
+                    yield self.engine.full_parameter(trained[name]).to(dtype)
                 else:
                     yield model.get_buffer(name)
 
@@ -261,7 +130,7 @@ class Run:
         def write(stream: Iterator[Tensor]) -> None:
             save_checkpoint(folder, step, layout, stream, self.record() | more, keep_last)
 
-        distributed.rank_zero_takes(tensors, write)
+        distributed.stream_to_rank_zero(tensors, write)
 
     def check_resumable(self, manifest: dict[str, Any]) -> None:
         """Raise UserError, naming what differs, unless the checkpoint continues this very run."""

@@ -8,9 +8,9 @@ import pytest
 from helpers.support import run_script, save_model, small_model
 
 from finchtune.cli.flags import parse_train_flags
-from finchtune.cli.plan import planned_sizes, print_plan
 from finchtune.errors import UserError
-from finchtune.training.run import open_data
+from finchtune.training.plan import planned_sizes, print_plan
+from finchtune.training.setup import open_data
 
 
 def planned(capsys, *words):

@@ -1,0 +1,83 @@
+"""Convert an adapter file to the form of Hugging Face's peft, or back.
+
+An .pth as --input is written as a folder for peft; a folder that peft saved becomes an .pth with
+its JSON. The numbers are copied, not computed: there and back gives the same bits.
+
+    python merge/convert_adapter.py --input rwkv-0.pth --output for_peft
+    python merge/convert_adapter.py --input for_peft --base_model base.pth --output rwkv-1.pth
+"""
+
+import argparse
+from pathlib import Path
+
+from finchtune.errors import UserError
+from finchtune.files import sha256
+from finchtune.weights.adapter_files import FORMAT, adapter_record, read_adapter, save_adapter
+from finchtune.weights.base import read_base
+from finchtune.weights.merging import spec_without_record
+from finchtune.weights.peft_form import (
+    PeftAdapter,
+    from_hf_rwkv6,
+    read_peft,
+    renamed,
+    to_hf_rwkv6,
+    write_peft,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    given = parse(arguments)
+    if Path(given.output).exists():
+        raise UserError(f"--output {given.output} exists already; choose another name")
+    (from_peft if Path(given.input).is_dir() else to_peft)(given)
+    print(f"wrote {given.output}")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--input", required=True, help="an adapter's .pth, or peft's folder")
+    parser.add_argument("--output", required=True, help="the folder, or the .pth, to write")
+    parser.add_argument("--base_model", help="with a folder: the .pth that the adapter stands on")
+    parser.add_argument(
+        "--layer_names",
+        choices=("plain", "hf_rwkv6"),
+        default="plain",
+        help="names of peft's side: as in the .pth, or as in RWKV-6's Hugging Face conversions",
+    )
+    parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
+    parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
+    return parser.parse_args(arguments)
+
+
+def to_peft(given: argparse.Namespace) -> None:
+    tensors, record = read_adapter(given.input, given.lora_init), adapter_record(given.input)
+    spec = record["adapter"] if record else spec_without_record(
+        tensors, given.lora_alpha, given.input
+    )  # fmt: skip
+    if not spec:
+        raise UserError(f"{given.input} is a fully fine-tuned model, not an adapter")
+    adapter = PeftAdapter(tensors, spec)
+    write_peft(
+        renamed(adapter, to_hf_rwkv6) if given.layer_names == "hf_rwkv6" else adapter, given.output
+    )
+
+
+def from_peft(given: argparse.Namespace) -> None:
+    if not given.base_model:
+        raise UserError("give --base_model, on which the adapter stands; its hash is recorded")
+    adapter = read_peft(given.input)
+    if given.layer_names == "hf_rwkv6":
+        adapter = renamed(adapter, from_hf_rwkv6)
+    weights = read_base(given.base_model)
+    for key in adapter.tensors:
+        if f"{key.rpartition('.')[0]}.weight" not in weights:
+            raise UserError(
+                f"{given.input}: {key} belongs to no layer of {given.base_model}; is it the base, "
+                "and --layer_names the right one?"
+            )
+    base = {"file": Path(given.base_model).name, "sha256": sha256(given.base_model)}
+    save_adapter(
+        adapter.tensors, {"format": FORMAT, "adapter": adapter.spec, "base": base}, given.output
+    )

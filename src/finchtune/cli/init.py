@@ -1,0 +1,33 @@
+"""Write a new, untrained RWKV-6 weight file."""
+
+import argparse
+
+import torch
+
+from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.weights.base import write_tensors
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n_layer", type=int, required=True)
+    parser.add_argument("--n_embd", type=int, required=True)
+    parser.add_argument("--vocab_size", type=int, required=True)
+    parser.add_argument("--head_size_a", type=int, default=64, help="channels in a head")
+    parser.add_argument("--dim_ffn", type=int, help="default: 3.5 n_embd, rounded down to 32")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--output", required=True, help="the .pth to write")
+    given = parser.parse_args(arguments)
+    config = ModelConfig(
+        n_layer=given.n_layer,
+        n_embd=given.n_embd,
+        vocab_size=given.vocab_size,
+        dim_ffn=given.dim_ffn,
+        head_size=given.head_size_a,
+    )
+    model = init_weights(RWKV6(config), given.seed)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.precision]
+    write_tensors({name: t.to(dtype) for name, t in model.state_dict().items()}, given.output)
+    n_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{given.output}: {n_parameters / 1e6:.2f} M parameters, {config}")

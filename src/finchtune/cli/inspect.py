@@ -1,0 +1,66 @@
+"""Check a .bin/.idx pair completely and show what is in it.
+
+    python scripts/inspect_data.py --data_file data/corpus --ctx_len 512
+
+Ends with a message and status 2 at the first thing that is wrong.
+"""
+
+import argparse
+import sys
+
+import numpy as np
+
+from finchtune.data import inspect
+from finchtune.data.binidx import exists, strip_extension
+from finchtune.data.documents import MASK_SUFFIX, read_binidx
+from finchtune.errors import UserError
+from finchtune.tokenizer import load_tokenizer
+
+MOST_USED = 10
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data_file", required=True, help="prefix of the pair, with or without an extension")
+    add("--tokenizer", default="world", help="world (default), bytes, or a tokenizer.json")
+    add("--vocab_size", type=int, help="the model's, if it differs from the tokenizer's")
+    add("--ctx_len", type=int, default=512, help="context to count rows and padding for")
+    add("--samples", type=int, default=2, help="documents to show as text")
+    add("--random_seed", type=int, default=42, help="chooses the documents to show")
+    add("--color", choices=("auto", "always", "never"), default="auto", help="mark what is trained "
+        "on by colour (on a terminal) or by « »")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parse_flags(arguments)
+    if flags.ctx_len < 1 or flags.samples < 0:
+        raise UserError("--ctx_len must be at least 1, and --samples not below 0")
+    tokenizer = load_tokenizer(flags.tokenizer, flags.vocab_size)
+    vocab_size = flags.vocab_size or tokenizer.vocab_size
+    prefix = strip_extension(flags.data_file)
+    masked = exists(prefix + MASK_SUFFIX)
+    documents = read_binidx(prefix, vocab_size, "qa" if masked else "none")
+    print(f"{prefix}: the files fit together, every token id is below {vocab_size}")
+    show(inspect.overview(documents))
+    show(inspect.rows_at(documents, flags.ctx_len, flags.random_seed))
+    print("\ntokens in a document, documents")
+    show(inspect.length_histogram(documents.sizes))
+    counts = inspect.vocabulary_use(documents, vocab_size)
+    print(f"\nvocabulary: {np.count_nonzero(counts):,} of {vocab_size:,} ids are used; most often")
+    for id in np.argsort(-counts, kind="stable")[:MOST_USED]:
+        if counts[id]:
+            share = counts[id] / documents.n_tokens
+            print(f"{id:>8}  {tokenizer.id_bytes(int(id))!r:<24} {counts[id]:>12,}  {share:.1%}")
+    colour = flags.color == "always" or (flags.color == "auto" and sys.stdout.isatty())
+    for i in inspect.sample(documents, flags.samples, flags.random_seed):
+        print(f"\ndocument {i}, {documents.sizes[i]} tokens")
+        print(inspect.marked_text(documents, i, tokenizer, colour))
+
+
+def show(lines) -> None:
+    for line in lines:
+        print(f"  {line}")

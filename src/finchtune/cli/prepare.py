@@ -1,0 +1,147 @@
+"""Tokenise text into the .bin/.idx pair that `train.py --data_type binidx` reads.
+
+    python scripts/prepare_data.py --input corpus.jsonl --output data/corpus
+    python scripts/prepare_data.py --input qa.jsonl --output data/qa --sft_field question answer
+
+The command line of json2binidx works too and gives the same files, byte for byte:
+
+    python scripts/prepare_data.py --input corpus.jsonl --output-prefix data/corpus \\
+        --vocab rwkv_vocab_v20230424.txt --dataset-impl mmap --tokenizer-type RWKVTokenizer \\
+        --append-eod
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+from tqdm import tqdm
+
+from finchtune.data.binidx import token_dtype
+from finchtune.data.inputs import find_inputs
+from finchtune.data.prepare import Recipe, Totals, prepare
+from finchtune.data.render import Layout
+from finchtune.errors import UserError
+from finchtune.tokenizer import load_tokenizer
+
+JSON2BINIDX_WIDE_FROM = 65500  # tokens of a vocabulary that it writes in int32
+JSON2BINIDX_TOKENIZERS = ("RWKVTokenizer", "HFTokenizer")
+
+
+def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", required=True, help="files, globs or folders: .jsonl (also .gz or "
+        ".zst), .txt, .parquet")  # fmt: skip
+    add("--output", help="prefix of the files to write")
+    add("--tokenizer", help="world (default), bytes, or the path of a tokenizer.json")
+    add("--field", help="the field that holds the text (default: text)")
+    add("--sft_field", nargs="+", metavar="NAME", help="question answer, or instruction input "
+        "output: only the last one is trained on under --loss_mask qa")  # fmt: skip
+    add("--loss_mask", choices=("none", "qa"), default="none", help="qa: in plain text train on "
+        "what stands between `Assistant:` and the next `User:`")  # fmt: skip
+    add("--no_eod", action="store_true", help="do not end documents with token 0")
+    add("--val_split", type=float, default=0.0, help="share of the documents, chosen by their "
+        "hash, to write to OUTPUT_val instead")  # fmt: skip
+    add("--on_bad", choices=("fail", "skip"), default="fail", help="what to do with bad records")
+    add("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
+    like = parser.add_argument_group("spelled like json2binidx")
+    like.add_argument("--output-prefix", help="write to PREFIX_text_document instead of --output")
+    like.add_argument("--vocab", "--vocab-file", help="the vocabulary's file")
+    like.add_argument("--tokenizer-type", choices=JSON2BINIDX_TOKENIZERS)
+    like.add_argument("--dataset-impl", choices=("mmap",), help="the only kind of file there is")
+    like.add_argument("--append-eod", action="store_true", help="end documents with token 0")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    flags = parse_flags(arguments)
+    # An exception raised from here would be lost if it came while a worker is being forked.
+    terminated: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
+    if flags.workers < 1:
+        raise UserError(f"--workers {flags.workers} must be at least 1")
+    inputs = flags.input
+    if flags.output_prefix:
+        output, recipe = json2binidx_recipe(flags)
+        inputs = [path for paths in inputs for path in paths.split(",")]
+    else:
+        output, recipe = own_recipe(flags)
+    size = sum(path.stat().st_size for path in find_inputs(inputs))
+    with tqdm(total=size, unit="B", unit_scale=True, mininterval=interval()) as bar:
+
+        def show(totals: Totals) -> None:
+            bar.set_postfix_str(f"{totals.tokens:,} tokens", refresh=False)
+            bar.update(totals.read_bytes - bar.n)
+            if terminated:
+                sys.exit(128 + signal.SIGTERM)
+
+        totals = prepare(inputs, output, recipe, flags.workers, show)
+    print(summary(output, totals))
+
+
+def own_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
+    unfit = [
+        name
+        for name in ("vocab", "tokenizer_type", "dataset_impl", "append_eod")
+        if getattr(flags, name)
+    ]
+    if unfit:
+        raise UserError(f"--{unfit[0].replace('_', '-')} goes with --output-prefix, not --output")
+    if flags.output is None:
+        raise UserError("--output is needed: the prefix of the files to write")
+    if not 0 <= flags.val_split < 1:
+        raise UserError(f"--val_split {flags.val_split} must be at least 0 and below 1")
+    if flags.sft_field and (flags.field or len(flags.sft_field) not in (2, 3)):
+        raise UserError(
+            "--sft_field takes two names (question answer) or three (instruction input output), "
+            "and no --field beside it"
+        )
+    fields = tuple(flags.sft_field or [flags.field or "text"])
+    name = flags.tokenizer or "world"
+    return flags.output, Recipe(
+        Layout(fields, split_turns=flags.loss_mask == "qa"),
+        name,
+        token_dtype(load_tokenizer(name).vocab_size).str,
+        end=not flags.no_eod,
+        on_bad=flags.on_bad,
+        val_split=flags.val_split,
+    )
+
+
+def json2binidx_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
+    """As json2binidx writes: its own choice of dtype, and an end only where asked for."""
+    unfit = [
+        name
+        for name in ("output", "tokenizer", "field", "sft_field", "no_eod", "val_split")
+        if getattr(flags, name)
+    ]
+    if unfit or flags.loss_mask == "qa":
+        raise UserError(f"--{(unfit or ['loss_mask'])[0]} goes with --output, not --output-prefix")
+    if flags.tokenizer_type is None:
+        raise UserError(f"--tokenizer-type is needed: {' or '.join(JSON2BINIDX_TOKENIZERS)}")
+    if flags.tokenizer_type == "HFTokenizer" and flags.vocab is None:
+        raise UserError("--tokenizer-type HFTokenizer needs --vocab with its tokenizer.json")
+    name = flags.vocab or "world"
+    dtype = "<u2" if load_tokenizer(name).vocab_size < JSON2BINIDX_WIDE_FROM else "<i4"
+    recipe = Recipe(Layout(), name, dtype, end=flags.append_eod, on_bad=flags.on_bad)
+    return f"{flags.output_prefix}_text_document", recipe
+
+
+def interval() -> float:
+    """Seconds between two states of the progress line."""
+    return 0.2 if sys.stderr.isatty() else 10.0
+
+
+def summary(output: str, totals: Totals) -> str:
+    lines = [f"{output}: {totals.documents:,} documents, {totals.tokens:,} tokens"]
+    if totals.masked_tokens:
+        share = 1 - totals.masked_tokens / totals.tokens
+        lines.append(f"  {share:.1%} of the tokens are trained on under --loss_mask qa")
+    if totals.held_out:
+        lines.append(f"  {totals.held_out:,} documents are in {output}_val")
+    if totals.skipped:
+        lines.append(f"  skipped {totals.skipped:,} bad records; the first: {totals.first_bad}")
+    return "\n".join(lines)

@@ -1,0 +1,25 @@
+"""Take an adapter off merged weights again: the base comes back, up to rounding."""
+
+import argparse
+
+from finchtune.cli.options import refuse_overwriting
+from finchtune.weights.merging import unmerge_files
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--merged_model", required=True, help="the merged .pth")
+    parser.add_argument("--peft_checkpoint", required=True, help="the adapter's .pth")
+    parser.add_argument("--output", required=True, help="the base .pth to write")
+    parser.add_argument("--base_model", help="also compare with this file")
+    given = parser.parse_args(arguments)
+    refuse_overwriting(given.output, given.merged_model, given.peft_checkpoint, given.base_model)
+    found = unmerge_files(given.merged_model, given.peft_checkpoint, given.output, given.base_model)
+    hashes = {
+        True: "it is the base, bit for bit",
+        False: "it is the base up to rounding, not bit for bit",
+        None: "no hash of the base is known to compare with",
+    }
+    print(f"{given.output}: {hashes[found['exact']]}")
+    if found["largest_difference"] is not None:
+        print(f"largest difference from {given.base_model}: {found['largest_difference']:.3g}")

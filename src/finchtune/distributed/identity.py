@@ -1,0 +1,60 @@
+"""Which process of the run this is. The only reader of RANK and WORLD_SIZE; needs no torch."""
+
+import os
+from pathlib import Path
+
+from finchtune.errors import UserError
+
+
+def rank() -> int:
+    """Global rank of this process; 0 when started without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Rank of this process on its own machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes of the run; 1 when started without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched() -> bool:
+    """Whether torchrun, deepspeed or another launcher started this process."""
+    return "RANK" in os.environ
+
+
+def processes_to_start(devices: int, num_nodes: int) -> int:
+    """How many processes this one has to start for the run; 0: it is one of the run's own.
+
+    A launcher's own count wins where --devices was left at 1. Raises UserError where the two
+    contradict each other, or where several machines are asked for without a launcher.
+    """
+    if launched():
+        if devices * num_nodes not in (1, world_size()):
+            raise UserError(
+                f"--devices {devices} --num_nodes {num_nodes} contradicts the launcher, which "
+                f"started {world_size()} processes; drop the flags"
+            )
+    elif num_nodes > 1:
+        raise UserError(
+            "--num_nodes needs a launcher: see scripts/run_multinode.sh (torchrun) and "
+            "scripts/run_slurm.sh, and drop the flag"
+        )
+    return 0 if launched() or devices == 1 else devices
+
+
+def machine() -> tuple[str, int]:
+    """Names the machine, or the container on it: whose processes can open each other's files in
+    /proc.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    return boot, os.stat("/proc/self/ns/pid").st_ino
+
+
+def print_rank_zero(message: str) -> None:
+    """Print on rank 0 only."""
+    if rank() == 0:
+        print(message, flush=True)

@@ -1,0 +1,141 @@
+"""From the flags to a model and its data: what is trained, and on which rows."""
+
+import torch
+from torch import Tensor
+
+from finchtune import distributed
+from finchtune.adapters import adapted_layers, attach, start_from_gradients
+from finchtune.config import TrainConfig
+from finchtune.data import Data, load_data
+from finchtune.errors import UserError
+from finchtune.models.rwkv6 import RWKV6
+from finchtune.ops.cross_entropy import IGNORE
+from finchtune.tokenizer import load_tokenizer
+from finchtune.training.warm_start import start_from_file
+from finchtune.weights.base import load_model
+
+
+def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> RWKV6:
+    """The base model with its adapters, and exactly the wanted parameters trainable."""
+    # Quantised from the file as it is, one layer at a time: the codes do not depend on `dtype`,
+    # and the device never holds the whole weights.
+    quantised = config.quant != "none"
+    # What is trained is written, and every process needs pages of its own for it.
+    shared = config.peft != "none" and device.type == "cpu" and distributed.world_size() > 1
+    model = load_model(
+        config.load_model,
+        None if quantised else dtype,
+        None if quantised else device,
+        config.grad_cp,
+        shared,
+    )
+    check_sizes(config, model)
+    if config.peft == "none":
+        return model.requires_grad_(True)
+    init = not config.peft_load and config.peft != "lora_ga"
+    attach(model, config.peft, init=init, **config.adapter_hyperparameters)
+    model.to(device=device, dtype=dtype)
+    for part in config.train_parts:
+        train_part(model, part)
+    if config.peft_load:
+        start_from_file(model, config)
+    return model
+
+
+def train_part(model: RWKV6, part: str) -> None:
+    """Make the parameters with `part` in their names trainable; UserError if that cannot be."""
+    chosen = {name: p for name, p in model.named_parameters() if part in name}
+    if not chosen:
+        raise UserError(f"--train_parts {part}: no parameter has this in its name")
+    for name, layer in adapted_layers(model).items():
+        if layer.adapter.freezes_W and f"{name}.weight" in chosen:
+            raise UserError(
+                f"--train_parts {part}: {name} has an adapter of {layer.adapter.name}, beside "
+                "which its weight cannot be trained; name other parts, or choose another --peft"
+            )
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+
+
+def describe_parameters(model: RWKV6) -> str:
+    """How many parameters a model has, in which dtype, and how many are trained."""
+    parameters = list(model.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    return (
+        f"{sum(p.numel() for p in parameters) / 1e6:,.2f} M parameters in {parameters[0].dtype}, "
+        f"{trained / 1e6:,.2f} M trained"
+    )
+
+
+def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch.device) -> None:
+    """Start a method that begins at the gradient of the run's first rows (lora_ga).
+
+    Rank 0 computes it, whatever the number of processes; the others take its tensors as DeepSpeed
+    starts. Needs the gradients of all adapted weights in rank 0's memory, in float32. A collective
+    call, before DeepSpeed divides the model; does nothing for other methods.
+    """
+    if config.peft != "lora_ga" or config.peft_load:
+        return
+
+    def compute() -> None:
+        batches = data.rows(0, 0, 1, config.micro_bsz, config.lora_ga_batches)
+        valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
+        rest = iter(batches)
+
+        def loss() -> Tensor:
+            return model.loss(*next(rest).to(device)) / max(1, valid)
+
+        start_from_gradients(model, loss, config.lora_ga_batches)
+
+    distributed.run_on_rank_zero(compute)
+
+
+def check_sizes(config: TrainConfig, model: RWKV6) -> None:
+    """Raise UserError if a size given as a flag contradicts the weight file."""
+    sizes = model.config
+    in_file = {
+        "n_layer": sizes.n_layer,
+        "n_embd": sizes.n_embd,
+        "vocab_size": sizes.vocab_size,
+        "head_size_a": sizes.head_size,
+        "dim_att": sizes.n_embd,
+        "dim_ffn": sizes.dim_ffn,
+    }
+    for name, value in in_file.items():
+        given = getattr(config, name)
+        if given not in (None, value):
+            raise UserError(
+                f"--{name} {given} contradicts {config.load_model}, where it is {value}; "
+                "drop the flag, sizes are read off the file"
+            )
+
+
+def open_data(config: TrainConfig, vocab_size: int) -> Data:
+    """The rows that a run trains on, with what it holds out as their `validation`.
+
+    Raises UserError for flags or data that cannot be used.
+    """
+
+    # Planning writes nothing.
+    cache_dir = None if config.plan else config.data_cache or f"{config.proj_dir}/data_cache"
+
+    def load(data_file: str, val_split: float) -> Data:
+        return load_data(
+            data_file,
+            data_type="sft" if config.sft_field else config.data_type,
+            dataload=config.dataload,
+            ctx_len=config.ctx_len,
+            loss_mask=config.loss_mask,
+            sft_field=config.sft_field,
+            tokenizer=load_tokenizer(config.tokenizer, vocab_size),
+            vocab_size=vocab_size,
+            seed=config.random_seed,
+            on_bad=config.on_bad,
+            val_split=val_split,
+            cache_dir=cache_dir,
+        )
+
+    data = load(config.data_file, config.val_split)
+    if config.val_file:
+        data.validation = load(config.val_file, 0.0)
+    return data

@@ -1,0 +1,82 @@
+"""Starting a run from an adapter file: the flags must ask for what the file holds."""
+
+from typing import Any
+
+from finchtune import distributed
+from finchtune.adapters import get_method, hyperparameters_of
+from finchtune.config import HYPERPARAMETERS, TrainConfig
+from finchtune.errors import UserError
+from finchtune.models.rwkv6 import RWKV6
+from finchtune.weights.adapter_files import (
+    adapter_keys,
+    adapter_record,
+    check_base,
+    detect_spec,
+    load_adapter,
+    read_adapter,
+)
+
+PARTS = ("time", "ln", "emb", "head")  # words that --train_parts takes in RWKV-PEFT's scripts
+FREE_HYPERPARAMETERS = {"targets", "dropout", "svd_niter", "gamma"}
+"""Hyperparameters that may differ from those in the file: they do not change what it computes."""
+
+
+def start_from_file(model: RWKV6, config: TrainConfig) -> None:
+    """Fill an adapted model's trained tensors from --peft_load. A collective call.
+
+    Raises UserError, saying which flags to give, unless method, hyperparameters, trained
+    parameters and base are those of the file.
+    """
+    path, initial = config.peft_load, config.pissa_init or None
+    tensors, record = read_adapter(path, initial), adapter_record(path)
+    if record:
+        distributed.run_on_rank_zero(lambda: check_base(record, config.load_model, path))
+    check_method(config, record["adapter"] if record else detect_spec(tensors))
+    check_parts(model, set(tensors), path)
+    load_adapter(model, path, initial)
+
+
+def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
+    """Raise UserError unless the flags ask for the method and hyperparameters of the file."""
+    path, defaults = config.peft_load, hyperparameters_of(get_method(config.peft))
+    wanted = {"method": config.peft, **defaults, **config.adapter_hyperparameters}
+    if not found:
+        raise UserError(f"--peft_load {path} holds no adapter; give merged weights as --load_model")
+    if config.peft == "pissa" and found["method"] == "lora" and not config.pissa_init:
+        raise UserError(
+            f"--peft_load {path} holds no initial A and B, which PiSSA subtracts; give the file "
+            "that holds them (init_pissa.pth) as --pissa_init"
+        )
+    if any(wanted.get(key) != found[key] for key in found if key not in FREE_HYPERPARAMETERS):
+        kind = found["method"]
+        flags = {name: flag for flag, (name, kinds) in HYPERPARAMETERS.items() if kind in kinds}
+        flags |= {"method": "peft", "quant": "quant"}
+        needed = " ".join(
+            f"--{flags[key]} {value}"
+            for key, value in found.items()
+            if key in flags and key not in FREE_HYPERPARAMETERS
+        )
+        raise UserError(f"--peft_load {path} was trained otherwise; give {needed}")
+
+
+def check_parts(model: RWKV6, found: set[str], path: str) -> None:
+    """Raise UserError unless --train_parts trains the tensors that the file holds beside adapters.
+
+    Adapter tensors are left to `load_adapter`.
+    """
+    base = {name for name in model.state_dict() if ".adapter." not in name}
+    wanted = set(adapter_keys(model).values()) & base
+    extra = sorted((found & base) - wanted)
+    if extra:
+        parts = [part for part in PARTS if any(part in name for name in extra)]
+        words = " ".join(parts) if parts else " ".join(extra)
+        raise UserError(
+            f"--peft_load {path} also holds {len(extra)} trained tensors of the model, such as "
+            f"{extra[0]}; give --train_parts {words} to go on training them"
+        )
+    missing = sorted(wanted - found)
+    if missing:
+        raise UserError(
+            f"--peft_load {path} does not hold {missing[0]} ({len(missing)} such tensors), which "
+            "--train_parts trains; drop what the file lacks from --train_parts"
+        )
