@@ -30,7 +30,7 @@ from finchtune.models.rwkv6 import RWKV6, ModelConfig
 from finchtune.training.engine import Engine
 from finchtune.training.precision import choose_precision
 from finchtune.training.setup import build_model
-from finchtune.weights.base import write_tensors
+from finchtune.weights.tensors import write_tensors
 
 SMALL = ModelConfig(n_layer=4, n_embd=256, vocab_size=4096)
 DEEP = ModelConfig(n_layer=12, n_embd=128, vocab_size=512)

@@ -7,8 +7,9 @@ from helpers.support import REPOSITORY, save_model, small_model
 from finchtune.adapters import attach
 from finchtune.files import read_json, sha256
 from finchtune.weights.adapter_files import adapter_keys, adapter_record, save_adapter
-from finchtune.weights.base import load_model, write_tensors
+from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files
+from finchtune.weights.tensors import write_tensors
 
 SCRIPT = REPOSITORY / "merge/convert_adapter.py"
 

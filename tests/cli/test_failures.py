@@ -27,8 +27,8 @@ from finchtune.training.checkpoints import (
 from finchtune.training.engine import StepResult
 from finchtune.training.run_folder import choose_checkpoint, clean_folder
 from finchtune.training.watch import StepWatch
-from finchtune.weights.base import write_tensors
 from finchtune.weights.pth import tensors_of
+from finchtune.weights.tensors import write_tensors
 
 
 def save(folder, step, keep_last=0, value=1.0):

@@ -6,7 +6,8 @@ from helpers.support import save_model, small_model
 from finchtune.adapters import attach
 from finchtune.files import sha256
 from finchtune.weights.adapter_files import adapter_keys, save_adapter
-from finchtune.weights.base import load_model, write_tensors
+from finchtune.weights.base import load_model
+from finchtune.weights.tensors import write_tensors
 
 METHODS = {
     "bone": {"r": 8},

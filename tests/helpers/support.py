@@ -13,7 +13,7 @@ import torch
 
 from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
 from finchtune.ops import kernels
-from finchtune.weights.base import write_tensors
+from finchtune.weights.tensors import write_tensors
 
 
 def small_model(n_layer=2, n_embd=64, vocab_size=256, head_size=8, seed=0, **sizes) -> RWKV6:

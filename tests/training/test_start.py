@@ -14,7 +14,7 @@ from finchtune.distributed.launch import run_processes
 from finchtune.memory.estimate import StorageCount
 from finchtune.training.deepspeed import checksum
 from finchtune.training.engine import Engine
-from finchtune.weights.base import write_tensors
+from finchtune.weights.tensors import write_tensors
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,9 @@ from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.training.setup import build_model
 from finchtune.weights.adapter_files import adapter_keys, save_adapter
-from finchtune.weights.base import load_model, write_tensors
+from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files
+from finchtune.weights.tensors import write_tensors
 
 R, ALPHA = 8, 12
 LINEARS = [f"att.{n}" for n in ("receptance", "key", "value", "gate", "output")]

@@ -10,8 +10,9 @@ from helpers.support import save_model, small_model
 from finchtune.errors import UserError
 from finchtune.training.checkpoints import load_checkpoint, newest_checkpoint, save_checkpoint
 from finchtune.weights.adapter_files import adapter_record, save_adapter
-from finchtune.weights.base import load_model, read_tensors, write_tensors
+from finchtune.weights.base import load_model
 from finchtune.weights.pth import tensors_of
+from finchtune.weights.tensors import read_tensors, write_tensors
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

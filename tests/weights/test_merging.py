@@ -19,8 +19,9 @@ from helpers.support import (
 from finchtune.adapters import merge
 from finchtune.errors import UserError
 from finchtune.files import sha256
-from finchtune.weights.base import load_model, write_tensors
+from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files
+from finchtune.weights.tensors import write_tensors
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -5,7 +5,7 @@ import argparse
 import torch
 
 from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
-from finchtune.weights.base import write_tensors
+from finchtune.weights.tensors import write_tensors
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from finchtune.errors import UserError
 from finchtune.files import atomic_path, discard, read_json, require_space, sha256
-from finchtune.weights.base import finite
 from finchtune.weights.pth import tensors_of, write_pth
+from finchtune.weights.tensors import finite
 
 STATE = "state.pth"
 SPARE_BYTES = 1 << 20  # what a checkpoint takes besides its tensors, amply

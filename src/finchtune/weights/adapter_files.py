@@ -13,7 +13,8 @@ from finchtune.adapters.state import file_key
 from finchtune.errors import UserError
 from finchtune.files import read_json, sha256, write_json
 from finchtune.models.rwkv6 import RWKV6
-from finchtune.weights.base import check_shapes, finite, load_model, read_tensors, write_tensors
+from finchtune.weights.base import load_model
+from finchtune.weights.tensors import check_shapes, finite, read_tensors, write_tensors
 
 FORMAT = "finchtune 1"  # of the JSON beside an adapter file
 
