@@ -43,16 +43,17 @@ struct Mix {
   std::vector<void*> pointers;  // to blends
   TokenMix mix;
 
-  // x (B, T, C), before (B, C) or none for zeros, maa (n, C), blends n or none of (B T, C). With
-  // cu_seqlens, the boundaries of sequences packed into B = 1, zeros precede each of them.
+  // x (B, T, C), before (S, C), a row before each sequence, or none for zeros, maa (n, C), blends n
+  // or none of (B T, C). The sequences are the B rows of x or, with cu_seqlens, packed into B = 1.
   Mix(const Tensor& x_, const optional<Tensor>& before_, const optional<Tensor>& cu_seqlens,
       const Tensor& maa_, at::TensorList blends = {})
       : x(x_.contiguous()), maa(maa_.contiguous()) {
     TORCH_CHECK(x.dim() == 3 && maa.dim() == 2, "x must be (B, T, C), maa (n, C)");
-    TORCH_CHECK(!cu_seqlens || (!before_ && x.size(0) == 1), "packed sequences begin with nothing");
+    TORCH_CHECK(!cu_seqlens || x.size(0) == 1, "sequences are packed into a batch of 1");
     const int64_t B = x.size(0), T = x.size(1), C = x.size(2), n = maa.size(0);
+    bounds = sequence_bounds(cu_seqlens, B, T);
     before = before_ ? before_->contiguous() : at::zeros({1, C}, x.options());
-    if (before_) check(before, {B, C}, x);
+    if (before_) check(before, {n_sequences(), C}, x);
     check(maa, {n, C}, x);
     TORCH_CHECK(blends.empty() || static_cast<int64_t>(blends.size()) == n, "a blend for each maa");
     for (const Tensor& blend : blends) {
@@ -60,13 +61,13 @@ struct Mix {
       TORCH_CHECK(blend.is_contiguous(), "blends are written to and must be dense");
       pointers.push_back(blend.data_ptr());
     }
-    bounds = sequence_bounds(cu_seqlens, B, T);
-    mix = {static_cast<int64_t>(bounds.size()) - 1, bounds.data(), C, n, element_of(x),
+    mix = {n_sequences(), bounds.data(), C, n, element_of(x),
            x.const_data_ptr(), before.const_data_ptr(), before_ ? C : 0, maa.const_data_ptr(),
            blends.empty() ? nullptr : pointers.data()};
   }
 
   int64_t rows() const { return x.size(0) * x.size(1); }
+  int64_t n_sequences() const { return static_cast<int64_t>(bounds.size()) - 1; }
 
   // function(first channel, last channel), bands of whole cache lines
   template <typename F>
@@ -141,7 +142,7 @@ std::tuple<Tensor, Tensor> shift_backward(const Tensor& sum, const Tensor& blend
     dense_more = more->contiguous();
   }
   Tensor dx = at::empty(x.sizes(), x.options());
-  Tensor dbefore = at::empty({of_before ? x.size(0) : 0, x.size(2)}, x.options());
+  Tensor dbefore = at::empty({of_before ? call.n_sequences() : 0, x.size(2)}, x.options());
   ShiftGradients out = {sum.const_data_ptr(), blended.const_data_ptr(), data_or_null(dense_more),
                         call.maa.const_data_ptr(), dx.data_ptr(),
                         of_before ? dbefore.data_ptr() : nullptr};

@@ -8,11 +8,12 @@ from typing import Any
 
 _HOMES = {
     "attach": "finchtune.adapters",
+    "generate_batch": "finchtune.inference.generate",
     "merge": "finchtune.adapters",
     "load_model": "finchtune.weights.base",
     "wkv6": "finchtune.ops.wkv6",
 }
-__all__ = ["attach", "load_model", "merge", "wkv6"]
+__all__ = ["attach", "generate_batch", "load_model", "merge", "wkv6"]
 
 
 def __getattr__(name: str) -> Any:

@@ -42,15 +42,29 @@ def whole_state(engine) -> dict:
     return layout | filled
 
 
-def rwkv_package_logits(path: Path, tokens: list[int]) -> torch.Tensor:
-    """Logits (T, V) of the independent `rwkv` package for a .pth, on the CPU in fp32."""
+def rwkv_package(path: Path):
+    """The independent `rwkv` package's runtime of a .pth, on the CPU in fp32."""
     os.environ.pop("RWKV_V7_ON", None)
     os.environ["RWKV_JIT_ON"] = "0"
     from rwkv.model import RWKV
 
-    runtime = RWKV(model=str(path), strategy="cpu fp32", verbose=False)
-    logits, _ = runtime.forward(list(tokens), None, full_output=True)
+    return RWKV(model=str(path), strategy="cpu fp32", verbose=False)
+
+
+def rwkv_package_logits(path: Path, tokens: list[int]) -> torch.Tensor:
+    """Logits (T, V) of the `rwkv` package."""
+    logits, _ = rwkv_package(path).forward(list(tokens), None, full_output=True)
     return logits
+
+
+def rwkv_package_greedy(path: Path, prompt: list[int], n: int) -> list[int]:
+    """The `rwkv` package's likeliest `n` tokens after a prompt."""
+    runtime, tokens = rwkv_package(path), []
+    logits, state = runtime.forward(list(prompt), None)
+    for _ in range(n):
+        tokens.append(int(logits.argmax()))
+        logits, state = runtime.forward(tokens[-1:], state)
+    return tokens
 
 
 def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:

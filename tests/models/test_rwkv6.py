@@ -1,5 +1,6 @@
 """The model against the independent `rwkv` package, its own other forms, and its formulas."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from finchtune.adapters import attach
 from finchtune.errors import UserError
 from finchtune.models import recompute
 from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.ops import kernels
 from finchtune.ops.elementwise import plain
 
 SHAPES = {
@@ -54,6 +56,35 @@ def test_recurrent_form_equals_parallel_form():
     for mine, expected in zip(state, end, strict=True):
         for a, b in zip(mine, expected, strict=True):
             assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
+def test_packed_sequences_take_and_return_a_state_each(compiled):
+    """Their hidden states, states and gradients are those of one sequence at a time."""
+    model, lengths = small_model(head_size=16), (1, 9, 30)
+    pieces = [torch.randint(0, 256, (1, 2 * length)) for length in lengths]
+    firsts, seconds = zip(*(piece.chunk(2, dim=1) for piece in pieces), strict=True)
+    cu_seqlens = torch.tensor([0, 1, 10, 40], dtype=torch.int32)
+    with contextlib.nullcontext() if compiled else kernels.cpu_kernels_set_aside():
+        _, state = model.hidden(torch.cat(firsts, 1), cu_seqlens=cu_seqlens)
+        packed, state = model.hidden(torch.cat(seconds, 1), state, cu_seqlens)
+        expected, states = [], []
+        for first, second in zip(firsts, seconds, strict=True):
+            hidden, alone = model.hidden(second, model.hidden(first)[1])
+            expected.append(hidden)
+            states.append(alone)
+    assert relative_error(packed, torch.cat(expected, 1)) < 1e-5
+    weight = torch.randn(packed.shape)
+    gradients = [
+        torch.autograd.grad((hidden * weight).sum(), list(model.blocks[0].parameters()))
+        for hidden in (packed, torch.cat(expected, 1))
+    ]
+    for found, wanted in zip(*gradients, strict=True):
+        assert relative_error(found, wanted) < 1e-4
+    for layer, block in enumerate(state):
+        for part, found in enumerate(block):
+            wanted = torch.cat([alone[layer][part] for alone in states])
+            assert relative_error(found, wanted) < 1e-5
 
 
 def test_later_tokens_do_not_reach_earlier_logits():
@@ -150,7 +181,7 @@ def test_squared_relu_keeps_what_the_linear_after_it_keeps(dtype):
 @pytest.mark.parametrize("starts", [None, [0], [0, 3, 4]])
 def test_gradients_of_the_shift(starts):
     x = torch.randn(1 if starts else 2, 7, 3, dtype=torch.float64, requires_grad=True)
-    last = torch.randn(len(x), 3, dtype=torch.float64, requires_grad=True)
+    last = torch.randn(len(starts or x), 3, dtype=torch.float64, requires_grad=True)
     starts = torch.tensor(starts) if starts else None
     assert torch.autograd.gradcheck(plain.ShiftDifference.apply, (x, last, starts))
 

@@ -1,90 +1,89 @@
-"""Text from a model, token by token, in the recurrent form: constant time and memory a token."""
+"""Text from a model in one call: a list of prompts, or one prompt token by token."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from finchtune.errors import UserError
-from finchtune.models.rwkv6 import RWKV6
-from finchtune.tokenizer import END_OF_DOCUMENT
+from finchtune.inference.engine import Engine, Request
+from finchtune.inference.sampling import Sampling
+from finchtune.tokenizer import END_OF_DOCUMENT, Tokenizer
 
-PROMPT_CHUNK = 1024  # prompt tokens read at once; the state carries over
 
+def generate_batch(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    temperature: float = 0.0,
+    stop_tokens: Sequence[int] = (END_OF_DOCUMENT,),
+    *,
+    stop_strings: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    seed: int | Sequence[int] | None = None,
+    max_rows: int = 64,
+    **sampling: Any,
+) -> list[list[int]]:
+    """Up to `max_tokens` token ids that follow each prompt, without what ended them.
 
-def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """Draw a token id from logits (V,).
+    Prompts are token ids, of any lengths; an empty one begins a document. A row ends before one of
+    `stop_tokens` (`()`: never) or, with a `tokenizer`, before a token that reaches into one of
+    `stop_strings`. `seed` is one for all or one for each prompt, `sampling` further settings of
+    `Sampling`. A row's result does not depend on the others. `max_rows` are written at once.
 
-    Temperature 0 takes the likeliest. Otherwise the smallest set of tokens whose probability
-    reaches `top_p` is kept and drawn from (nucleus sampling).
+    Raises UserError for a setting out of its limits or an id outside the vocabulary.
     """
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = torch.softmax(logits.float() / temperature, dim=-1)
-    ordered, index = probabilities.sort(descending=True)
-    before = ordered.cumsum(0) - ordered
-    ordered[before >= top_p] = 0
-    return int(index[torch.multinomial(ordered, 1, generator=generator)])
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * len(prompts)
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(seeds)} seeds were given for {len(prompts)} prompts")
+    engine = Engine(model, tokenizer, max_rows)
+    rows = [
+        engine.submit(
+            Request(
+                prompt,
+                max_tokens,
+                Sampling(temperature, seed=own, **sampling),
+                stop_tokens,
+                stop_strings,
+            )
+        )
+        for prompt, own in zip(prompts, seeds, strict=True)
+    ]
+    with evaluating(model):
+        while not engine.idle:
+            engine.step()
+    return [row.tokens for row in rows]
 
 
-@torch.no_grad()
 def generate(
-    model: RWKV6,
+    model: torch.nn.Module,
     prompt: Sequence[int],
-    n_tokens: int,
+    max_tokens: int,
     temperature: float = 1.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    stop_tokens: Sequence[int] = (END_OF_DOCUMENT,),
+    **sampling: Any,
 ) -> Iterator[int]:
-    """Yield up to `n_tokens` token ids that follow `prompt`; stop after an end of document.
-
-    An empty prompt starts a new document. Raises UserError for temperature < 0 or top_p outside
-    (0, 1].
-    """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(
-            f"temperature must be at least 0 and top_p in (0, 1], not {temperature:g}, {top_p:g}"
-        )
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(torch.seed() if seed is None else seed)
-    tokens = torch.tensor([list(prompt) or [END_OF_DOCUMENT]], device=device)
-    state = None
-    for chunk in tokens.split(PROMPT_CHUNK, dim=1):
-        hidden, state = model.hidden(chunk, state)
-    for _ in range(n_tokens):
-        logits = model.head(hidden[0, -1]).cpu()
-        token = sample(logits, temperature, top_p, generator)
-        yield token
-        if token == END_OF_DOCUMENT:
-            return
-        hidden, state = model.hidden(torch.tensor([[token]], device=device), state)
+    """Yield what `generate_batch` returns for one prompt, each token as it is drawn."""
+    settings = Sampling(temperature, top_p, seed=seed, **sampling)
+    engine = Engine(model, max_rows=1)
+    row = engine.submit(Request(prompt, max_tokens, settings, stop_tokens))
+    n_given = 0
+    while not engine.idle:
+        with evaluating(model):
+            engine.step()
+        yield from row.tokens[n_given:]
+        n_given = len(row.tokens)
 
 
-@torch.no_grad()
-def generate_batch(
-    model: RWKV6, prompts: Sequence[Sequence[int]], n_tokens: int
-) -> list[list[int]]:
-    """Greedy completions of several prompts at once, without their end of document.
-
-    The prompts advance in lockstep, one token a step: each is fed to its end, then continued.
-    """
-    device = next(model.parameters()).device
-    lengths = [len(prompt) for prompt in prompts]
-    assert min(lengths) > 0
-    completions: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    tokens, state = [prompt[0] for prompt in prompts], None
-    for position in range(1, max(lengths) + n_tokens):
-        logits, state = model(torch.tensor(tokens, device=device).unsqueeze(1), state)
-        likeliest = logits[:, -1].argmax(dim=-1).tolist()
-        for row, prompt in enumerate(prompts):
-            if position < lengths[row]:
-                tokens[row] = prompt[position]
-                continue
-            tokens[row] = likeliest[row]
-            finished[row] |= tokens[row] == END_OF_DOCUMENT or len(completions[row]) == n_tokens
-            if not finished[row]:
-                completions[row].append(tokens[row])
-        if all(finished):
-            break
-    return completions
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Within, the model is in evaluation mode: no dropout."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

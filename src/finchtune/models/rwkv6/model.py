@@ -25,19 +25,22 @@ from finchtune.ops.wkv6 import wkv6
 
 
 class BlockState(NamedTuple):
-    """What one block carries from token to token: the whole memory of the past."""
+    """What one block carries from token to token: the whole memory of S sequences' past."""
 
-    att_shift: Tensor  # (B, C), the time mix's last input
-    wkv: Tensor  # (B, H, N key, N value), fp32
-    ffn_shift: Tensor  # (B, C), the channel mix's last input
+    att_shift: Tensor  # (S, C), the time mix's last input
+    wkv: Tensor  # (S, H, N key, N value), fp32
+    ffn_shift: Tensor  # (S, C), the channel mix's last input
 
 
 State = list[BlockState]
 
 
-def last_of(x: Tensor) -> Tensor:
-    """The last token of x (B, T, C): a copy, for a view in the state would keep all of x alive."""
-    return x[:, -1].clone()
+def last_of(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The last token of each sequence in x (B, T, C), as (S, C).
+
+    A copy, for a view in the state would keep all of x alive.
+    """
+    return x[:, -1].clone() if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
 
 
 class TimeMix(nn.Module):
@@ -82,7 +85,7 @@ class TimeMix(nn.Module):
         state: Tensor | None,
         cu_seqlens: Tensor | None = None,
     ):
-        """x (B, T, C) -> output (B, T, C), last input (B, C), WKV state (B, H, N, N)."""
+        """x (B, T, C) -> output (B, T, C), last inputs (S, C), WKV state (S, H, N, N)."""
         B, T, C = x.shape
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
@@ -92,7 +95,7 @@ class TimeMix(nn.Module):
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         y, state = wkv6(r, k, v, w, self.time_faaaa, state, cu_seqlens)
         y = self.ln_x(y.reshape(B * T, C), self.gate(x_g).view(B * T, C)).view(B, T, C)
-        return self.output(y), last_of(x), state
+        return self.output(y), last_of(x, cu_seqlens), state
 
 
 class ChannelMix(nn.Module):
@@ -109,11 +112,11 @@ class ChannelMix(nn.Module):
         self.value = nn.Linear(dim_ffn, C, bias=False)
 
     def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
-        """x (B, T, C) -> output (B, T, C), last input (B, C)."""
+        """x (B, T, C) -> output (B, T, C), last inputs (S, C)."""
         maa = torch.cat([self.time_maa_k, self.time_maa_r]).flatten(0, 1)
         x_k, x_r = fixed_mixtures(x, shift, cu_seqlens, maa)
         k = self.value(squared_relu(self.key(x_k)))
-        return sigmoid_gate(self.receptance(x_r), k), last_of(x)
+        return sigmoid_gate(self.receptance(x_r), k), last_of(x, cu_seqlens)
 
 
 class Block(nn.Module):
@@ -172,10 +175,9 @@ class RWKV6(nn.Module):
         """tokens (B, T) int64 -> normalised hidden states (B, T, C) before the head, new state.
 
         `cu_seqlens` (S + 1,) integers rising from 0 to T: where each of S sequences packed into
-        tokens (1, T) begins. None of them sees another; the state must be None, and the new one
-        is of no use.
+        tokens (1, T) begins. None of them sees another; the states are theirs, in order. That of
+        an empty sequence is of no use.
         """
-        assert cu_seqlens is None or state is None
         x = self.emb(tokens)
         new_state = []
         for layer, block in enumerate(self.blocks):
@@ -183,6 +185,17 @@ class RWKV6(nn.Module):
             x, block_state = recomputed(self.grad_checkpoint, block, x, block_state, cu_seqlens)
             new_state.append(block_state)
         return self.ln_out(x), new_state
+
+    @torch.no_grad()
+    def advance(
+        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """`hidden` of the last token of each sequence, (S, C), and the new state. For inference.
+
+        The new state may lie in the memory of the given one.
+        """
+        hidden, state = self.hidden(tokens, state, cu_seqlens)
+        return last_of(hidden, cu_seqlens), state
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype, new state.

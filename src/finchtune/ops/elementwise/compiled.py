@@ -31,7 +31,7 @@ class Mixtures(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """x_j = x + xx (maa_j + m_j), with m = tanh((x + xx maa_x) w1) w2.
 
-        x (B, T, C), before (B, C) or None, cu_seqlens as in `RWKV6.hidden`, maa_x (1, C),
+        x (B, T, C), before (S, C) or None, cu_seqlens as in `RWKV6.hidden`, maa_x (1, C),
         maa (n, C), w1 (C, n M), w2 (n, M, C) -> n of (B, T, C).
         """
         (blended,) = ops.token_mix(x, before, cu_seqlens, maa_x)
@@ -76,7 +76,7 @@ class FixedMixtures(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, maa: Tensor
     ) -> tuple[Tensor, ...]:
-        """x_j = x + xx maa_j. x (B, T, C), before (B, C) or None, maa (n, C) -> n of (B, T, C)."""
+        """x_j = x + xx maa_j. x (B, T, C), before (S, C) or None, maa (n, C) -> n of (B, T, C)."""
         of_maa = ctx.needs_input_grad[3]
         ctx.save_for_backward(x if of_maa else None, before if of_maa else None, cu_seqlens, maa)
         return tuple(y.view(x.shape) for y in ops.token_mix(x, before, cu_seqlens, maa))

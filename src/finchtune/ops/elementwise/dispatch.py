@@ -19,9 +19,9 @@ def mixtures(
 ) -> tuple[Tensor, ...]:
     """x_j = x + xx (maa_j + m_j), with m = tanh((x + xx maa_x) w1) w2 and xx the previous x less x.
 
-    x (B, T, C), before (B, C) or None (zero) precedes it, maa_x (1, C), maa (n, C), w1 (C, n M),
-    w2 (n, M, C) -> n of (B, T, C). Zero precedes each sequence packed into x (1, T, C) at the
-    boundaries `cu_seqlens`.
+    x (B, T, C), before (S, C) or None (zero) precedes its sequences, maa_x (1, C), maa (n, C),
+    w1 (C, n M), w2 (n, M, C) -> n of (B, T, C). The sequences are the rows of x, or those packed
+    into x (1, T, C) at the boundaries `cu_seqlens`.
     """
     before = None if before is None else before.to(x.dtype)
     # The compiled form mixes products, whose dtype autocast changes, with kernels.

@@ -13,12 +13,13 @@ from torch import Tensor
 
 
 def previous_minus_this(x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
-    """x (B, T, C); `before` (B, C) precedes x, zero if None.
+    """x (B, T, C); `before` (S, C) precedes its sequences, zero if None.
 
-    Zero also precedes each sequence packed into x (1, T, C) at the boundaries `cu_seqlens`.
+    The sequences are the rows of x or, with `cu_seqlens`, lie packed in x (1, T, C).
     """
-    before = torch.zeros_like(x[:, 0]) if before is None else before
     starts = None if cu_seqlens is None else cu_seqlens[:-1].long()
+    if before is None:
+        before = x.new_zeros(len(x) if starts is None else len(starts), x.shape[-1])
     return ShiftDifference.apply(x, before, starts)
 
 
@@ -27,13 +28,16 @@ class ShiftDifference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, last: Tensor, starts: Tensor | None) -> Tensor:
-        """x (B, T, C), `last` (B, C) before it, `starts` (n) with zero before them -> (B, T, C)."""
+        """x (B, T, C), `last` (S, C) before the sequences that begin at `starts` (S) or, if None,
+        are the rows -> (B, T, C).
+        """
         ctx.save_for_backward(starts)
         xx = torch.empty_like(x)
-        torch.sub(last, x[:, 0], out=xx[:, 0])
         torch.sub(x[:, :-1], x[:, 1:], out=xx[:, 1:])
-        if starts is not None:
-            xx.index_copy_(1, starts, -x.index_select(1, starts))
+        if starts is None:
+            torch.sub(last, x[:, 0], out=xx[:, 0])
+        else:
+            xx.index_copy_(1, starts, last - x.index_select(1, starts))
         return xx
 
     @staticmethod
@@ -41,10 +45,12 @@ class ShiftDifference(torch.autograd.Function):
         (starts,) = ctx.saved_tensors
         (dxx,) = gradients
         dx = -dxx
+        d_last = dxx[:, 0]
         if starts is not None:
+            d_last = dxx[0, starts]
             dxx = dxx.index_fill(1, starts, 0)
         dx[:, :-1] += dxx[:, 1:]
-        return dx, dxx[:, 0], None
+        return dx, d_last, None
 
 
 class Mixtures(torch.autograd.Function):

@@ -93,8 +93,9 @@ def token_mix_backward(
 def shift_backward(
     sum: Tensor, blended: Tensor, more: Any, x: Tensor, cu_seqlens: Any, maa: Any, of_before: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and of the rows before it (B or none, C)."""
-    return x.new_empty(x.shape), x.new_empty(x.shape[0] if of_before else 0, x.shape[2])
+    """The gradient of x, and of the rows before its sequences (S or none, C)."""
+    n_sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return x.new_empty(x.shape), x.new_empty(n_sequences if of_before else 0, x.shape[2])
 
 
 def gated_norm(y: Tensor, *_: Any) -> Tensor:
