@@ -39,7 +39,16 @@ FILES = {
         json.dumps({f"k{i}": i for i in range(99)}).encode(),
         "there is no field 'text'; the fields are 'k0', 'k1', 'k2', 'k3', 'k4', 'k5', 'k6', 'k7'",
     ),
-    "a number": ("a.jsonl", b'{"text": 1.5}', "the field 'text' must be a string, but it is a num"),
+    "a list as text": (
+        "a.jsonl",
+        b'{"text": ["b"]}',
+        "it is a list; choose one of its values, or jo",
+    ),
+    "alpaca": (
+        "a.jsonl",
+        b'{"instruction": "a", "output": "b"}',
+        "no field 'text', but those of --sft_field instruction input output",
+    ),
     "an object": ("a.jsonl", b'{"text": {}}', "'text' must be a string, but it is an object"),
     "repeated key": ("a.jsonl", b'{"text": "a", "text": "b"}', "the key 'text' stands twice"),
     "repeated key made up for by quotes written as numbers": (

@@ -5,9 +5,8 @@ import json
 import pytest
 from helpers.small_corpus import CTX_LEN, SIZES, epoch_of, load, sequences, write_corpus
 
-from finchtune.data import load_data
+from finchtune.data import load_data, templates
 from finchtune.data.binidx import BinIdxWriter
-from finchtune.data.render import PROMPT
 from finchtune.errors import UserError
 from finchtune.tokenizer import BytesTokenizer
 
@@ -40,7 +39,7 @@ def test_the_answer_and_its_end_alone_are_trained_on(questions):
         text = bytes(tokens).decode().rstrip("\0")
         answer = bytes(label for _, label in targets)
         answers.add(answer)
-        prompt = PROMPT.format(question="q" * (len(answer) // 2))
+        prompt = templates.get("metamath").prompt("q" * (len(answer) // 2))
         assert text == prompt + "a" * (len(answer) - 1)
         assert targets[0][0] == len(prompt) - 1
     assert answers == {b"a" * (2 * i) + b"\0" for i in range(1, 6)}
@@ -83,7 +82,7 @@ def test_turns_in_plain_text_are_trained_on_under_qa(tmp_path):
 
 def test_skipped_records_are_counted(tmp_path):
     path = tmp_path / "some.jsonl"
-    path.write_text('{"text": "good"}\n{"text": 1}\nbad\n\n{"text": ""}\n')
+    path.write_text('{"text": "good"}\n{"text": {}}\nbad\n\n{"text": ""}\n')
     data = load_data(str(path), "jsonl", "pad", 9, "pad", None, BytesTokenizer(), 256, 1, "skip")
     assert data.describe()["skipped_records"] == 2
     assert data.describe()["documents"] == 1

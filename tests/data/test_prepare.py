@@ -79,7 +79,7 @@ def test_a_killed_worker_is_told_and_nothing_is_left(tmp_path):
 
 
 def test_a_bad_record_in_a_late_block_is_named_by_its_line(tmp_path):
-    lines = [json.dumps({"text": "x" * 1000})] * 3000 + ['{"text": 1}']
+    lines = [json.dumps({"text": "x" * 1000})] * 3000 + ['{"text": [1]}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"a\.jsonl:3001: the field 'text' must be a string"):
         prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), BYTES, workers=2)

@@ -179,7 +179,7 @@ def test_a_damaged_entry_is_made_anew(questions, tmp_path):
 
 
 def test_skipped_records_are_reported_every_time(questions, tmp_path):
-    questions.write_text(questions.read_text() + json.dumps({"q": 1, "a": 2}))
+    questions.write_text(questions.read_text() + json.dumps({"q": [1], "a": 2}))
     for _ in range(2):
         data = load_cached(questions, tmp_path / "cache", on_bad="skip")
         assert data.describe()["skipped_records"] == 1

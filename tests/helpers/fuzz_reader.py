@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finchtune.data.binidx import BinIdx, _read_index
 from finchtune.data.records import _parse_flat, parse_line
-from finchtune.data.render import BadRecord
+from finchtune.data.values import BadRecord
 from finchtune.errors import UserError
 
 LETTERS = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}

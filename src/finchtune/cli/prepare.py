@@ -102,7 +102,7 @@ def own_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
     fields = tuple(flags.sft_field or [flags.field or "text"])
     name = flags.tokenizer or "world"
     return flags.output, Recipe(
-        Layout(fields, split_turns=flags.loss_mask == "qa"),
+        Layout(fields, qa=flags.loss_mask == "qa"),
         name,
         token_dtype(load_tokenizer(name).vocab_size).str,
         end=not flags.no_eod,

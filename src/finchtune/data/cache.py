@@ -9,7 +9,7 @@ from finchtune.data.binidx import token_dtype
 from finchtune.data.documents import Documents, read_binidx
 from finchtune.data.inputs import find_inputs
 from finchtune.data.prepare import Recipe, prepare
-from finchtune.data.render import PROMPT, Layout
+from finchtune.data.render import Layout
 from finchtune.errors import UserError
 from finchtune.files import read_json, write_json
 from finchtune.tokenizer import Tokenizer
@@ -53,7 +53,9 @@ def _note(prefix: Path) -> Path:
 def _key(paths: list[Path], recipe: Recipe) -> str:
     """A hash of everything that the tokens, and the report of bad records, depend on."""
     vocabulary = Path(recipe.tokenizer)
-    key = blake2b(repr((recipe, PROMPT)).encode(), digest_size=8)
+    layout = recipe.layout
+    put = layout.template_for_questions, layout.template_for_chats
+    key = blake2b(repr((recipe, put)).encode(), digest_size=8)
     for path in [*paths, vocabulary] if vocabulary.is_file() else paths:
         key.update(repr((path.suffixes, path.stat().st_size)).encode())
         with path.open("rb") as content:

@@ -11,7 +11,9 @@ import numpy as np
 from finchtune.data.binidx import BinIdx, exists, token_dtype
 from finchtune.data.inputs import find_inputs, read_blocks
 from finchtune.data.records import BadRecords
-from finchtune.data.render import BadRecord, Layout, Piece
+from finchtune.data.render import Layout
+from finchtune.data.templates import Piece
+from finchtune.data.values import BadRecord
 from finchtune.errors import UserError
 from finchtune.tokenizer import Tokenizer
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finchtune.data.records import BOM, parse_line
-from finchtune.data.render import BadRecord
+from finchtune.data.values import BadRecord
 from finchtune.errors import UserError
 
 LINES = (".jsonl", ".ndjson", ".json")

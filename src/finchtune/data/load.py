@@ -202,7 +202,7 @@ def _layout(data_type: str, sft_field: Sequence[str] | None, loss_mask: str) -> 
         )
     if data_type != "sft" and sft_field:
         raise UserError(f"--sft_field belongs to --data_type sft, not {data_type}")
-    return Layout(tuple(sft_field or ("text",)), split_turns=loss_mask == "qa")
+    return Layout(tuple(sft_field or ("text",)), qa=loss_mask == "qa")
 
 
 def _check_tokenizer(tokenizer: Tokenizer | None, data_type: str, vocab_size: int) -> None:

@@ -222,7 +222,7 @@ def prepare(
     tokenizer = load_tokenizer(recipe.tokenizer)
     tokenizer.encode_array("", np.dtype(recipe.dtype))
     # Where a document goes, or what in it is trained on, may depend on all of its text.
-    whole = recipe.val_split or recipe.layout.split_turns
+    whole = recipe.val_split or recipe.layout.qa
     last_cut = no_cut if whole else tokenizer.last_cut
     totals = Totals()
     prefixes = [output] + ([output + VALIDATION_SUFFIX] if recipe.val_split else [])
