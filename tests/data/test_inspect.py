@@ -59,9 +59,14 @@ def test_ids_are_counted(monkeypatch):
 
 
 def test_rows_of_both_modes_are_told():
-    pad, pack = inspect.rows_at(documents_of(["a" * 5, "b" * 5, "c" * 20]), 8, 1)
-    assert pad == "pad  at 8: 3 rows, 33.3% padding, 11 tokens of 1 documents cut off"
-    assert pack == "pack at 8: 2 rows, 0.0% padding, 11 tokens of 1 documents cut off"
+    lines = list(inspect.rows_at(documents_of(["a" * 5, "b" * 5, "c" * 20]), 8, 1))
+    assert lines == [
+        "pad at 8        3 rows, 33.3% padding",
+        "pack at 8       2 rows, 0.0% padding",
+        "labels          each of 3 documents has a trained token",
+        "cut off         11 tokens of 1 documents longer than --ctx_len 8, 11 of them trained",
+        "ctx_len         19 keeps all trained tokens of 95% of the documents, 19 of all",
+    ]
 
 
 def test_samples_are_distinct_and_repeat():

@@ -56,7 +56,7 @@ def vocabulary_use(documents: Documents, vocab_size: int) -> np.ndarray:
 
 
 def rows_at(documents: Documents, ctx_len: int, seed: int) -> Iterator[str]:
-    """Lines: rows, padding and what is cut off at this ctx_len, for `pad` and `pack`."""
+    """Lines: rows and padding at this ctx_len, for `pad` and `pack`, and what is lost there."""
     chosen = np.flatnonzero(documents.sizes >= 2)
     if not len(chosen):
         return
@@ -64,11 +64,9 @@ def rows_at(documents: Documents, ctx_len: int, seed: int) -> Iterator[str]:
         rows = kind(documents, chosen, ctx_len, seed)
         counts = rows.counts()
         waste = 1 - counts.inputs / (rows.n_rows * ctx_len)
-        yield (
-            f"{name:<4} at {ctx_len:,}: {rows.n_rows:,} rows, {waste:.1%} padding, "
-            f"{counts.truncated_tokens:,} tokens of {counts.truncated_documents:,} documents "
-            "cut off"
-        )
+        yield f"{f'{name} at {ctx_len:,}':<16}{rows.n_rows:,} rows, {waste:.1%} padding"
+    for name, text in rows.labels().lines():
+        yield f"{name:<16}{text}"
 
 
 def sample(documents: Documents, n: int, seed: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from finchtune.data.batch import IGNORED, Batch, packed, padded, round_up
 from finchtune.data.binidx import exists, strip_extension
 from finchtune.data.cache import read_cached
 from finchtune.data.documents import Documents, held_out, read_binidx, read_records
+from finchtune.data.labels import Labels
 from finchtune.data.mixing import MixedRows, SourceRows, parse_sources
 from finchtune.data.render import Layout
 from finchtune.data.sampling import DocumentRows, PackedRows, Rows, Segment, WindowRows
@@ -91,6 +93,11 @@ class Data:
             longest = min(round_up(longest), self.ctx_len)
         return padded([row[0] for row in rows], longest)
 
+    @cached_property
+    def labels(self) -> Labels:
+        """What becomes of the trained tokens of one epoch's documents."""
+        return self._rows.labels()
+
     def describe(self) -> dict[str, Any]:
         """Numbers about one epoch, for a log or a plan.
 
@@ -104,8 +111,7 @@ class Data:
             "tokens": counts.tokens,
             "rows": self.n_rows,
             "trained_tokens": counts.targets,
-            "truncated_documents": counts.truncated_documents,
-            "truncated_tokens": counts.truncated_tokens,
+            **self.labels.numbers(),
             "padding_waste": 1 - counts.inputs / places,
             "skipped_records": self.skipped,
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from finchtune.data.binidx import exists
+from finchtune.data.labels import Labels, together
 from finchtune.data.sampling import Counts, DocumentRows, PackedRows, Segment, Shuffle, WindowRows
 from finchtune.errors import UserError
 
@@ -61,13 +62,16 @@ class MixedRows:
 
     def counts(self) -> Counts:
         """Sums over the data sets; inputs and targets in proportion to the rows drawn."""
-        total = np.zeros(6)
+        total = np.zeros(4)
         for rows, share in zip(self.sources, self.shares, strict=True):
             c = rows.counts()
             drawn = share / rows.n_rows
-            whole = (c.truncated_documents, c.truncated_tokens)
-            total += [c.documents, c.tokens, c.inputs * drawn, c.targets * drawn, *whole]
+            total += [c.documents, c.tokens, c.inputs * drawn, c.targets * drawn]
         return Counts(*(round(value) for value in total))
+
+    def labels(self) -> Labels:
+        """Of every data set once, whatever its share."""
+        return together([rows.labels() for rows in self.sources])
 
 
 def _shares(n_rows: list[int], weights: list[float | None]) -> list[int]:

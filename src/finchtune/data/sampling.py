@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from finchtune.data.documents import Documents
+from finchtune.data.labels import Labels, count_targets, of_documents, of_windows
 
 
 class Segment(NamedTuple):
@@ -27,8 +28,6 @@ class Counts:
     tokens: int
     inputs: int
     targets: int
-    truncated_documents: int = 0
-    truncated_tokens: int = 0
 
 
 class Rows(Protocol):
@@ -39,6 +38,8 @@ class Rows(Protocol):
     def segments(self, index: int) -> list[Segment]: ...
 
     def counts(self) -> Counts: ...
+
+    def labels(self) -> Labels: ...
 
 
 def generator(seed: int, *stream: int) -> np.random.Generator:
@@ -79,6 +80,9 @@ class DocumentRows:
     def counts(self) -> Counts:
         return _count_documents(self.documents, self.chosen, self.ctx_len)
 
+    def labels(self) -> Labels:
+        return of_documents(self.documents, self.chosen, self.ctx_len)
+
 
 class PackedRows:
     """`pack`: documents fitted into rows of at most ctx_len inputs, the rows shuffled."""
@@ -97,6 +101,9 @@ class PackedRows:
 
     def counts(self) -> Counts:
         return _count_documents(self.documents, self.chosen, self.ctx_len)
+
+    def labels(self) -> Labels:
+        return of_documents(self.documents, self.chosen, self.ctx_len)
 
 
 class WindowRows:
@@ -136,6 +143,9 @@ class WindowRows:
         targets = inputs if trained is None else int(trained[1 : inputs + 1].sum(dtype=np.int64))
         return Counts(len(self.documents), self.documents.n_tokens, inputs, targets)
 
+    def labels(self) -> Labels:
+        return of_windows(self.documents, self.n_rows, self.ctx_len)
+
 
 def _cut(documents: Documents, i: int, ctx_len: int) -> Segment:
     """The first ctx_len + 1 tokens of document i."""
@@ -148,21 +158,8 @@ def _cut(documents: Documents, i: int, ctx_len: int) -> Segment:
 def _count_documents(documents: Documents, chosen: np.ndarray, ctx_len: int) -> Counts:
     starts, sizes = documents.offsets[chosen], documents.sizes[chosen]
     inputs = np.minimum(sizes - 1, ctx_len)
-    targets = inputs.sum()
-    if documents.trained is not None:
-        # reduceat sums from each bound to the next, or the end; every second is a document's.
-        bounds = np.stack([starts + 1, starts + 1 + inputs], axis=1).ravel()
-        bounds = bounds[bounds < documents.n_tokens]
-        targets = np.add.reduceat(documents.trained, bounds, dtype=np.int64)[::2].sum()
-    cut = sizes - 1 - inputs
-    return Counts(
-        len(chosen),
-        int(sizes.sum()),
-        int(inputs.sum()),
-        int(targets),
-        int((cut > 0).sum()),
-        int(cut.sum()),
-    )
+    targets = count_targets(documents, starts, inputs)
+    return Counts(len(chosen), int(sizes.sum()), int(inputs.sum()), int(targets.sum()))
 
 
 def magic_prime(n: int) -> int:

@@ -56,6 +56,8 @@ def train(config: TrainConfig) -> int:
         f"data: {data.n_rows:,} rows, {data.n_tokens:,} tokens; "
         f"{total:,} steps of {saver.global_batch} rows"
     )
+    for name, text in data.labels.lines():
+        distributed.print_rank_zero(f"  {name}: {text}")
 
     start = 0
     if checkpoint:

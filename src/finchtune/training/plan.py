@@ -148,10 +148,7 @@ def visit_lines(data: Data, drawn: int) -> Iterator[str]:
     else:
         visited = len(set(data.document_ids(0, 0, 1, 1, min(drawn, data.n_rows))))
         yield f"never read   {found['documents'] - visited:,} documents"
-    yield (
-        f"cut off      {found['truncated_tokens']:,} tokens of "
-        f"{found['truncated_documents']:,} documents longer than --ctx_len"
-    )
+    yield from (f"{name:<13}{text}" for name, text in data.labels.lines())
     yield f"padding      at most {found['padding_waste']:.1%} of the positions"
 
 
