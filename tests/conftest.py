@@ -46,7 +46,7 @@ def trained_model(word_problems, tmp_path_factory) -> Path:
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for step in range(60):
         rows = stream[step * 1032 :][:1032].view(8, 129)
-        (model.loss(rows[:, :-1], rows[:, 1:]) / 1024).backward()
+        (model.loss(rows[:, :-1], rows[:, 1:])[0] / 1024).backward()
         optimizer.step()
         optimizer.zero_grad()
     return save_model(model, tmp_path_factory.mktemp("trained") / "model.pth")

@@ -20,6 +20,7 @@ from finchtune.errors import run_cli
 from finchtune.memory.estimate import StorageCount, estimate
 from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
 from finchtune.training.optim import adamw, parameter_groups
+from finchtune.training.setup import model_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 METHODS = {
@@ -51,7 +52,7 @@ class Steps:
     def step(self) -> float:
         """Seconds of one step."""
         start = self.clock()
-        self.model.loss(self.tokens[:, :-1], self.tokens[:, 1:]).backward()
+        self.model.loss(self.tokens[:, :-1], self.tokens[:, 1:])[0].backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.clock() - start
@@ -92,7 +93,9 @@ def main() -> None:
                 times[name].append(run.step())
         step = {name: run.peak() for name, run in runs.items()}
         large = ModelConfig(32, 2560, 65536)
-        whole = {n: estimate(c, large, DTYPES[dtype]).total for n, c in configs.items()}
+        whole = {
+            n: estimate(c, model_plan(c, large, DTYPES[dtype])).total for n, c in configs.items()
+        }
         for name in METHODS:
             speed = given.micro_bsz * given.ctx_len / statistics.median(times[name][1:])
             paper = PAPER.get(name, "")

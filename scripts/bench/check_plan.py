@@ -29,7 +29,7 @@ from finchtune.memory.estimate import Estimate, StorageCount, estimate
 from finchtune.models.rwkv6 import RWKV6, ModelConfig
 from finchtune.training.engine import Engine
 from finchtune.training.precision import choose_precision
-from finchtune.training.setup import build_model
+from finchtune.training.setup import build_model, model_plan
 from finchtune.weights.tensors import write_tensors
 
 SMALL = ModelConfig(n_layer=4, n_embd=256, vocab_size=4096)
@@ -88,11 +88,11 @@ def main() -> int:
         return run_processes(devices, sys.argv)
     distributed.print_rank_zero(
         f"{'model':18}{'method':8}{'precision':>10}{'cp':>4}{'ZeRO':>11}{'rows x T':>12}"
-        f"{'measured':>12}{'foretold':>12}{'ratio':>8}   MiB of one process, {devices} in all"
+        f"{'measured':>12}{'estimated':>12}{'ratio':>8}   MiB of one process, {devices} in all"
     )
     ratios = []
     for (sizes, config), (measured, found) in zip(rows(devices), measure_all(devices), strict=True):
-        ratios.append(foretold(found) / measured)
+        ratios.append(estimated_bytes(found) / measured)
         distributed.print_rank_zero(line(sizes, config, measured, found))
     worst = max(ratios, key=lambda ratio: abs(ratio - 1))
     distributed.print_rank_zero(
@@ -122,23 +122,23 @@ def line(sizes: ModelConfig, config: TrainConfig, measured: int, found: Estimate
     zero = f"{config.stage} offload" if config.offload else str(config.stage)
     return (
         f"{name:18}{config.peft:8}{config.precision:>10}{config.grad_cp:4}{zero:>11}"
-        f"{shape:>12}{measured / 2**20:12.1f}{foretold(found) / 2**20:12.1f}"
-        f"{foretold(found) / measured:8.3f}   {found.moment}"
+        f"{shape:>12}{measured / 2**20:12.1f}{estimated_bytes(found) / 2**20:12.1f}"
+        f"{estimated_bytes(found) / measured:8.3f}   {found.moment}"
     )
 
 
-def foretold(found: Estimate) -> int:
+def estimated_bytes(found: Estimate) -> int:
     """Bytes of one process, on a CPU those of the device and those moved to the host alike."""
     return found.total + found.host
 
 
 def measure(sizes: ModelConfig, config: TrainConfig) -> tuple[int, Estimate]:
-    """(highest bytes of this process's tensors during three steps, what was foretold)."""
+    """(highest bytes of this process's tensors during three steps, what was estimated)."""
     device = torch.device("cpu")
     if not torch.distributed.is_initialized():
         distributed.init_process_group(device)
-    dtype = choose_precision(config, device)
-    found = estimate(config, sizes, dtype, distributed.world_size())
+    dtype = choose_precision(config, device.type)
+    found = estimate(config, model_plan(config, sizes, dtype), distributed.world_size())
     shape = (STEPS, config.accumulate_grad_batches, config.micro_bsz, config.ctx_len)
     with tempfile.TemporaryDirectory() as folder, StorageCount() as count:
         config.load_model = str(weight_file(sizes, dtype, Path(folder)))

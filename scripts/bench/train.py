@@ -204,7 +204,7 @@ class BareLoop:
 
     def loss(self) -> Tensor:
         if self.case.loss == "chunked":
-            return self.model.loss(self.tokens, self.labels)
+            return self.model.loss(self.tokens, self.labels)[0]
         logits, _ = self.model(self.tokens)
         return F.cross_entropy(logits.flatten(0, 1), self.labels.flatten(), reduction="sum")
 

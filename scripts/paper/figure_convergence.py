@@ -160,7 +160,7 @@ def train(model: RWKV6, data: Data, settings: Settings, lr: float) -> Iterator[f
         rate = learning_rate(step, settings.steps, lr, lr, "constant", WARMUP)
         set_learning_rate(optimizer.param_groups, rate)
         (batch,) = data.rows(step, 0, 1, settings.micro_bsz, 1)
-        loss = model.loss(batch.tokens, batch.labels) / batch.labels.numel()
+        loss = model.loss(batch.tokens, batch.labels)[0] / batch.labels.numel()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)
@@ -174,7 +174,7 @@ def held_out_loss(model: RWKV6, data: Data, settings: Settings) -> float:
     steps = -(-settings.test_rows // settings.micro_bsz)
     batches = [data.rows(step, 0, 1, settings.micro_bsz, 1)[0] for step in range(steps)]
     tokens = sum(batch.labels.numel() for batch in batches)
-    return sum(model.loss(batch.tokens, batch.labels).item() for batch in batches) / tokens
+    return sum(model.loss(batch.tokens, batch.labels)[0].item() for batch in batches) / tokens
 
 
 def final_loss(record: dict[str, Any]) -> float:

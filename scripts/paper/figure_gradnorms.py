@@ -90,7 +90,7 @@ def measure(path: str, method: str, r: int | None, seed: int, batch: Batch) -> t
         model.requires_grad_(True)
     else:
         attach(model, method, **hyperparameters(method, r))
-    loss = model.loss(batch.tokens, batch.labels) / batch.labels.numel()
+    loss = model.loss(batch.tokens, batch.labels)[0] / batch.labels.numel()
     trained = [p for p in model.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(loss, trained)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm().item()

@@ -90,7 +90,7 @@ class TrainConfig:
     head_size_a: int | None = flag(None, "checked against the weight file")
     dim_att: int | None = flag(None, "checked against the weight file")
     dim_ffn: int | None = flag(None, "checked against the weight file")
-    my_testing: str = flag("x060", "model generation; RWKV-6 is x060", ("x060",))
+    my_testing: str | None = flag(None, "model generation, x060; checked against the weight file")
 
     # The data
     data_file: str = flag(

@@ -33,7 +33,7 @@ def losses_of_sequences(model, batch: Batch) -> torch.Tensor:
 def losses_alone(model, parts: list[Segment]) -> torch.Tensor:
     """Summed loss of each document in a forward pass of its own (S,)."""
     alone = [packed([part])._replace(cu_seqlens=None) for part in parts]
-    return torch.stack([model.loss(*batch) for batch in alone])
+    return torch.stack([model.loss(*batch)[0] for batch in alone])
 
 
 def gradients(model, loss: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def test_losses_and_gradients_are_those_of_each_document_alone(dtype, grad_check
     assert together[-1] == 0
     tolerance = 1e-12 if dtype == torch.float64 else 2e-5
     torch.testing.assert_close(together[:-1], alone, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(model.loss(*batch), alone.sum(), rtol=tolerance, atol=0)
+    torch.testing.assert_close(model.loss(*batch)[0], alone.sum(), rtol=tolerance, atol=0)
     # One document's gradient: nothing of its neighbours reaches it.
     for i in (2, 5):
         expected = gradients(model, losses_alone(model, parts)[i])

@@ -9,10 +9,11 @@ from finchtune import distributed
 from finchtune.adapters import attach
 from finchtune.config import TrainConfig
 from finchtune.data import Batch
-from finchtune.memory.estimate import StorageCount, activations, estimate, meta_model, simulate
+from finchtune.memory.estimate import StorageCount, activations, estimate, simulate
 from finchtune.memory.zero import Zero
 from finchtune.models.rwkv6 import ModelConfig
 from finchtune.training.engine import Engine
+from finchtune.training.setup import model_plan, planned_model
 
 SIZES = ModelConfig(n_layer=3, n_embd=64, vocab_size=512, head_size=16)
 TOKENS = (2, 96)
@@ -60,8 +61,8 @@ def test_what_is_kept_for_backward_is_what_autograd_saves(peft, hyperparameters,
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        pack(model.loss(tokens, tokens))
-    found = simulate(config, SIZES, dtype)
+        pack(model.loss(tokens, tokens)[0])
+    found = simulate(config, planned_model(config, SIZES, dtype))
     assert found.kept == sum(storage.nbytes() for storage in saved.values())
 
 
@@ -73,29 +74,33 @@ def test_peak_of_forward_and_backward_is_the_allocators(peft, hyperparameters, g
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    _, peak = allocated(lambda: model.loss(tokens, tokens).backward())
-    assert simulate(config, SIZES, torch.float32).peak == pytest.approx(peak, rel=0.02)
+    _, peak = allocated(lambda: model.loss(tokens, tokens)[0].backward())
+    assert simulate(config, planned_model(config, SIZES, torch.float32)).peak == pytest.approx(
+        peak, rel=0.02
+    )
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])
 def test_many_blocks_follow_from_two_and_three(grad_cp):
     config = run_config("bone", {"bone_r": 16}, grad_cp)
     deep = ModelConfig(n_layer=7, n_embd=64, vocab_size=512, head_size=16)
-    found, exact = (f(config, deep, torch.bfloat16) for f in (activations, simulate))
+    found = activations(config, model_plan(config, deep, torch.bfloat16))
+    exact = simulate(config, planned_model(config, deep, torch.bfloat16))
     assert (found.kept, found.loss, found.peak) == (exact.kept, exact.loss, exact.peak)
 
 
 def test_sharing_among_ranks_takes_what_each_stage_promises():
     config = run_config("none", {}, grad_cp=True)
-    made = activations(config, SIZES, torch.bfloat16)
-    K = sum(p.numel() for p in meta_model(config, SIZES, torch.bfloat16).parameters())
-    alone = estimate(config, SIZES, torch.bfloat16, 1, made=made, stage=1)
+    plan = model_plan(config, SIZES, torch.bfloat16)
+    made = activations(config, plan)
+    K = sum(p.numel() for p in plan.model.parameters())
+    alone = estimate(config, plan, 1, made=made, stage=1)
     assert alone.parts["moments"] == 8 * K
-    four = [estimate(config, SIZES, torch.bfloat16, 4, made=made, stage=s) for s in range(4)]
+    four = [estimate(config, plan, 4, made=made, stage=s) for s in range(4)]
     assert four[0].parts["moments"] == 8 * K
     assert four[1].parts["moments"] == pytest.approx(2 * K, abs=64)
     assert four[0].total > four[1].total > four[2].total
-    away = estimate(config, SIZES, torch.bfloat16, 4, made=made, stage=2, offload=True)
+    away = estimate(config, plan, 4, made=made, stage=2, offload=True)
     # Masters, their gradients and moments, and 2 bytes of what goes back to the device.
     biggest = 2 * 512 * 64  # the staging buffer, on both sides
     assert away.host == pytest.approx(18 * K / 4 + biggest, abs=64)
@@ -104,7 +109,7 @@ def test_sharing_among_ranks_takes_what_each_stage_promises():
 
 @pytest.mark.parametrize(("stage", "share"), [(0, 1), (1, 1), (2, 4), (3, 4)])
 def test_gradients_are_shared_from_stage_two_on(stage, share):
-    model = meta_model(run_config("none", {}), SIZES, torch.bfloat16)
+    model = planned_model(run_config("none", {}), SIZES, torch.bfloat16)
     K = sum(p.numel() for p in model.parameters())
     state = Zero(model, torch.bfloat16, stage, 4).state()
     moments = (state.standing, state.backward_end, state.norm, state.update)
@@ -127,7 +132,7 @@ def test_the_peak_of_a_step_under_deepspeed_is_foretold(strategy, peft):
             engine.step([Batch(tokens, tokens)], 1e-3)
     engine.close()
     distributed.shutdown()
-    found = estimate(config, SIZES, torch.bfloat16)
+    found = estimate(config, model_plan(config, SIZES, torch.bfloat16))
     assert found.total + found.host == pytest.approx(count.peak, rel=0.05)
 
 
@@ -136,7 +141,7 @@ def test_a_blocks_new_state_keeps_no_more_alive_than_itself(grad_cp):
     """While the loss is computed every block's state is there, but not what it was cut from."""
     config = run_config("bone", {"bone_r": 16}, grad_cp)
     two, three = (
-        simulate(config, ModelConfig(n, 64, 512, head_size=16), torch.float32) for n in (2, 3)
+        simulate(config, model_plan(config, SIZES, torch.float32).make(n)) for n in (2, 3)
     )
     B, C = TOKENS[0], 64
     assert 0 < three.loss - two.loss <= 4 * (2 * B * C + B * C * 16)

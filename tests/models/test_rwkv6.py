@@ -117,7 +117,7 @@ def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings):
             if ".adapter." in name:
                 torch.nn.init.normal_(parameter, std=0.1)
         model.grad_checkpoint = mode
-        kept.append(peak_bytes(lambda model=model: model.loss(tokens, labels).backward()))
+        kept.append(peak_bytes(lambda model=model: model.loss(tokens, labels)[0].backward()))
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for mode in (1, 2):
         for name, gradient in gradients[0].items():
@@ -132,7 +132,7 @@ def test_selective_recomputation_makes_no_product_with_W_again(peft):
     counts = []
     for model.grad_checkpoint in (0, 1, 2):
         with FlopCounterMode(display=False) as counter:
-            model.loss(tokens, tokens).backward()
+            model.loss(tokens, tokens)[0].backward()
         counts.append(counter.get_flop_counts()["Global"][torch.ops.finchtune.product_plus])
     assert counts[2] == counts[0] < counts[1]
 
@@ -188,7 +188,7 @@ def test_gradients_of_the_shift(starts):
 
 def test_every_parameter_gets_a_gradient():
     model = small_model(n_layer=3)
-    model.loss(*torch.randint(0, 256, (2, 2, 20))).backward()
+    model.loss(*torch.randint(0, 256, (2, 2, 20)))[0].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
@@ -202,7 +202,7 @@ def test_loss_is_the_summed_cross_entropy_of_unmasked_labels():
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"
     )
-    assert torch.allclose(model.loss(tokens, labels), expected, rtol=1e-6)
+    assert torch.allclose(model.loss(tokens, labels)[0], expected, rtol=1e-6)
 
 
 def test_new_model_starts_near_uniform_and_repeats_with_its_seed():
@@ -212,7 +212,7 @@ def test_new_model_starts_near_uniform_and_repeats_with_its_seed():
         assert torch.equal(a, b)
         assert a.isfinite().all()
     tokens, labels = torch.randint(0, 256, (2, 2, 32))
-    mean = model.loss(tokens, labels) / labels.numel()
+    mean = model.loss(tokens, labels)[0] / labels.numel()
     assert abs(mean.item() - torch.tensor(256.0).log().item()) < 0.5
 
 
@@ -239,7 +239,7 @@ def test_an_adapted_model_compiles(quant):
         for parameter in trained:
             parameter.normal_(0, 0.02)
     tokens = torch.randint(1, 256, (2, 16))
-    expected = model.loss(tokens, tokens)
+    expected = model.loss(tokens, tokens)[0]
     wanted = torch.autograd.grad(expected, trained)
     torch._dynamo.reset()
     found = torch.compile(model.loss, backend="aot_eager")(tokens, tokens)

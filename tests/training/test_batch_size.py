@@ -12,13 +12,14 @@ from finchtune.errors import UserError
 from finchtune.memory.estimate import estimate
 from finchtune.training import batch_size
 from finchtune.training.batch_size import resolve_batch_size, rows_per_process, split, trial
+from finchtune.training.setup import model_plan
 
 CPU = torch.device("cpu")
 
 
 def extra_bytes(config, model):
     """What a step takes beside the weights."""
-    found = estimate(config, model.config, torch.float32)
+    found = estimate(config, model_plan(config, model.config, torch.float32))
     return found.total - found.parts["weights"]
 
 
@@ -72,7 +73,7 @@ def test_flags_that_contradict_each_other(words, message):
 
 def test_the_trial_leaves_nothing_behind():
     model, config = small_model(), config_of(2)
-    assert trial(config, model, estimate(config, model.config, torch.float32))
+    assert trial(config, model, estimate(config, model_plan(config, model.config, torch.float32)))
     assert all(p.grad is None for p in model.parameters())
 
 

@@ -61,7 +61,7 @@ def plain_torch_losses(model, steps, clip, lr=1e-2):
     losses, norms = [], []
     for micro in steps:
         valid = sum((batch.labels != -100).sum() for batch in micro)
-        loss = sum(model.loss(*batch) for batch in micro) / valid
+        loss = sum(model.loss(*batch)[0] for batch in micro) / valid
         optimizer.zero_grad()
         loss.backward()
         norms.append(torch.nn.utils.clip_grad_norm_(trainable, clip).item())

@@ -7,6 +7,7 @@ import pytest
 from helpers.support import small_model
 
 from finchtune.adapters import attach
+from finchtune.models.rwkv6 import RWKV6
 from finchtune.training.optim import learning_rate, parameter_groups, set_learning_rate
 
 
@@ -73,7 +74,7 @@ def test_every_step_of_every_schedule(schedule, total, warmup, final):
 
 def test_layerwise_rate_reaches_the_optimizer():
     model = small_model()
-    groups = parameter_groups(model.named_parameters(), layerwise_lr=True)
+    groups = parameter_groups(model.named_parameters(), doubled_lr=RWKV6.doubled_lr)
     set_learning_rate(groups, 1e-3)
     decays = {id(p) for n, p in model.named_parameters() if n.endswith("att.time_decay")}
     for group in groups:
@@ -93,7 +94,7 @@ def group_names(model, **settings):
 
 
 def test_full_tuning_decays_matrices_but_not_vectors_and_embedding():
-    groups = group_names(small_model(), weight_decay=0.1, layerwise_lr=True)
+    groups = group_names(small_model(), weight_decay=0.1, doubled_lr=RWKV6.doubled_lr)
     decayed = groups[(1.0, 0.1)]
     assert "head.weight" in decayed
     assert "blocks.0.att.key.weight" in decayed

@@ -75,7 +75,7 @@ def plain_loss(folder, adapter):
     for line in (folder / "held.jsonl").read_text().splitlines():
         ids = [*load_tokenizer("bytes").encode(json.loads(line)["text"]), 0][:49]
         tokens = torch.tensor([ids])
-        total += model.loss(tokens[:, :-1], tokens[:, 1:]).item()
+        total += model.loss(tokens[:, :-1], tokens[:, 1:])[0].item()
         count += len(ids) - 1
     return total / count
 

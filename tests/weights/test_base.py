@@ -67,7 +67,7 @@ def test_bad_files_are_refused_with_a_line(tmp_path):
     with pytest.raises(UserError, match="holds a list"):
         load_model(path)
     torch.save({"layer.weight": torch.zeros(2)}, path)
-    with pytest.raises(UserError, match=r"not an RWKV-6 .*emb.weight"):
+    with pytest.raises(UserError, match=r"not a weight file of RWKV-6 .*layer.weight"):
         load_model(path)
 
 

@@ -6,7 +6,13 @@ from finchtune.adapters.gradients import start_from_gradients, weight_gradients
 from finchtune.adapters.linear import AdaptedLinear
 from finchtune.adapters.quantise import QuantisedWeight
 from finchtune.adapters.registry import METHODS, get_method, hyperparameters_of
-from finchtune.adapters.state import adapter_state, file_key, load_adapter_state
+from finchtune.adapters.state import (
+    adapter_state,
+    adapter_tensor,
+    file_key,
+    is_adapter_tensor,
+    load_adapter_state,
+)
 
 __all__ = [
     "METHODS",
@@ -15,11 +21,13 @@ __all__ = [
     "QuantisedWeight",
     "adapted_layers",
     "adapter_state",
+    "adapter_tensor",
     "attach",
     "file_key",
     "find_targets",
     "get_method",
     "hyperparameters_of",
+    "is_adapter_tensor",
     "load_adapter_state",
     "merge",
     "start_from_gradients",

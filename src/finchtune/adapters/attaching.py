@@ -12,10 +12,10 @@ from finchtune.adapters.linear import AdaptedLinear
 from finchtune.adapters.registry import get_method, resolve
 from finchtune.errors import UserError
 
-RWKV6_TARGETS = (
+RWKV_TARGETS = (
     r"(.+\.)?blocks\.\d+\.(att\.(receptance|key|value|gate|output)|ffn\.(key|receptance|value))"
 )
-"""The 8 linears of each block of an RWKV-6."""
+"""The large linears of each block of an RWKV, by the names that every generation gives them."""
 
 OTHER_TARGETS = r"(?!(.+\.)?(head|lm_head|classifier|score|qa_outputs|embed_out)(\.|$)).+"
 """Every linear but those under the usual names of an output layer."""
@@ -33,8 +33,8 @@ def attach(
 ) -> nn.Module:
     """Freeze a model and put an adapter on its linear layers, in place.
 
-    `targets` is a regular expression that a layer's full name must match; None takes the 8
-    linears of each block of an RWKV-6, and of any other model all but the output layer.
+    `targets` is a regular expression that a layer's full name must match; None takes the
+    linears of each block of an RWKV, and of any other model all but the output layer.
     Adapter tensors are float32 (float64 on a float64 weight) on the weight's device. With
     `init=False` they stay zero, for `load_adapter_state`. `gradients` holds the gradient of
     each layer's weight, for methods that start from it (lora_ga). `quant` ("nf4", "int8" or
@@ -82,8 +82,8 @@ def find_targets(model: nn.Module, targets: str | None = None) -> tuple[dict[str
     # A subclass may read its weight elsewhere than in forward, past an adapter.
     linears = {name: m for name, m in model.named_modules() if name and type(m) is nn.Linear}
     if targets is None:
-        is_rwkv6 = any(re.fullmatch(RWKV6_TARGETS, name) for name in linears)
-        targets = RWKV6_TARGETS if is_rwkv6 else OTHER_TARGETS
+        is_rwkv = any(re.fullmatch(RWKV_TARGETS, name) for name in linears)
+        targets = RWKV_TARGETS if is_rwkv else OTHER_TARGETS
     try:
         pattern = re.compile(targets)
     except re.error as error:

@@ -8,13 +8,25 @@ from torch import Tensor, nn
 from finchtune.adapters.attaching import adapted_layers
 from finchtune.errors import UserError
 
+ADAPTER = ".adapter."  # stands in the name of every tensor of an adapter
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether a tensor of a model, by its full name, is an adapter's."""
+    return ADAPTER in name
+
+
+def adapter_tensor(name: str) -> str:
+    """What an adapter itself calls a tensor of this full name; "" for one of the model's own."""
+    return name.rpartition(ADAPTER)[2] if is_adapter_tensor(name) else ""
+
 
 def file_key(name: str) -> str:
     """The key in a file of an adapter tensor's name in the model.
 
     `blocks.0.att.key.adapter.bone` becomes `blocks.0.att.key.bone`, as other software writes it.
     """
-    layer, _, tensor = name.rpartition(".adapter.")
+    layer, _, tensor = name.rpartition(ADAPTER)
     return f"{layer}.{tensor}" if layer else name
 
 

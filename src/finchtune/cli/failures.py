@@ -14,7 +14,8 @@ from finchtune.errors import LOST_RANK, LostRank, OutOfMemory, UserError
 from finchtune.memory.estimate import estimate
 from finchtune.training.metrics import peak_memory_mb
 from finchtune.training.plan import planned_sizes
-from finchtune.training.precision import planned_precision
+from finchtune.training.precision import choose_precision, device_type
+from finchtune.training.setup import model_plan
 
 ROLL_CALL_SECONDS = 5.0
 
@@ -64,9 +65,10 @@ def out_of_memory_message(config: TrainConfig, error: Exception) -> str:
 def estimated_need(config: TrainConfig) -> str:
     """What --plan says of one device, largest parts first; empty where there is no plan."""
     try:
-        sizes = planned_sizes(config.load_model)
-        dtype, device = planned_precision(config)
-        need = estimate(config, sizes, dtype, distributed.world_size(), device)
+        device = device_type(config)
+        dtype = choose_precision(config, device)
+        plan = model_plan(config, planned_sizes(config.load_model), dtype)
+        need = estimate(config, plan, distributed.world_size(), device)
     except (RuntimeError, MemoryError, UserError):  # there may be no memory left for this either
         return ""
     parts = sorted(need.parts.items(), key=lambda part: -part[1])

@@ -132,6 +132,10 @@ def _is_list(field: dataclasses.Field) -> bool:
 def _convert(field: dataclasses.Field, value: Any) -> Any:
     """A word (or words) from the command line -> the field's type."""
     name, choices = field.name, field.metadata["choices"]
+    if name == "my_testing":
+        from finchtune.models import generations  # needs torch, which --help does not
+
+        choices = tuple(generations())
     if name == "micro_bsz" and value == "auto":
         return 0  # settled when the device is known
     if _is_list(field):

@@ -1,10 +1,10 @@
-"""Write a new, untrained RWKV-6 weight file."""
+"""Write a new, untrained weight file."""
 
 import argparse
 
 import torch
 
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.models import generations
 from finchtune.weights.tensors import write_tensors
 
 
@@ -18,16 +18,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", required=True, help="the .pth to write")
+    numbers = {one.number: one for one in generations().values()}
+    parser.add_argument("--generation", type=int, choices=numbers, default=6, help="of RWKV [6]")
     given = parser.parse_args(arguments)
-    config = ModelConfig(
+    generation = numbers[given.generation]
+    sizes = generation.sizes(
         n_layer=given.n_layer,
         n_embd=given.n_embd,
         vocab_size=given.vocab_size,
         dim_ffn=given.dim_ffn,
         head_size=given.head_size_a,
     )
-    model = init_weights(RWKV6(config), given.seed)
+    model = generation.init_weights(generation.model(sizes, 0), given.seed)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.precision]
     write_tensors({name: t.to(dtype) for name, t in model.state_dict().items()}, given.output)
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{given.output}: {n_parameters / 1e6:.2f} M parameters, {config}")
+    print(f"{given.output}: {n_parameters / 1e6:.2f} M parameters, {sizes}")

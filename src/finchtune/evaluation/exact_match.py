@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from finchtune.inference.generate import generate_batch
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.models import LanguageModel
 from finchtune.tokenizer import Tokenizer
 
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -28,7 +28,7 @@ def final_number(text: str) -> str | None:
 
 
 def exact_match(
-    model: RWKV6,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     questions: Sequence[tuple[str, str]],
     n_tokens: int = 256,

@@ -5,9 +5,10 @@ adapters, recomputation and the chunked loss included. Only what DeepSpeed adds 
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,10 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finchtune.adapters import attach
 from finchtune.config import TrainConfig
 from finchtune.memory.zero import Zero
-from finchtune.models.rwkv6 import RWKV6, ModelConfig
+from finchtune.models import LanguageModel
 
 
 class StorageCount(TorchDispatchMode):
@@ -80,42 +80,38 @@ class Activations:
         return self.kept + max(self.forward, self.loss, self.backward)
 
 
-def meta_model(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> RWKV6:
-    """The model that a run trains, on the meta device: adapters, trained parameters, dtype."""
-    with torch.device("meta"):
-        model = RWKV6(sizes, config.grad_cp)
-    if config.peft == "none":
-        return model.to(dtype).requires_grad_(True)
-    attach(model, config.peft, init=False, **config.adapter_hyperparameters)
-    for name, parameter in model.named_parameters():
-        if any(part in name for part in config.train_parts):
-            parameter.requires_grad_(True)
-    return model.to(dtype)
+@dataclass(frozen=True)
+class ModelPlan:
+    """A model to estimate: `make(n_layer)` gives it with so many blocks, on the meta device.
+
+    Its dtype, adapters, trained parameters and recomputation are those of the run.
+    """
+
+    make: Callable[[int], LanguageModel]
+    n_layer: int
+
+    @cached_property
+    def model(self) -> LanguageModel:
+        """The whole model, on the meta device."""
+        return self.make(self.n_layer)
 
 
-def activations(
-    config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype, device: str = "cpu"
-) -> Activations:
+def activations(config: TrainConfig, plan: ModelPlan, device: str = "cpu") -> Activations:
     """What a micro batch of config.micro_bsz rows of ctx_len tokens takes.
 
     Two and three blocks run, and every figure grows from then on by the same amount with each.
     """
-    two, three = (
-        simulate(config, ModelConfig(**vars(sizes) | {"n_layer": n}), dtype, device) for n in (2, 3)
-    )
+    two, three = (simulate(config, plan.make(n), device) for n in (2, 3))
 
     def deep(name: str) -> int:
         small, large = getattr(two, name), getattr(three, name)
-        return small + (large - small) * (sizes.n_layer - 2)
+        return small + (large - small) * (plan.n_layer - 2)
 
     return Activations(deep("kept"), deep("forward"), deep("loss"), deep("backward"), two.by_part)
 
 
-def simulate(
-    config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype, device: str = "cpu"
-) -> Activations:
-    """One forward and backward of the whole model on fake tensors of `device`."""
-    model = meta_model(config, sizes, dtype)
+def simulate(config: TrainConfig, model: LanguageModel, device: str = "cpu") -> Activations:
+    """One forward and backward of a meta model, which is filled with fake tensors of `device`."""
     with FakeTensorMode(), torch.device(device):
         materialise(model)
         tokens = torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64)
@@ -126,7 +122,7 @@ def simulate(
             blocks: list[int] = []
             model.head.register_forward_pre_hook(lambda *_: blocks.append(count.restart_peak()))
             with growth(model.blocks[-1], count) as by_part:
-                loss = model.loss(tokens, tokens)
+                loss = model.loss(tokens, tokens)[0]  # the new state is freed at once
             kept = count.live
             forward, head = blocks[0] - kept, count.restart_peak() - kept
             loss.backward()
@@ -195,24 +191,23 @@ class Estimate:
 
 def estimate(
     config: TrainConfig,
-    sizes: ModelConfig,
-    dtype: torch.dtype,
+    plan: ModelPlan,
     world: int = 1,
     device: str = "cpu",
     made: Activations | None = None,
     stage: int | None = None,
     offload: bool | None = None,
 ) -> Estimate:
-    """Memory of one of `world` devices while `config` trains a model of `sizes` held in `dtype`.
+    """Memory of one of `world` devices while `config` trains the model of `plan`.
 
     ZeRO's `stage` and `offload` are those of config.strategy unless given. `made`, what
     `activations` gave, spares finding it again. Tensors only: a process adds its code, on a GPU
     the CUDA context.
     """
-    made = made or activations(config, sizes, dtype, device)
+    made = made or activations(config, plan, device)
     state = Zero(
-        meta_model(config, sizes, dtype),
-        dtype,
+        plan.model,
+        plan.model.emb.weight.dtype,
         config.stage if stage is None else stage,
         world,
         config.offload if offload is None else offload,

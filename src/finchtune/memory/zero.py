@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.models import LanguageModel
 
 REDUCE_BUCKET = 50_000_000  # elements of gradient that ranks exchange at once
 LIVE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_live_parameters
@@ -39,6 +39,17 @@ class ZeroState:
     update: Parts = field(default_factory=dict)
 
 
+def effective_stage(stage: int, dtype: torch.dtype, accumulates: bool) -> tuple[int, bool]:
+    """(the stage that DeepSpeed runs, whether gradients are summed in fp32).
+
+    In bf16 a sum of many gradients would stop growing long before it is complete. At stage 1
+    DeepSpeed has another optimizer for fp32 sums; stage 2's differs from stage 1 in nothing else
+    than reducing gradients once for each micro batch.
+    """
+    sums_in_fp32 = accumulates and dtype == torch.bfloat16 and stage > 0
+    return (max(2, stage) if sums_in_fp32 else stage), sums_in_fp32
+
+
 class Zero:
     """ZeRO `stage` 0 to 3 of a model whose parameters have `dtype`, among `world` devices.
 
@@ -50,7 +61,7 @@ class Zero:
 
     def __init__(
         self,
-        model: RWKV6,
+        model: LanguageModel,
         dtype: torch.dtype,
         stage: int,
         world: int = 1,
@@ -61,8 +72,7 @@ class Zero:
         self.model, self.world, self.offload = model, world, offload
         self.on_gpu, self.accumulates = on_gpu, accumulates
         self.width = dtype.itemsize
-        self.sums_in_fp32 = accumulates and dtype == torch.bfloat16 and stage > 0
-        self.stage = max(2, stage) if self.sums_in_fp32 else stage
+        self.stage, self.sums_in_fp32 = effective_stage(stage, dtype, accumulates)
         numels = [p.numel() for p in model.parameters() if p.requires_grad]
         self.trained = sum(numels)
         self.share = -(-self.trained // world) if stage else self.trained
@@ -195,6 +205,6 @@ class Zero:
         )
 
 
-def tensor_bytes(model: RWKV6) -> int:
+def tensor_bytes(model: LanguageModel) -> int:
     """Bytes of all parameters and buffers."""
     return sum(t.nbytes for t in [*model.parameters(), *model.buffers()])

@@ -1,1 +1,29 @@
-"""The model generations, a folder each."""
+"""The model generations, a folder each, and what everything else asks of a model."""
+
+from finchtune.models.config import ModelSizes
+from finchtune.models.generations import (
+    Generation,
+    generation_of,
+    generation_of_sizes,
+    generations,
+    meta_model,
+    released_sizes,
+    sizes_of,
+    standard_form,
+)
+from finchtune.models.language_model import Head, LanguageModel, State
+
+__all__ = [
+    "Generation",
+    "Head",
+    "LanguageModel",
+    "ModelSizes",
+    "State",
+    "generation_of",
+    "generation_of_sizes",
+    "generations",
+    "meta_model",
+    "released_sizes",
+    "sizes_of",
+    "standard_form",
+]

@@ -10,12 +10,15 @@ from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
 from finchtune.memory.estimate import Estimate, estimate
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.models import LanguageModel
+from finchtune.training.setup import model_plan
 
 MARGIN = 0.9  # of the free memory that a plan may fill: allocators leave gaps
 
 
-def resolve_batch_size(config: TrainConfig, model: RWKV6, device: torch.device) -> TrainConfig:
+def resolve_batch_size(
+    config: TrainConfig, model: LanguageModel, device: torch.device
+) -> TrainConfig:
     """The configuration with micro_bsz and accumulate_grad_batches that make up --global_bsz.
 
     `--micro_bsz auto` takes the most rows that fit into the free memory by the estimate and, on a
@@ -44,7 +47,7 @@ def resolve_batch_size(config: TrainConfig, model: RWKV6, device: torch.device) 
     )
 
 
-def need_of(config: TrainConfig, model: RWKV6, device: torch.device) -> int:
+def need_of(config: TrainConfig, model: LanguageModel, device: torch.device) -> int:
     """Bytes that a step takes beside the weights, which are in memory already."""
     need = estimate_of(config, model, device)
     return need.total - need.parts["weights"]
@@ -79,10 +82,10 @@ def divisors(rows: int, dataload: str) -> list[int]:
     return [n for n in range(rows, 0, -1) if rows % n == 0]
 
 
-def estimate_of(config: TrainConfig, model: RWKV6, device: torch.device) -> Estimate:
+def estimate_of(config: TrainConfig, model: LanguageModel, device: torch.device) -> Estimate:
     """The memory of this process in a step."""
-    dtype = model.emb.weight.dtype
-    return estimate(config, model.config, dtype, distributed.world_size(), device.type)
+    plan = model_plan(config, model.config, model.emb.weight.dtype)
+    return estimate(config, plan, distributed.world_size(), device.type)
 
 
 def free_memory(config: TrainConfig, device: torch.device) -> int:
@@ -94,7 +97,7 @@ def free_memory(config: TrainConfig, device: torch.device) -> int:
     return psutil.virtual_memory().available // processes
 
 
-def trial(config: TrainConfig, model: RWKV6, need: Estimate) -> bool:
+def trial(config: TrainConfig, model: LanguageModel, need: Estimate) -> bool:
     """Whether a forward and backward goes through beside what DeepSpeed will hold."""
     device = next(model.parameters()).device
     state = ("masters", "moments", "buffers")
@@ -103,7 +106,7 @@ def trial(config: TrainConfig, model: RWKV6, need: Estimate) -> bool:
     try:
         placeholder = torch.empty(held, dtype=torch.uint8, device=device)
         tokens = torch.randint(model.config.vocab_size, shape, device=device)
-        model.loss(tokens, tokens).backward()
+        model.loss(tokens, tokens)[0].backward()
         del placeholder
     except torch.OutOfMemoryError:
         return False

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from finchtune import distributed
+from finchtune.adapters.state import is_adapter_tensor
 from finchtune.config import TrainConfig
 from finchtune.data import Batch, Data
-from finchtune.memory.zero import REDUCE_BUCKET
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.memory.zero import REDUCE_BUCKET, effective_stage
+from finchtune.models import LanguageModel
 from finchtune.ops.cross_entropy import IGNORE
 from finchtune.training.deepspeed import start_deepspeed
 from finchtune.training.metrics import peak_memory_mb
@@ -27,12 +28,13 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 class SummedLoss(nn.Module):
     """What DeepSpeed wraps: a micro batch -> the sum of the unmasked tokens' losses."""
 
-    def __init__(self, model: RWKV6, l2wrap: float):
+    def __init__(self, model: LanguageModel, l2wrap: float):
         super().__init__()
         self.model, self.l2wrap = model, l2wrap
 
     def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        return self.model.loss(tokens, labels, cu_seqlens, self.l2wrap)
+        loss, _ = self.model.loss(tokens, labels, cu_seqlens, l2wrap=self.l2wrap)
+        return loss
 
 
 @dataclass
@@ -67,12 +69,12 @@ def full_parameter_like(parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
 class Engine:
     """A model under DeepSpeed's ZeRO: forward, backward and step, and its whole training state."""
 
-    def __init__(self, model: RWKV6, config: TrainConfig, device: torch.device):
+    def __init__(self, model: LanguageModel, config: TrainConfig, device: torch.device):
         groups = parameter_groups(
             model.named_parameters(),
             config.weight_decay,
             config.decay_adapters,
-            config.layerwise_lr,
+            model.doubled_lr if config.layerwise_lr else "",
             config.lora_plus_ratio,
         )
         betas = (config.beta1, config.beta2)
@@ -89,7 +91,8 @@ class Engine:
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
         trained = sum(p.numel() for p in self.trained.values())
-        sums_in_fp32 = dtype == torch.bfloat16 and config.accumulate_grad_batches > 1
+        accumulates = config.accumulate_grad_batches > 1
+        stage, sums_in_fp32 = effective_stage(config.stage, dtype, accumulates)
         on_gpu = self.device.type == "cuda"
         memory = {"device": "cpu" if config.offload else "none", "pin_memory": on_gpu}
         return {
@@ -97,14 +100,11 @@ class Engine:
             "gradient_accumulation_steps": config.accumulate_grad_batches,
             "gradient_clipping": config.grad_clip,
             "zero_allow_untested_optimizer": True,
-            # In bf16 a sum of many gradients would stop growing long before it is complete.
             **({"data_types": {"grad_accum_dtype": "fp32"}} if sums_in_fp32 else {}),
             # torch's fused AdamW runs on a CPU too, without half a minute of compiling.
             "zero_force_ds_cpu_optimizer": False,
             "zero_optimization": {
-                # At stage 1 DeepSpeed has another optimizer for such sums; stage 2's differs from
-                # stage 1 in nothing else than exchanging gradients once for each micro batch.
-                "stage": max(2, config.stage) if sums_in_fp32 else config.stage,
+                "stage": stage,
                 "contiguous_gradients": True,
                 # DeepSpeed's default of half a billion elements would be allocated in any case.
                 "reduce_bucket_size": min(REDUCE_BUCKET, trained),
@@ -192,7 +192,7 @@ class Engine:
         collective call: every rank must exhaust the iterator, in step.
         """
         # Buffers that adapters drew at random (PiSSA's first A and B) are part of the state too.
-        frozen = {n: b for n, b in self.model.named_buffers() if ".adapter." in n}
+        frozen = {n: b for n, b in self.model.named_buffers() if is_adapter_tensor(n)}
         layout: dict[str, Any] = {
             part: {name: full_parameter_like(p, torch.float32) for name, p in self.trained.items()}
             for part in (*MOMENTS, "trained")

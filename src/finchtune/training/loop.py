@@ -15,7 +15,7 @@ from finchtune.errors import INTERRUPTED
 from finchtune.report import plot_loss, write_report
 from finchtune.training.batch_size import resolve_batch_size
 from finchtune.training.engine import Engine
-from finchtune.training.precision import choose_precision
+from finchtune.training.precision import choose_precision, set_matrix_precision
 from finchtune.training.run_folder import choose_checkpoint
 from finchtune.training.samples import Samples
 from finchtune.training.saver import Saver, restore_tensors
@@ -37,7 +37,8 @@ def train(config: TrainConfig) -> int:
     checkpoint = choose_checkpoint(config)
 
     # The model, and what of it is trained.
-    dtype = choose_precision(config, device)
+    dtype = choose_precision(config, device.type)
+    set_matrix_precision(config)
     torch.manual_seed(config.random_seed)
     model = build_model(config, dtype, device)
     config = resolve_batch_size(config, model, device)

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from finchtune.adapters.state import adapter_tensor, is_adapter_tensor
+
 WSD_DECAY = 0.2  # share of the steps that warmup-stable-decay spends decaying
 
 
@@ -42,7 +44,7 @@ def learning_rate(
 
 def is_decayed(name: str, parameter: nn.Parameter, decay_adapters: bool) -> bool:
     """Whether weight decay acts on a parameter: matrices other than the embedding."""
-    if ".adapter." in name:
+    if is_adapter_tensor(name):
         return decay_adapters
     return name.endswith(".weight") and parameter.squeeze().dim() >= 2 and name != "emb.weight"
 
@@ -51,19 +53,19 @@ def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]],
     weight_decay: float = 0.0,
     decay_adapters: bool = False,
-    layerwise_lr: bool = False,
+    doubled_lr: str = "",
     lora_plus_ratio: float = 1.0,
 ) -> list[dict]:
     """Optimizer groups of the trainable parameters; each stands in exactly one.
 
-    A group's `lr_scale` multiplies the learning rate: 2 for time_decay under `layerwise_lr`,
+    A group's `lr_scale` multiplies the learning rate: 2 where a name ends with `doubled_lr`,
     `lora_plus_ratio` for LoRA's B (LoRA+, arXiv 2402.12354).
     """
     trainable = [(name, p) for name, p in named if p.requires_grad]
     groups: dict[tuple[float, float], dict] = {}
     for name, p in trainable:
-        scale = 2.0 if layerwise_lr and name.endswith(".time_decay") else 1.0
-        scale = lora_plus_ratio if name.endswith(".adapter.lora_B") else scale
+        scale = 2.0 if doubled_lr and name.endswith(doubled_lr) else 1.0
+        scale = lora_plus_ratio if adapter_tensor(name) == "lora_B" else scale
         decay = weight_decay if is_decayed(name, p, decay_adapters) else 0.0
         empty: dict = {"params": [], "lr_scale": scale, "weight_decay": decay}
         groups.setdefault((scale, decay), empty)["params"].append(p)

@@ -8,25 +8,21 @@ from pathlib import Path
 
 import torch
 
+from finchtune.adapters import is_adapter_tensor
 from finchtune.config import TrainConfig
 from finchtune.data import Data
 from finchtune.errors import UserError
-from finchtune.memory.estimate import Activations, Estimate, activations, estimate, meta_model
-from finchtune.models.rwkv6 import RWKV6, ModelConfig
+from finchtune.memory.estimate import Activations, Estimate, ModelPlan, activations, estimate
+from finchtune.models import LanguageModel, ModelSizes, meta_model, released_sizes
 from finchtune.ops.kernels import cpu_kernels_set_aside
 from finchtune.training.batch_size import rows_per_process, split
-from finchtune.training.precision import planned_precision
+from finchtune.training.precision import choose_precision, device_type
 from finchtune.training.schedule import Schedule
-from finchtune.training.setup import open_data
+from finchtune.training.setup import model_plan, open_data
+from finchtune.training.warm_start import start_from_file
 from finchtune.weights.base import model_sizes
 
 GRAD_CP = (0, 1, 2)
-RELEASED = {
-    "1.6B": ModelConfig(n_layer=24, n_embd=2048, vocab_size=65536),
-    "3B": ModelConfig(n_layer=32, n_embd=2560, vocab_size=65536),
-    "7B": ModelConfig(n_layer=32, n_embd=4096, vocab_size=65536),
-    "14B": ModelConfig(n_layer=61, n_embd=4096, vocab_size=65536),
-}
 STRATEGIES = {
     "ZeRO 0": (0, False),
     "ZeRO 1": (1, False),
@@ -49,16 +45,20 @@ MIB, GIB = 1 << 20, 1 << 30
 def print_plan(config: TrainConfig) -> None:
     """Print the plan of a run. Reads the sizes of the model and the data, trains nothing.
 
-    `config.load_model` is a weight file, or the name of a released size. Raises UserError for a
-    model, data or values that would not train either.
+    `config.load_model` is a weight file, or the name of a released size. The model is set up as
+    for training, on the meta device. Raises UserError for all that training would refuse.
     """
     config = planned_batch(config)
+    device = device_type(config)
+    dtype = choose_precision(config, device)
     sizes = planned_sizes(config.load_model)
-    dtype, device = planned_precision(config)
+    plan = model_plan(config, sizes, dtype)
+    if config.peft_load:
+        start_from_file(plan.model, config)
     for lines in (
-        model_lines(config, sizes, dtype),
-        data_lines(config, sizes, dtype),
-        memory_lines(config, sizes, dtype, device),
+        model_lines(config, plan.model),
+        data_lines(config, plan.model),
+        memory_lines(config, plan, device),
     ):
         print("\n".join(lines) + "\n", flush=True)
 
@@ -73,25 +73,28 @@ def planned_batch(config: TrainConfig) -> TrainConfig:
     return split(config, rows, config.micro_bsz)
 
 
-def planned_sizes(load_model: str) -> ModelConfig:
+def planned_sizes(load_model: str) -> ModelSizes:
     """Sizes of a released model by its name, else those of a weight file, which is only mapped."""
-    if load_model in RELEASED:
-        return RELEASED[load_model]
+    released = released_sizes()
+    if load_model in released:
+        return released[load_model]
     if not Path(load_model).is_file():
-        names = ", ".join(RELEASED)
+        names = ", ".join(released)
         raise UserError(f"--load_model {load_model}: no such file; --plan also takes {names}")
     return model_sizes(load_model)
 
 
-def model_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> Iterator[str]:
+def model_lines(config: TrainConfig, model: LanguageModel) -> Iterator[str]:
     """Sizes, parameters, and what is written to the disk at a time."""
-    model = meta_model(config, sizes, dtype)
-    total = sum(p.numel() for p in model.parameters())
+    sizes, dtype = model.config, model.emb.weight.dtype
+    total = sum(p.numel() for p in meta_model(sizes).parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     yield (
         f"model        L{sizes.n_layer} C{sizes.n_embd} F{sizes.dim_ffn} V{sizes.vocab_size}, "
         f"{sizes.n_head} heads of {sizes.head_size}, {str(dtype).removeprefix('torch.')}"
     )
+    adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter_tensor(name))
+    total += adapters
     yield f"parameters   {total:,}"
     yield f"trained      {trained:,} ({trained / total:.2%}; --peft {config.peft})"
     weights, checkpoint = file_bytes(config, model)
@@ -99,22 +102,23 @@ def model_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> 
     yield f"             {size(checkpoint)} for each resumable checkpoint"
 
 
-def file_bytes(config: TrainConfig, model: RWKV6) -> tuple[int, int]:
+def file_bytes(config: TrainConfig, model: LanguageModel) -> tuple[int, int]:
     """Bytes of a rwkv-N.pth, and of a checkpoint: fp32 weights and moments of what is trained."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(b.numel() * b.element_size() for b in model.buffers())
+    stored = model.state_dict()  # without the codes of quantised weights, which no file holds
+    frozen = sum(b.nbytes for name, b in model.named_buffers() if name in stored)
     width = model.emb.weight.element_size() if config.peft == "none" else 4
     return width * trained + frozen, 12 * trained + frozen
 
 
-def data_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> Iterator[str]:
+def data_lines(config: TrainConfig, model: LanguageModel) -> Iterator[str]:
     """Steps and tokens, documents that are never visited, padding, and the disk that it all takes.
 
     Without --data_file only what the flags say.
     """
     world = config.devices * config.num_nodes
     rows = config.micro_bsz * config.accumulate_grad_batches * world
-    data = open_data(config, sizes.vocab_size) if config.data_file else None
+    data = open_data(config, model.config.vocab_size) if config.data_file else None
     schedule = Schedule(config, rows, data.n_rows if data else 0)
     total = schedule.total
     yield (
@@ -128,7 +132,7 @@ def data_lines(config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype) -> I
     files = math.ceil(config.epoch_count / config.epoch_save)
     checkpoints = math.ceil(total / config.save_every) if config.save_every else 0
     kept = min(checkpoints, config.keep_last or checkpoints)
-    weights, checkpoint = file_bytes(config, meta_model(config, sizes, dtype))
+    weights, checkpoint = file_bytes(config, model)
     yield (
         f"files        {files:,} rwkv-N.pth, {kept:,} resumable checkpoints: "
         f"{size(files * weights + kept * checkpoint)} in all"
@@ -152,17 +156,16 @@ def visit_lines(data: Data, drawn: int) -> Iterator[str]:
     yield f"padding      at most {found['padding_waste']:.1%} of the positions"
 
 
-def memory_lines(
-    config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype, device: str
-) -> Iterator[str]:
+def memory_lines(config: TrainConfig, plan: ModelPlan, device: str) -> Iterator[str]:
     """A table of the memory of one device, and what a block's activations are made of."""
     world = config.devices * config.num_nodes
+    sizes, dtype = plan.model.config, plan.model.emb.weight.dtype
     fakes = "cuda" if torch.cuda.is_available() and device == "cuda" else "cpu"
     with cpu_kernels_set_aside() if device == "cuda" else contextlib.nullcontext():
-        made = {
-            cp: activations(dataclasses.replace(config, grad_cp=cp), sizes, dtype, fakes)
-            for cp in GRAD_CP
-        }
+        made = {}
+        for cp in GRAD_CP:
+            recomputing = model_plan(dataclasses.replace(config, grad_cp=cp), sizes, dtype)
+            made[cp] = activations(config, recomputing, fakes)
     whose = "GPU" if device == "cuda" else "process"
     yield (
         f"memory of one {whose} of {world} at the highest moment of a step, "
@@ -172,7 +175,7 @@ def memory_lines(
     for name, (stage, offload) in STRATEGIES.items():
         for cp, one in made.items():
             chosen = (stage, offload, cp) == (config.stage, config.offload, config.grad_cp)
-            found = estimate(config, sizes, dtype, world, device, one, stage, offload)
+            found = estimate(config, plan, world, device, one, stage, offload)
             yield table_line(name, cp, found) + ("  <- this run" if chosen else "")
     yield ""
     yield from activation_lines(made[GRAD_CP[0]], config.micro_bsz * config.ctx_len)

@@ -1,4 +1,4 @@
-"""The dtype that a run holds its weights in."""
+"""Where a run computes, and the dtype that it holds its weights in."""
 
 import torch
 
@@ -13,20 +13,23 @@ DTYPES = {
 }
 
 
-def choose_precision(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """The dtype that weights are held in. Sets TF32 matrix products where asked for."""
-    on_gpu = device.type == "cuda"
-    name = config.precision or ("bf16" if on_gpu else "fp32")
-    if name in ("fp16", "tf32") and not on_gpu:
-        raise UserError(f"--precision {name} needs a GPU; use bf16 or fp32 on a CPU")
-    if on_gpu:
-        torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
-    return DTYPES[name]
-
-
-def planned_precision(config: TrainConfig) -> tuple[torch.dtype, str]:
-    """The dtype of the weights, and the kind of device, "cuda" or "cpu"."""
+def device_type(config: TrainConfig) -> str:
+    """ "cuda" or "cpu": what --accelerator asks for."""
     on_gpu = config.accelerator == "gpu" or (
         config.accelerator == "auto" and torch.cuda.is_available()
     )
-    return DTYPES[config.precision or ("bf16" if on_gpu else "fp32")], "cuda" if on_gpu else "cpu"
+    return "cuda" if on_gpu else "cpu"
+
+
+def choose_precision(config: TrainConfig, device_type: str) -> torch.dtype:
+    """The dtype that weights are held in. Raises UserError for one that the device has not."""
+    on_gpu = device_type == "cuda"
+    name = config.precision or ("bf16" if on_gpu else "fp32")
+    if name in ("fp16", "tf32") and not on_gpu:
+        raise UserError(f"--precision {name} needs a GPU; use bf16 or fp32 on a CPU")
+    return DTYPES[name]
+
+
+def set_matrix_precision(config: TrainConfig) -> None:
+    """Have GPUs multiply fp32 matrices in TF32 where --precision asks for it, else exactly."""
+    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"

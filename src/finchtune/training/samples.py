@@ -6,7 +6,7 @@ from pathlib import Path
 from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.inference.generate import generate
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.models import LanguageModel
 from finchtune.tokenizer import load_tokenizer
 from finchtune.training.metrics import rewind
 from finchtune.training.schedule import Schedule
@@ -16,7 +16,12 @@ class Samples:
     """Continues --sample_prompt now and then, greedily, and keeps it in samples.jsonl."""
 
     def __init__(
-        self, config: TrainConfig, model: RWKV6, folder: Path, schedule: Schedule, start: int
+        self,
+        config: TrainConfig,
+        model: LanguageModel,
+        folder: Path,
+        schedule: Schedule,
+        start: int,
     ):
         self.config, self.model, self.schedule = config, model, schedule
         self.path = folder / "samples.jsonl"

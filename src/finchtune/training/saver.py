@@ -13,7 +13,7 @@ from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
 from finchtune.files import sha256, write_json
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.models import LanguageModel
 from finchtune.training.checkpoints import load_checkpoint, save_checkpoint
 from finchtune.training.engine import Engine, full_parameter_like
 from finchtune.training.metrics import Metrics
@@ -152,7 +152,9 @@ class Saver:
             raise UserError(f"cannot resume with another configuration: {'; '.join(differing)}")
 
 
-def restore_tensors(model: RWKV6, checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def restore_tensors(
+    model: LanguageModel, checkpoint: Path
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put a checkpoint's trained tensors into the model; return its (state, manifest)."""
     state, manifest = load_checkpoint(checkpoint)
     own = model.state_dict()

@@ -1,5 +1,7 @@
 """From the flags to a model and its data: what is trained, and on which rows."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -8,14 +10,15 @@ from finchtune.adapters import adapted_layers, attach, start_from_gradients
 from finchtune.config import TrainConfig
 from finchtune.data import Data, load_data
 from finchtune.errors import UserError
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.memory.estimate import ModelPlan
+from finchtune.models import LanguageModel, ModelSizes, generation_of_sizes, meta_model
 from finchtune.ops.cross_entropy import IGNORE
 from finchtune.tokenizer import load_tokenizer
 from finchtune.training.warm_start import start_from_file
 from finchtune.weights.base import load_model
 
 
-def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> RWKV6:
+def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     """The base model with its adapters, and exactly the wanted parameters trainable."""
     # Quantised from the file as it is, one layer at a time: the codes do not depend on `dtype`,
     # and the device never holds the whole weights.
@@ -29,24 +32,49 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
         config.grad_cp,
         shared,
     )
-    check_sizes(config, model)
-    if config.peft == "none":
-        return model.requires_grad_(True)
-    init = not config.peft_load and config.peft != "lora_ga"
-    attach(model, config.peft, init=init, **config.adapter_hyperparameters)
+    check_sizes(config, model.config)
+    choose_trained(model, config, init=not config.peft_load and config.peft != "lora_ga")
     model.to(device=device, dtype=dtype)
-    for part in config.train_parts:
-        train_part(model, part)
     if config.peft_load:
         start_from_file(model, config)
     return model
 
 
-def train_part(model: RWKV6, part: str) -> None:
+def planned_model(config: TrainConfig, sizes: ModelSizes, dtype: torch.dtype) -> LanguageModel:
+    """What `build_model` makes of a base of these sizes, on the meta device."""
+    check_sizes(config, sizes)
+    model = meta_model(sizes, config.grad_cp)
+    choose_trained(model, config, init=False)
+    return model.to(dtype)
+
+
+def model_plan(config: TrainConfig, sizes: ModelSizes, dtype: torch.dtype) -> ModelPlan:
+    """`planned_model` as the estimates of memory need it."""
+
+    def make(n_layer: int) -> LanguageModel:
+        return planned_model(config, dataclasses.replace(sizes, n_layer=n_layer), dtype)
+
+    return ModelPlan(make, sizes.n_layer)
+
+
+def choose_trained(model: LanguageModel, config: TrainConfig, init: bool) -> None:
+    """Attach --peft and make exactly the wanted parameters trainable.
+
+    `init`: whether adapters set their own tensors. Raises UserError for what cannot be trained.
+    """
+    if config.peft == "none":
+        model.requires_grad_(True)
+        return
+    attach(model, config.peft, init=init, **config.adapter_hyperparameters)
+    for part in config.train_parts:
+        train_part(model, part)
+
+
+def train_part(model: LanguageModel, part: str) -> None:
     """Make the parameters with `part` in their names trainable; UserError if that cannot be."""
     chosen = {name: p for name, p in model.named_parameters() if part in name}
-    if not chosen:
-        raise UserError(f"--train_parts {part}: no parameter has this in its name")
+    if not chosen or not part:
+        raise UserError(f"--train_parts {part or repr(part)}: no parameter has this in its name")
     for name, layer in adapted_layers(model).items():
         if layer.adapter.freezes_W and f"{name}.weight" in chosen:
             raise UserError(
@@ -57,7 +85,7 @@ def train_part(model: RWKV6, part: str) -> None:
         parameter.requires_grad_(True)
 
 
-def describe_parameters(model: RWKV6) -> str:
+def describe_parameters(model: LanguageModel) -> str:
     """How many parameters a model has, in which dtype, and how many are trained."""
     parameters = list(model.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
@@ -67,7 +95,9 @@ def describe_parameters(model: RWKV6) -> str:
     )
 
 
-def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch.device) -> None:
+def start_from_data(
+    model: LanguageModel, config: TrainConfig, data: Data, device: torch.device
+) -> None:
     """Start a method that begins at the gradient of the run's first rows (lora_ga).
 
     Rank 0 computes it, whatever the number of processes; the others take its tensors as DeepSpeed
@@ -83,16 +113,21 @@ def start_from_data(model: RWKV6, config: TrainConfig, data: Data, device: torch
         rest = iter(batches)
 
         def loss() -> Tensor:
-            return model.loss(*next(rest).to(device)) / max(1, valid)
+            return model.loss(*next(rest).to(device))[0] / max(1, valid)
 
         start_from_gradients(model, loss, config.lora_ga_batches)
 
     distributed.run_on_rank_zero(compute)
 
 
-def check_sizes(config: TrainConfig, model: RWKV6) -> None:
+def check_sizes(config: TrainConfig, sizes: ModelSizes) -> None:
     """Raise UserError if a size given as a flag contradicts the weight file."""
-    sizes = model.config
+    generation = generation_of_sizes(sizes).name
+    if config.my_testing not in (None, generation):
+        raise UserError(
+            f"--my_testing {config.my_testing} contradicts {config.load_model}, which is "
+            f"{generation}; drop the flag, the generation is read off the file"
+        )
     in_file = {
         "n_layer": sizes.n_layer,
         "n_embd": sizes.n_embd,

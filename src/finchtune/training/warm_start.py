@@ -4,9 +4,10 @@ from typing import Any
 
 from finchtune import distributed
 from finchtune.adapters import get_method, hyperparameters_of
+from finchtune.adapters.state import is_adapter_tensor
 from finchtune.config import HYPERPARAMETERS, TrainConfig
 from finchtune.errors import UserError
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.models import LanguageModel
 from finchtune.weights.adapter_files import (
     adapter_keys,
     adapter_record,
@@ -21,7 +22,7 @@ FREE_HYPERPARAMETERS = {"targets", "dropout", "svd_niter", "gamma"}
 """Hyperparameters that may differ from those in the file: they do not change what it computes."""
 
 
-def start_from_file(model: RWKV6, config: TrainConfig) -> None:
+def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
     """Fill an adapted model's trained tensors from --peft_load. A collective call.
 
     Raises UserError, saying which flags to give, unless method, hyperparameters, trained
@@ -59,12 +60,12 @@ def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
         raise UserError(f"--peft_load {path} was trained otherwise; give {needed}")
 
 
-def check_parts(model: RWKV6, found: set[str], path: str) -> None:
+def check_parts(model: LanguageModel, found: set[str], path: str) -> None:
     """Raise UserError unless --train_parts trains the tensors that the file holds beside adapters.
 
     Adapter tensors are left to `load_adapter`.
     """
-    base = {name for name in model.state_dict() if ".adapter." not in name}
+    base = {name for name in model.state_dict() if not is_adapter_tensor(name)}
     wanted = set(adapter_keys(model).values()) & base
     extra = sorted((found & base) - wanted)
     if extra:

@@ -9,24 +9,24 @@ import torch
 from torch import Tensor
 
 from finchtune.adapters import attach, load_adapter_state
-from finchtune.adapters.state import file_key
+from finchtune.adapters.state import file_key, is_adapter_tensor
 from finchtune.errors import UserError
 from finchtune.files import read_json, sha256, write_json
-from finchtune.models.rwkv6 import RWKV6
+from finchtune.models import LanguageModel
 from finchtune.weights.base import load_model
 from finchtune.weights.tensors import check_shapes, finite, read_tensors, write_tensors
 
 FORMAT = "finchtune 1"  # of the JSON beside an adapter file
 
 
-def adapter_keys(model: RWKV6) -> dict[str, str]:
+def adapter_keys(model: LanguageModel) -> dict[str, str]:
     """Name in the model -> key in an adapter file, of every tensor that such a file holds.
 
     These are all tensors of the adapters (frozen initial ones too) and every other trained
     parameter; for full fine-tuning, the whole model.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    names = [name for name in model.state_dict() if name in trained or ".adapter." in name]
+    names = [name for name in model.state_dict() if name in trained or is_adapter_tensor(name)]
     return {name: file_key(name) for name in names}
 
 
@@ -44,7 +44,7 @@ def read_adapter(path: str | Path, initial: str | Path | None = None) -> dict[st
     }
 
 
-def load_adapter(model: RWKV6, path: str | Path, initial: str | Path | None = None) -> None:
+def load_adapter(model: LanguageModel, path: str | Path, initial: str | Path | None = None) -> None:
     """Fill an adapted model's trained tensors from an adapter file.
 
     Raises UserError that lists missing, unknown and misshapen tensors; nothing is changed then.
@@ -121,7 +121,9 @@ def detect_spec(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"method": method, "r": by_kind["lora_A"].shape[0]}
 
 
-def adapted_model(base: str | Path, tensors: dict[str, Tensor], spec: dict[str, Any]) -> RWKV6:
+def adapted_model(
+    base: str | Path, tensors: dict[str, Tensor], spec: dict[str, Any]
+) -> LanguageModel:
     """The model, in float32, that an adapter file's `tensors` make of a base file.
 
     `spec` is {} for a fully tuned model. Raises UserError for tensors that do not fit.

@@ -1,28 +1,28 @@
 """Base models: reading their tensors, and the model that they make."""
 
 import os
-import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from finchtune import distributed
 from finchtune.errors import UserError
-from finchtune.models.rwkv6 import RWKV6, ModelConfig
+from finchtune.models import LanguageModel, ModelSizes, meta_model, sizes_of, standard_form
 from finchtune.weights.pth import write_pth
 from finchtune.weights.tensors import check_shapes, read_tensors
 
-SHIFT_VECTOR = re.compile(r"time_(maa_[xwkvrg]|decay)$")
+T = TypeVar("T")
 
 
 def read_base(path: str | Path) -> dict[str, Tensor]:
-    """A base model's tensors; token-shift vectors stored as plain C are viewed as 1,1,C."""
-    weights = read_tensors(path)
-    for name, tensor in weights.items():
-        if SHIFT_VECTOR.search(name) and tensor.dim() == 1:
-            weights[name] = tensor.view(1, 1, -1)
-    return weights
+    """A base model's tensors in the shapes that its generation gives them.
+
+    Raises UserError for a file of no generation.
+    """
+    return _told_of(path, standard_form, read_tensors(path))
 
 
 def load_model(
@@ -31,17 +31,15 @@ def load_model(
     device: torch.device | str | None = None,
     grad_checkpoint: int = 0,
     shared: bool = False,
-) -> RWKV6:
-    """An RWKV-6 from an official weight file; every size is read off the tensors.
+) -> LanguageModel:
+    """A model of the weight file's generation; every size is read off the tensors.
 
     `dtype` defaults to the file's own, `device` to the CPU. With `shared` all processes of the run
     load the same file, a collective call, and those of a machine hold one copy of it on the host.
     Raises UserError listing every missing, extra or misshapen tensor.
     """
     weights = read_base(path)
-    config = _sizes_of(weights, path)
-    with torch.device("meta"):
-        model = RWKV6(config, grad_checkpoint)
+    model = meta_model(_told_of(path, sizes_of, weights), grad_checkpoint)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     check_shapes({name: tuple(t.shape) for name, t in weights.items()}, expected, path)
     dtype = dtype or weights["emb.weight"].dtype
@@ -74,13 +72,16 @@ def converted_once(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, 
     return converted
 
 
-def model_sizes(path: str | Path) -> ModelConfig:
-    """The sizes of the model in an official weight file, which is mapped, not loaded."""
-    return _sizes_of(read_base(path), path)
+def model_sizes(path: str | Path) -> ModelSizes:
+    """The sizes of the model in a weight file, which is mapped, not loaded."""
+    return _told_of(path, sizes_of, read_base(path))
 
 
-def _sizes_of(weights: dict[str, Tensor], path: str | Path) -> ModelConfig:
+def _told_of(
+    path: str | Path, work: Callable[[dict[str, Tensor]], T], weights: dict[str, Tensor]
+) -> T:
+    """work(weights); a UserError names the file."""
     try:
-        return ModelConfig.from_weights(weights)
+        return work(weights)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error

@@ -6,42 +6,23 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from finchtune.errors import UserError
+from finchtune.models.config import ModelSizes
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ModelSizes):
     """Every size of an RWKV-6. `dim_ffn` defaults to 3.5 n_embd, rounded down to 32."""
 
-    n_layer: int
-    n_embd: int
-    vocab_size: int
-    dim_ffn: int = None  # type: ignore[assignment]  # filled in below
-    head_size: int = 64
-    dim_mix_lora: int = None  # type: ignore[assignment]
+    dim_mix_lora: int = None  # type: ignore[assignment]  # filled in below
     dim_decay_lora: int = None  # type: ignore[assignment]
 
-    def __post_init__(self):
+    def defaults(self) -> dict[str, int]:
         wide = self.n_embd >= 4096
-        defaults = {
+        return {
             "dim_ffn": int(self.n_embd * 3.5) // 32 * 32 or 32,
             "dim_mix_lora": 64 if wide else 32,
             "dim_decay_lora": 128 if wide else 64,
         }
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        for name, value in vars(self).items():
-            if value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
-        if self.n_embd % self.head_size:
-            raise UserError(
-                f"head size {self.head_size} does not divide n_embd {self.n_embd}; "
-                "choose --head_size_a so that it does"
-            )
-
-    @property
-    def n_head(self) -> int:
-        return self.n_embd // self.head_size
 
     @classmethod
     def from_weights(cls, weights: Mapping[str, Tensor]) -> "ModelConfig":

@@ -8,12 +8,11 @@ token-shift and decay LoRAs. Source: "Eagle and Finch", arXiv 2404.05892, sectio
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finchtune.models.language_model import LanguageModel, last_of
 from finchtune.models.recompute import recomputed
 from finchtune.models.rwkv6.config import ModelConfig
-from finchtune.ops.cross_entropy import cross_entropy_sum
 from finchtune.ops.elementwise import (
     GatedNorm,
     fixed_mixtures,
@@ -33,14 +32,6 @@ class BlockState(NamedTuple):
 
 
 State = list[BlockState]
-
-
-def last_of(x: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-    """The last token of each sequence in x (B, T, C), as (S, C).
-
-    A copy, for a view in the state would keep all of x alive.
-    """
-    return x[:, -1].clone() if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
 
 
 class TimeMix(nn.Module):
@@ -144,40 +135,17 @@ class Block(nn.Module):
         return x + y, BlockState(att_shift, wkv, ffn_shift)
 
 
-class Head(nn.Linear):
-    """Hidden states -> logits; with labels -> the summed loss, without holding all logits."""
+class RWKV6(LanguageModel):
+    """The language model."""
 
-    def forward(self, hidden: Tensor, labels: Tensor | None = None, l2wrap: float = 0.0) -> Tensor:
-        if labels is None:
-            return F.linear(hidden, self.weight)
-        return cross_entropy_sum(hidden, self.weight, labels, l2wrap)
-
-
-class RWKV6(nn.Module):
-    """The language model. Parallel over T; feeding T = 1 with the state is the recurrent form.
-
-    A new model's tensors are uninitialised memory: call `init_weights` or load a file.
-    `grad_checkpoint` says what of a block's activations backward computes again instead of having
-    them kept: 0 nothing, 1 everything, 2 all but large matrix products and WKV.
-    """
+    doubled_lr = ".time_decay"
 
     def __init__(self, config: ModelConfig, grad_checkpoint: int = 0):
-        super().__init__()
-        self.config, self.grad_checkpoint = config, grad_checkpoint
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(config.n_embd)
-        self.head = Head(config.n_embd, config.vocab_size, bias=False)
+        super().__init__(config, Block, grad_checkpoint)
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> normalised hidden states (B, T, C) before the head, new state.
-
-        `cu_seqlens` (S + 1,) integers rising from 0 to T: where each of S sequences packed into
-        tokens (1, T) begins. None of them sees another; the states are theirs, in order. That of
-        an empty sequence is of no use.
-        """
         x = self.emb(tokens)
         new_state = []
         for layer, block in enumerate(self.blocks):
@@ -185,36 +153,3 @@ class RWKV6(nn.Module):
             x, block_state = recomputed(self.grad_checkpoint, block, x, block_state, cu_seqlens)
             new_state.append(block_state)
         return self.ln_out(x), new_state
-
-    @torch.no_grad()
-    def advance(
-        self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """`hidden` of the last token of each sequence, (S, C), and the new state. For inference.
-
-        The new state may lie in the memory of the given one.
-        """
-        hidden, state = self.hidden(tokens, state, cu_seqlens)
-        return last_of(hidden, cu_seqlens), state
-
-    def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype, new state.
-
-        `state` is what an earlier call returned, None at the start of a document.
-        """
-        hidden, state = self.hidden(tokens, state)
-        return self.head(hidden), state
-
-    def loss(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        cu_seqlens: Tensor | None = None,
-        l2wrap: float = 0.0,
-    ) -> Tensor:
-        """Sum of the cross entropy over the labels (B, T) that are not -100; a scalar, fp32.
-
-        `cu_seqlens` as in `hidden`, `l2wrap` as in `cross_entropy_sum`.
-        """
-        hidden, _ = self.hidden(tokens, cu_seqlens=cu_seqlens)
-        return self.head(hidden, labels, l2wrap)

@@ -31,7 +31,7 @@ class Mixtures(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """x_j = x + xx (maa_j + m_j), with m = tanh((x + xx maa_x) w1) w2.
 
-        x (B, T, C), before (S, C) or None, cu_seqlens as in `RWKV6.hidden`, maa_x (1, C),
+        x (B, T, C), before (S, C) or None, cu_seqlens as in `mixtures`, maa_x (1, C),
         maa (n, C), w1 (C, n M), w2 (n, M, C) -> n of (B, T, C).
         """
         (blended,) = ops.token_mix(x, before, cu_seqlens, maa_x)
