@@ -11,6 +11,14 @@
 
 #include <cstdint>
 
+// Instructions of compute capability 8.0. Kernels with them are compiled for older GPUs too, so that
+// the rest of the library works there, but never launched.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define FINCHTUNE_SM_80(...) __trap()
+#else
+#define FINCHTUNE_SM_80(...) asm volatile(__VA_ARGS__)
+#endif
+
 namespace wkv6 {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
@@ -27,20 +35,20 @@ __device__ __forceinline__ float exp2_approx(float x) {
 // Starts copying 16 bytes from global to shared memory, or writing 16 zero bytes where `valid` is
 // false; the source is then not read.
 __device__ __forceinline__ void async_copy_16(void* shared, const void* global, bool valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
+  FINCHTUNE_SM_80("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(valid ? 16 : 0)
                : "memory");
 }
 
 // Closes the group of copies that this thread has started since the last call.
 __device__ __forceinline__ void async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
+  FINCHTUNE_SM_80("cp.async.commit_group;" ::: "memory");
 }
 
 // Waits until at most PENDING of this thread's groups are under way.
 template <int PENDING>
 __device__ __forceinline__ void async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+  FINCHTUNE_SM_80("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
 // Loads four 8x8 matrices; lane 8m + i gives the address of row i of matrix m (16 bytes, aligned).
@@ -71,7 +79,7 @@ __device__ __forceinline__ uint32_t transpose_matrix(uint32_t x) {
 // c[0..1], rows 8-15: c[2..3]).
 __device__ __forceinline__ void mma_bf16(float* c, const uint32_t (&a)[4], uint32_t b0,
                                          uint32_t b1) {
-  asm volatile(
+  FINCHTUNE_SM_80(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

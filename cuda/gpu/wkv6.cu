@@ -32,23 +32,22 @@ bool aligned(Pointers... pointers) {
   return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
 }
 
-bool uses_tensor_cores(const Wkv6Problem& p) {
-  return p.dtype == WKV6_BF16 && p.N == HEAD_SIZE && p.T >= SHORTEST_FOR_TENSOR_CORES;
-}
-
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t multiprocessors() {
-  int device = 0, count = 1;
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-    return 1;  // no cutting; the launch will report what is wrong
-  }
-  return count;
+// An attribute of the current device; 1 without one, and the launch will report what is wrong.
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 1;
+}
+
+bool uses_tensor_cores(const Wkv6Problem& p) {
+  return p.dtype == WKV6_BF16 && p.N == HEAD_SIZE && p.T >= SHORTEST_FOR_TENSOR_CORES &&
+         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 }
 
 Segments choose_segments(const Wkv6Problem& p) {
-  const int64_t processors = multiprocessors();
+  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
   if (p.n_seq * p.H >= 2 * processors) return UNCUT;
   const int64_t wanted = ceil_div(p.B * p.T * p.H, BLOCKS_PER_MULTIPROCESSOR * processors);
   const int64_t length =
@@ -214,6 +213,8 @@ cudaError_t with_dtype(const Wkv6Problem& p, F f) {
 using namespace wkv6;
 
 extern "C" {
+
+int64_t wkv6_checkpoint_count(const Wkv6Problem* p) { return checkpoint_count(*p) / p->H; }
 
 size_t wkv6_checkpoint_bytes(const Wkv6Problem* p) {
   const size_t element = uses_tensor_cores(*p) ? sizeof(bf16) : sizeof(float);

@@ -31,7 +31,8 @@ typedef struct {
   const int32_t* cu_seqlens; /* NULL; or, with B = 1, n_seq + 1 rising offsets from 0 to T */
 } Wkv6Problem;
 
-/* Bytes of the state checkpoints that the forward writes for the backward. */
+/* How many states of every head the forward keeps for the backward, and the bytes of all. */
+int64_t wkv6_checkpoint_count(const Wkv6Problem* problem);
 size_t wkv6_checkpoint_bytes(const Wkv6Problem* problem);
 
 /* Bytes of the temporary buffer of one launch; 0 means that NULL may be passed. They depend on the

@@ -115,13 +115,6 @@ Tensor bat_row_backward_cpu(Tensor& dx, const Tensor& any_x, const Tensor& D,
 }  // namespace
 }  // namespace finchtune
 
-TORCH_LIBRARY_FRAGMENT(finchtune, library) {
-  library.def("shard_sums(Tensor x, int r, ScalarType dtype) -> Tensor sums");
-  library.def("add_to_shards_(Tensor(a!) x, Tensor s) -> ()");
-  library.def("bat_row_forward(Tensor x, Tensor D) -> (Tensor moved, Tensor sums)");
-  library.def("bat_row_backward_(Tensor(a!) dx, Tensor x, Tensor D, Tensor sums) -> Tensor dD");
-}
-
 TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
   library.impl("shard_sums", &finchtune::shard_sums_cpu);
   library.impl("add_to_shards_", &finchtune::add_to_shards_cpu);

@@ -250,32 +250,6 @@ std::tuple<Tensor, Tensor> sigmoid_gate_backward(const Tensor& dout, const Tenso
 }  // namespace
 }  // namespace finchtune
 
-TORCH_LIBRARY_FRAGMENT(finchtune, library) {
-  library.def("token_mix(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) -> Tensor[]");
-  library.def(
-      "token_mix_(Tensor(a!)[] blends, Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) "
-      "-> ()");
-  library.def(
-      "token_mix_backward(Tensor[] douts, Tensor x, Tensor? before, Tensor? cu_seqlens, "
-      "Tensor maa, Tensor(a!)[] blends, bool of_maa) "
-      "-> (Tensor sum, Tensor blended, Tensor maa)");
-  library.def(
-      "shift_backward(Tensor sum, Tensor blended, Tensor? more, Tensor x, Tensor? cu_seqlens, "
-      "Tensor maa, bool of_before) -> (Tensor x, Tensor before)");
-  library.def(
-      "gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, int groups, float eps) "
-      "-> Tensor");
-  library.def(
-      "gated_norm_backward(Tensor dout, Tensor y, Tensor gate, Tensor weight, Tensor bias, "
-      "int groups, float eps, bool of_weight) "
-      "-> (Tensor y, Tensor gate, Tensor weight, Tensor bias)");
-  library.def("squared_relu(Tensor x) -> Tensor");
-  library.def("squared_relu_backward(Tensor dy, Tensor y) -> Tensor");
-  library.def("sigmoid_gate(Tensor gate, Tensor y) -> Tensor");
-  library.def("sigmoid_gate_backward(Tensor dout, Tensor gate, Tensor y) "
-              "-> (Tensor gate, Tensor y)");
-}
-
 TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
   library.impl("token_mix", &finchtune::token_mix);
   library.impl("token_mix_", &finchtune::token_mix_);

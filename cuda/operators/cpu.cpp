@@ -69,11 +69,6 @@ Element element_of(const Tensor& x) {
   return wide ? Element::kFloat32 : Element::kBfloat16;
 }
 
-Tensor dense(const Tensor& x) {
-  Tensor y = x.contiguous();
-  return reinterpret_cast<uintptr_t>(y.const_data_ptr()) % 16 == 0 ? y : y.clone();
-}
-
 std::vector<int64_t> sequence_bounds(const std::optional<Tensor>& cu_seqlens, int64_t B,
                                      int64_t T) {
   std::vector<int64_t> bounds;
@@ -94,7 +89,6 @@ std::vector<int64_t> sequence_bounds(const std::optional<Tensor>& cu_seqlens, in
 }  // namespace finchtune
 
 TORCH_LIBRARY_FRAGMENT(finchtune, library) {
-  library.def("cross_entropy_(Tensor(a!) logits, Tensor labels, float l2wrap) -> Tensor losses");
   library.def("cpu_paths() -> str[]", &finchtune::cpu_paths);
   library.def("use_cpu_path(str name) -> ()", &finchtune::use_cpu_path);
 }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../cpu/paths.h"
+#include "dense.h"
 
 namespace finchtune {
 
@@ -15,9 +16,6 @@ const CpuKernels& cpu_kernels();
 
 // The dtype of a tensor for a CPU kernel. Refuses all but fp32 and bf16.
 Element element_of(const at::Tensor& x);
-
-// The same values one after another, from an address that vector instructions can load from.
-at::Tensor dense(const at::Tensor& x);
 
 // The token positions where sequences start and the last one ends: B of T tokens each, or those of
 // cu_seqlens (integers on a CPU) packed into B = 1. Refuses boundaries that do not rise from 0 to T.

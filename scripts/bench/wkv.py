@@ -20,7 +20,6 @@ import ctypes
 import functools
 import math
 import platform
-import shutil
 import statistics
 import subprocess
 import tempfile
@@ -34,8 +33,10 @@ from torch import Tensor
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
 from finchtune.ops.kernels import build, cpu_paths, has_kernels
+from finchtune.ops.kernels.toolkit import find_toolkit
 from finchtune.ops.wkv6 import wkv6, wkv6_chunked, wkv6_reference
 from finchtune.ops.wkv6.sequential import Form, sequential_form
+from finchtune.ops.wkv6.triton import fits_triton, wkv6_triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SHAPES = ["2,512,8,64", "2,1,8,64", "2,64,8,64", "1,4096,8,64", "2,512,64,8"]
@@ -131,26 +132,10 @@ def cost(shape: list[int], dtype: torch.dtype) -> dict[str, dict[str, float]]:
     }
 
 
-def flash_linear_attention() -> Form | None:
-    """fla's chunk_rwkv6 behind our signature, where it is installed."""
-    try:
-        from fla.ops.rwkv6 import chunk_rwkv6
-    except ImportError:
-        return None
-
-    def form(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor):
-        decay = -torch.exp(w.float())
-        return chunk_rwkv6(
-            r, k, v, decay, u, scale=1.0, initial_state=state, output_final_state=True
-        )
-
-    return form
-
-
 @functools.cache
 def compiled_sequential_kernels() -> ctypes.CDLL:
     """sequential_wkv6.cu for the GPU of this machine."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    nvcc = find_toolkit().nvcc
     source = Path(__file__).with_name("sequential_wkv6.cu")
     library = Path(tempfile.mkdtemp()) / "sequential_wkv6.so"
     flags = ["-O3", "-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC"]
@@ -168,9 +153,8 @@ def forms_for(shape: list[int], dtype: torch.dtype, device: torch.device) -> dic
     if device.type == "cuda":
         if shape[3] == 64 and dtype != torch.float16:
             forms["sequential"] = sequential_form(compiled_sequential_kernels())
-        fla = flash_linear_attention()
-        if fla is not None:
-            forms["fla"] = fla
+        if fits_triton(torch.empty(0, dtype=dtype, device=device)):
+            forms["fla"] = wkv6_triton
     return forms
 
 

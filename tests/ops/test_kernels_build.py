@@ -5,7 +5,6 @@ Most tests hand the real builder a source file of one line, which compiles in a 
 
 import contextlib
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -15,19 +14,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
 
 from finchtune.ops.kernels import build
+from finchtune.ops.kernels.build import CPU, GPU
+from finchtune.ops.kernels.toolkit import BuildError, Toolkit
 
 needs_compiler = pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
-CUDA_HEADERS = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"
-STARTED = "compiling the kernels"
+STARTED = "compiling the CPU kernels"
 TINY = """
 import sys
 from pathlib import Path
 from finchtune.ops.kernels import build
 build.SOURCE_FOLDER = Path(sys.argv[1])
-print(build.load_library(Path(sys.argv[2])))
+build.load_part(build.CPU, None, Path(sys.argv[2]))
 """
 
 
@@ -35,11 +34,11 @@ print(build.load_library(Path(sys.argv[2])))
 def sources(tmp_path):
     """A folder of sources like cuda/, but quick to compile."""
     folder = tmp_path / "sources"
-    for path in build.source_files(None):
+    for path in {*build.source_files(CPU), *build.source_files(GPU)}:
         copy = folder / path.relative_to(build.SOURCE_FOLDER)
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_text("")
-    (folder / "operators" / "wkv6.cpp").write_text("int finchtune_test_symbol = 1;\n")
+    (folder / "cpu" / "paths.cpp").write_text("int finchtune_test_symbol = 1;\n")
     return folder
 
 
@@ -104,11 +103,23 @@ def test_a_killed_build_holds_up_nobody(sources, tmp_path):
 
 def test_whatever_the_library_depends_on_makes_a_new_one(sources, monkeypatch):
     monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
-    keys = [build.build_key("g++ 12", None)]
-    keys += [build.build_key("g++ 13", None), build.build_key("g++ 12", "9.0")]
+    toolkits = [None, Toolkit(Path("/usr/local/cuda"), "9.0"), Toolkit(Path("/opt/cuda"), "9.0")]
+    keys = [build.build_key(CPU, "g++ 12", toolkit) for toolkit in toolkits]
+    keys.append(build.build_key(CPU, "g++ 13", None))
     (sources / "cpu" / "wkv6.h").write_text("// included by a source, so it counts\n")
-    keys.append(build.build_key("g++ 12", None))
-    assert len(set(keys)) == 4
+    keys.append(build.build_key(CPU, "g++ 12", None))
+    assert len(set(keys)) == 5
+
+
+def test_each_library_depends_on_its_own_sources(sources, monkeypatch):
+    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
+
+    def keys():
+        return [build.build_key(part, "g++", None) for part in (CPU, GPU)]
+
+    before = keys()
+    (sources / "gpu" / "scan.cuh").write_text("// for the GPU alone\n")
+    assert [a == b for a, b in zip(before, keys(), strict=True)] == [True, False]
 
 
 @needs_compiler
@@ -121,41 +132,17 @@ def test_ninja_is_found_beside_python(sources, tmp_path, monkeypatch, capfd):
         (tools / name).symlink_to(shutil.which(name))
     monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
     monkeypatch.setenv("PATH", str(tools))
-    assert build.load_library(tmp_path / "cache") is False
+    build.load_part(CPU, None, tmp_path / "cache")
     assert STARTED in capfd.readouterr().err
     assert os.environ["PATH"] == str(tools)
 
 
 @needs_compiler
 def test_the_compilers_message_is_shown(sources, tmp_path, monkeypatch):
-    (sources / "operators/wkv6.cpp").write_text("#error what the compiler says\n")
+    (sources / "cpu/paths.cpp").write_text("#error what the compiler says\n")
     monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
-    with pytest.raises(build.BuildError, match="what the compiler says"):
-        build.load_library(tmp_path / "cache")
-
-
-@needs_compiler
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
-def test_asked_architectures_are_compiled_for(sources, tmp_path, monkeypatch):
-    """The failed build shows nvcc's command: exactly what TORCH_CUDA_ARCH_LIST asks for."""
-    from torch.utils import cpp_extension
-
-    (sources / "gpu").mkdir()
-    (sources / "gpu" / "wkv6.cu").write_text("#error so that the command is shown\n")
-    monkeypatch.setattr(build, "SOURCE_FOLDER", sources)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(CUDA_HEADERS.parent))
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    with pytest.raises(build.BuildError, match="so that the command is shown") as raised:
-        build.load_library(tmp_path / "cache")
-    commands = re.findall(r"^\S*nvcc .*wkv6\.cu .*$", str(raised.value), re.MULTILINE)
-    assert len(commands) == 1
-    targets = re.findall(r"arch=(\w+),code=(\w+)", commands[0])
-    assert set(targets) == {
-        ("compute_80", "sm_80"),
-        ("compute_90", "sm_90"),
-        ("compute_90", "compute_90"),
-    }
+    with pytest.raises(BuildError, match="what the compiler says"):
+        build.load_part(CPU, None, tmp_path / "cache")
 
 
 def test_waiting_processes_share_a_failure(tmp_path, capfd):
@@ -163,18 +150,18 @@ def test_waiting_processes_share_a_failure(tmp_path, capfd):
     library = tmp_path / "library.so"
     with ThreadPoolExecutor() as pool:
         with build.machine_lock(library.with_suffix(".lock")):
-            waiting = pool.submit(build.build_or_wait, library, None)
+            waiting = pool.submit(build.build_or_wait, library, CPU, None)
             time.sleep(0.3)  # now it stands before the lock
             library.with_suffix(".log").write_text("the failure of another")
-        with pytest.raises(build.BuildError, match="the failure of another"):
+        with pytest.raises(BuildError, match="the failure of another"):
             waiting.result(timeout=30)
     assert STARTED not in capfd.readouterr().err
 
 
 def test_no_sources_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(build, "SOURCE_FOLDER", tmp_path)
-    with pytest.raises(build.BuildError, match="install from a clone"):
-        build.load_library(tmp_path / "cache")
+    with pytest.raises(BuildError, match="install from a clone"):
+        build.load_part(CPU, None, tmp_path / "cache")
 
 
 FALLBACK = """
@@ -209,23 +196,3 @@ def test_two_ranks_build_the_kernels_and_use_them(tmp_path):
     said = "".join(finish(process) for process in ranks)
     assert said.count(STARTED) == 1
     assert "Warning" not in said
-
-
-@needs_compiler
-@pytest.mark.slow
-@pytest.mark.skipif(not CUDA_HEADERS.exists(), reason="needs CUDA's headers")
-def test_the_cuda_binding_compiles(tmp_path):
-    """The part of operators/wkv6.cpp that only a CUDA build contains."""
-    from torch.utils import cpp_extension
-
-    # Torch for the CPU ships its CUDA headers, but not this generated one.
-    generated = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
-    generated.parent.mkdir(parents=True)
-    generated.touch()
-    command = ["c++", "-fsyntax-only", "-std=c++20", "-DFINCHTUNE_CUDA", "-I", str(tmp_path)]
-    for folder in [*cpp_extension.include_paths(), str(CUDA_HEADERS)]:
-        command += ["-isystem", folder]
-    result = subprocess.run(
-        [*command, str(build.SOURCE_FOLDER / "operators/wkv6.cpp")], capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr

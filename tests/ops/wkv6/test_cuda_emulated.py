@@ -138,10 +138,15 @@ class Emulator:
         assert error == 0, self.library.wkv6_error_string(error).decode()
 
     def run(
-        self, case: Case, order: str = "forward", eager: bool = False, multiprocessors: int = 1
+        self,
+        case: Case,
+        order: str = "forward",
+        eager: bool = False,
+        multiprocessors: int = 1,
+        capability: int = 8,
     ) -> dict[str, Tensor]:
         """Forward and backward; every output and gradient by name."""
-        self.library.emulation_configure(ORDERS.index(order), eager, multiprocessors)
+        self.library.emulation_configure(ORDERS.index(order), eager, multiprocessors, capability)
         problem = problem_of(case)
         H, N = case.u.shape
         given = {name: getattr(case, name) for name in INPUTS}
@@ -271,6 +276,12 @@ def test_short_sequences_take_the_scan(emulator, T):
     """Its results are only rounded, which those of the tensor cores are not."""
     case = make_case("typical", B=2, T=T, H=2)
     check(case, emulator.run(case), rms_error, ROUNDING_RMS[torch.bfloat16])
+
+
+def test_older_gpus_take_the_scan(emulator):
+    """Compute capability 7.5 has no bf16 tensor cores and no asynchronous copies."""
+    case = make_case("mixed", B=2, T=80)
+    check(case, emulator.run(case, capability=7), rms_error, ROUNDING_RMS[torch.bfloat16])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -12,26 +12,45 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from finchtune.files import cache_folder
+from finchtune.ops.kernels.toolkit import BuildError, Toolkit, find_toolkit
 
 SOURCE_FOLDER = Path(__file__).parents[4] / "cuda"
-SOURCES = [
-    "operators/wkv6.cpp",
-    "operators/cpu.cpp",
-    "operators/adapters.cpp",
-    "operators/block.cpp",
-    "cpu/paths.cpp",
-]
 C_FLAGS = ["-O3", "-fopenmp"]
 NEEDS = "install g++ and ninja (apt install g++; pip install ninja)"
 
 
-class BuildError(RuntimeError):
-    """The kernels cannot be had here; the message says why and what to install."""
+@dataclass(frozen=True)
+class Part:
+    """One library of operators. Each is built and loaded without the others."""
+
+    name: str
+    sources: tuple[str, ...]
+    folders: tuple[str, ...]  # with all that the sources include
+
+
+CPU = Part(
+    "finchtune_cpu",
+    (
+        "operators/schemas.cpp",
+        "operators/wkv6_cpu.cpp",
+        "operators/cpu.cpp",
+        "operators/adapters.cpp",
+        "operators/block.cpp",
+        "cpu/paths.cpp",
+    ),
+    ("operators", "cpu"),
+)
+GPU = Part(
+    "finchtune_gpu",
+    ("operators/schemas.cpp", "operators/wkv6_gpu.cpp", "gpu/wkv6.cu"),
+    ("operators", "gpu"),
+)
 
 
 @contextlib.contextmanager
@@ -54,32 +73,19 @@ def compiler_version(command: str) -> str:
     return answer.stdout
 
 
-def cuda_target() -> str | None:
-    """The GPU architectures to compile for; None, for a build without CUDA: no GPU or no nvcc."""
-    if not torch.cuda.is_available():
-        return None
-    from torch.utils import cpp_extension
-
-    if cpp_extension.CUDA_HOME is None:
-        return None
-    visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-    seen = ";".join(f"{major}.{minor}" for major, minor in sorted(visible))
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or seen
-
-
-def source_files(target: str | None) -> list[Path]:
+def source_files(part: Part) -> list[Path]:
     """The files to compile."""
-    names = SOURCES + ([] if target is None else ["gpu/wkv6.cu"])
-    return [SOURCE_FOLDER / name for name in names]
+    return [SOURCE_FOLDER / name for name in part.sources]
 
 
-def build_key(compiler: str, target: str | None) -> str:
+def build_key(part: Part, compiler: str, toolkit: Toolkit | None) -> str:
     """A digest of everything that the compiled library depends on."""
     digest = hashlib.sha256()
-    for path in sorted(p for p in SOURCE_FOLDER.rglob("*") if p.is_file() and p.suffix != ".md"):
+    files = (path for folder in part.folders for path in (SOURCE_FOLDER / folder).rglob("*"))
+    for path in sorted(path for path in files if path.is_file()):
         name = str(path.relative_to(SOURCE_FOLDER))
         digest.update(name.encode() + b"\0" + path.read_bytes())
-    facts = [torch.__version__, platform.machine(), compiler, *C_FLAGS, f"CUDA: {target}"]
+    facts = [torch.__version__, platform.machine(), compiler, *C_FLAGS, repr(toolkit)]
     digest.update("\0".join(facts).encode())
     return digest.hexdigest()[:16]
 
@@ -92,21 +98,34 @@ def machine_lock(path: Path) -> Iterator[None]:
         yield
 
 
-def compile_and_load(library: Path, target: str | None) -> None:
+def link_folder(toolkit: Toolkit, folder: Path) -> list[str]:
+    """Linker flags for the CUDA runtime, to which nvidia's wheels hold no link without version."""
+    libraries = toolkit.libraries()
+    if not libraries or libraries[0].name == "libcudart.so":
+        return []
+    (folder / "libcudart.so").symlink_to(libraries[0])
+    return [f"-L{folder}"]
+
+
+def compile_and_load(library: Path, part: Part, toolkit: Toolkit | None) -> None:
     """Compile in a fresh folder, load, and move the finished library to its place in one step."""
     from torch.utils import cpp_extension  # slow to import, so only where it is needed
 
     for leftover in library.parent.glob(f"{library.stem}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(".tmp", f"{library.stem}.", library.parent))
-    print("compiling the kernels, once for this machine ...", file=sys.stderr, flush=True)
+    what = "CPU" if toolkit is None else "GPU"
+    print(f"compiling the {what} kernels, once for this machine ...", file=sys.stderr, flush=True)
     try:
+        if toolkit is not None:  # torch's own guess is the folder above the first nvcc on the PATH
+            cpp_extension.CUDA_HOME = str(toolkit.home)
         cpp_extension.load(
             name=library.stem,
-            sources=[str(path) for path in source_files(target)],
-            extra_cflags=C_FLAGS + ([] if target is None else ["-DFINCHTUNE_CUDA"]),
+            sources=[str(path) for path in source_files(part)],
+            extra_cflags=C_FLAGS,
+            extra_ldflags=[] if toolkit is None else link_folder(toolkit, folder),
             build_directory=str(folder),
-            with_cuda=target is not None,
+            with_cuda=toolkit is not None,
             is_python_module=False,
         )
         os.replace(folder / library.name, library)
@@ -114,7 +133,7 @@ def compile_and_load(library: Path, target: str | None) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def build_or_wait(library: Path, target: str | None) -> None:
+def build_or_wait(library: Path, part: Part, toolkit: Toolkit | None) -> None:
     """Have the library loaded: by compiling it, or from another process that did meanwhile."""
     failure = library.with_suffix(".log")
     began = time.time()
@@ -125,32 +144,52 @@ def build_or_wait(library: Path, target: str | None) -> None:
         if failure.exists() and failure.stat().st_mtime >= began:  # failed while this one waited
             raise BuildError(failure.read_text())
         try:
-            compile_and_load(library, target)
+            compile_and_load(library, part, toolkit)
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            message = f"compiling the kernels in {SOURCE_FOLDER} failed ({NEEDS}):\n{error}"
+            needs = NEEDS if toolkit is None else f"{NEEDS}; compiled with {toolkit.nvcc}"
+            message = f"compiling the kernels in {SOURCE_FOLDER} failed ({needs}):\n{error}"
             failure.write_text(message)
             raise BuildError(message) from error
 
 
-def load_library(cache: Path | None = None) -> bool:
-    """Load the operators `torch.ops.finchtune.*`, compiling them first where needed.
+def load_part(part: Part, toolkit: Toolkit | None, cache: Path) -> None:
+    """Load one library, compiling it first where needed.
 
-    Safe to call from several processes at once: one compiles, the others wait. `cache` is the
-    folder of compiled libraries. Returns whether the GPU kernels are in it.
+    Safe to call from several processes at once: one compiles, the others wait.
 
     Raises:
         BuildError: no sources, no compiler, or a compiler that fails (its output is shown).
     """
-    target = cuda_target()
-    if not all(path.exists() for path in source_files(target)):
+    if not all(path.exists() for path in source_files(part)):
         raise BuildError(f"no kernel sources in {SOURCE_FOLDER}: install from a clone, pip -e")
-    cache = cache or cache_folder()
     with scripts_on_path():
         compiler = compiler_version(os.environ.get("CXX", "c++"))
-        library = cache / f"finchtune_kernels_{build_key(compiler, target)}.so"
+        if toolkit is not None:
+            compiler += compiler_version(str(toolkit.nvcc))
+        library = cache / f"{part.name}_{build_key(part, compiler, toolkit)}.so"
         if library.exists():
             torch.ops.load_library(str(library))
         else:
             cache.mkdir(parents=True, exist_ok=True)
-            build_or_wait(library, target)
-    return target is not None
+            build_or_wait(library, part, toolkit)
+
+
+def load_libraries(cache: Path | None = None) -> dict[str, BuildError | None]:
+    """Load the operators `torch.ops.finchtune.*` for each type of device that this machine has.
+
+    `cache` is the folder of compiled libraries. Returns None for a device type whose operators
+    are loaded, else why they are not; one failure leaves the other library as it is.
+    """
+    cache = cache or cache_folder()
+    outcome: dict[str, BuildError | None] = {"cpu": None}
+    if torch.cuda.is_available():
+        outcome["cuda"] = None
+    for device in outcome:
+        try:
+            if device == "cuda":
+                load_part(GPU, find_toolkit(), cache)
+            else:
+                load_part(CPU, None, cache)
+        except BuildError as error:
+            outcome[device] = error
+    return outcome

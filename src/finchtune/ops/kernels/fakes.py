@@ -1,5 +1,6 @@
 """What the compiled operators return, as tensors without content: shapes and dtypes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,11 +10,17 @@ from torch import Tensor
 CHECKPOINT_SPAN = 64  # tokens between the states that forward keeps for backward
 
 
+@functools.cache
+def has_bf16_tensor_cores(device: torch.device) -> bool:
+    """Whether this GPU has compute capability 8.0; true for an imagined one."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def checkpoint_dtype(r: Tensor) -> torch.dtype:
     """bf16 where the tensor-core kernel runs, else fp32; the kernels check that they agree."""
     _, T, _, N = r.shape
-    tensor_cores = r.device.type == "cuda" and r.dtype == torch.bfloat16 and N == 64 and T > 16
-    return torch.bfloat16 if tensor_cores else torch.float32
+    fits = r.device.type == "cuda" and r.dtype == torch.bfloat16 and N == 64 and T > 16
+    return torch.bfloat16 if fits and has_bf16_tensor_cores(r.device) else torch.float32
 
 
 def wkv6_forward(

@@ -4,13 +4,15 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finchtune.ops.kernels.build import BuildError, load_library
+from finchtune.ops.kernels.build import load_libraries
 from finchtune.ops.kernels.fakes import SHAPES
+from finchtune.ops.kernels.toolkit import BuildError
 
 DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
@@ -35,26 +37,34 @@ def backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: None
     return *gradients, None, None
 
 
+def warn_of(failures: dict[str, BuildError]) -> None:
+    """One warning for each type of device without kernels: what runs instead, why, what helps."""
+    for device, error in failures.items():
+        if device == "cpu":
+            instead = "there are no compiled CPU kernels, plain torch runs, which is slower"
+        elif find_spec("fla"):
+            instead = "WKV6 runs on the GPU in flash-linear-attention's kernels, which are slower"
+        else:
+            instead = (
+                "WKV6 runs on the GPU in plain torch, which is far slower and needs much memory; "
+                "`pip install flash-linear-attention` helps, more so does compiling our kernels"
+            )
+        warnings.warn(f"{instead}: {error}", stacklevel=4)
+
+
 @functools.cache
 def loaded_devices() -> frozenset[str]:
-    """Load the operators, once; the device types they run on. Warns, once, when there are none."""
-    try:
-        with_cuda = load_library()
-    except BuildError as error:
-        warnings.warn(
-            f"there are no compiled kernels, plain torch runs, which is slower: {error}",
-            stacklevel=2,
+    """Load the operators, once; the device types they run on. Warns, once for each that failed."""
+    outcome = load_libraries()
+    warn_of({device: error for device, error in outcome.items() if error is not None})
+    loaded = frozenset(device for device, error in outcome.items() if error is None)
+    if loaded:
+        for name, shapes in SHAPES.items():
+            torch.library.register_fake(f"finchtune::{name}", shapes)
+        torch.library.register_autograd(
+            "finchtune::wkv6_forward", backward, setup_context=save_for_backward
         )
-        return frozenset()
-    for name, shapes in SHAPES.items():
-        torch.library.register_fake(f"finchtune::{name}", shapes)
-    torch.library.register_autograd(
-        "finchtune::wkv6_forward", backward, setup_context=save_for_backward
-    )
-    if not with_cuda and torch.cuda.is_available():
-        message = "WKV6 runs in plain torch on the GPU, which is slower: install CUDA's nvcc"
-        warnings.warn(message, stacklevel=2)
-    return frozenset({"cpu", "cuda"} if with_cuda else {"cpu"})
+    return loaded
 
 
 @torch.compiler.assume_constant_result

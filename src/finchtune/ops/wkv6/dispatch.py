@@ -8,6 +8,7 @@ from finchtune.ops.kernels import DTYPES as KERNEL_DTYPES
 from finchtune.ops.kernels import has_kernels
 from finchtune.ops.wkv6.chunked import wkv6_chunked
 from finchtune.ops.wkv6.sequences import compute_dtype, zero_state
+from finchtune.ops.wkv6.triton import fits_triton, wkv6_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -76,6 +77,8 @@ def wkv6_compiled(
 ) -> tuple[Tensor, Tensor]:
     """`wkv6` by the compiled kernels; r, k, v, w in one dtype, u and state fp32."""
     inputs = (r, k, v, w, u, state)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(r.device, torch.int32)
     for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     y, state, _ = torch.ops.finchtune.wkv6_forward(*inputs, cu_seqlens, for_backward)
     return y, state
@@ -115,8 +118,7 @@ def wkv6(
     wide = compute_dtype(r)
     w, u = w.to(r.dtype), u.to(wide)
     state = zero_state(r, cu_seqlens) if state is None else state.to(wide)
-    if not fits_kernel(r):
-        return wkv6_chunked(r, k, v, w, u, state, cu_seqlens)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(r.device, torch.int32)
-    return wkv6_compiled(r, k, v, w, u, state, cu_seqlens)
+    inputs = (r, k, v, w, u, state, cu_seqlens)
+    if fits_kernel(r):
+        return wkv6_compiled(*inputs)
+    return wkv6_triton(*inputs) if fits_triton(r) else wkv6_chunked(*inputs)

@@ -71,6 +71,7 @@ struct Warp {
 inline Order order = Order::forward;
 inline bool eager_copies = false;  // cp.async copies at once, instead of when it is waited for
 inline int multiprocessors = 1;
+inline int capability = 8;  // its major number
 inline std::string last_error;
 
 // The block that runs.

@@ -3,10 +3,12 @@
 
 #include "wkv6.cu"
 
-// schedule: an emulation::Order; eager_copies: when cp.async copies; multiprocessors: of the GPU
-// that the launchers see.
-extern "C" void emulation_configure(int schedule, int eager_copies, int multiprocessors) {
+// schedule: an emulation::Order; eager_copies: when cp.async copies; multiprocessors, capability: of
+// the GPU that the launchers see.
+extern "C" void emulation_configure(int schedule, int eager_copies, int multiprocessors,
+                                    int capability) {
   emulation::order = static_cast<emulation::Order>(schedule);
   emulation::eager_copies = eager_copies != 0;
   emulation::multiprocessors = multiprocessors;
+  emulation::capability = capability;
 }

@@ -1,0 +1,53 @@
+// The signatures of the operators that both libraries, the one for the CPU and the one for the GPU,
+// may implement. Each library contains this file, so that either works without the other; whichever
+// is loaded first defines them.
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <string>
+
+namespace {
+
+constexpr const char* kSchemas[] = {
+    "wkv6_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, "
+    "Tensor? cu_seqlens, bool for_backward) -> (Tensor y, Tensor state, Tensor checkpoints)",
+    "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state, "
+    "Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_y, Tensor grad_state) "
+    "-> (Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state)",
+    "cross_entropy_(Tensor(a!) logits, Tensor labels, float l2wrap) -> Tensor losses",
+    "shard_sums(Tensor x, int r, ScalarType dtype) -> Tensor sums",
+    "add_to_shards_(Tensor(a!) x, Tensor s) -> ()",
+    "bat_row_forward(Tensor x, Tensor D) -> (Tensor moved, Tensor sums)",
+    "bat_row_backward_(Tensor(a!) dx, Tensor x, Tensor D, Tensor sums) -> Tensor dD",
+    "token_mix(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) -> Tensor[]",
+    "token_mix_(Tensor(a!)[] blends, Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) "
+    "-> ()",
+    "token_mix_backward(Tensor[] douts, Tensor x, Tensor? before, Tensor? cu_seqlens, "
+    "Tensor maa, Tensor(a!)[] blends, bool of_maa) "
+    "-> (Tensor sum, Tensor blended, Tensor maa)",
+    "shift_backward(Tensor sum, Tensor blended, Tensor? more, Tensor x, Tensor? cu_seqlens, "
+    "Tensor maa, bool of_before) -> (Tensor x, Tensor before)",
+    "gated_norm(Tensor y, Tensor gate, Tensor weight, Tensor bias, int groups, float eps) "
+    "-> Tensor",
+    "gated_norm_backward(Tensor dout, Tensor y, Tensor gate, Tensor weight, Tensor bias, "
+    "int groups, float eps, bool of_weight) "
+    "-> (Tensor y, Tensor gate, Tensor weight, Tensor bias)",
+    "squared_relu(Tensor x) -> Tensor",
+    "squared_relu_backward(Tensor dy, Tensor y) -> Tensor",
+    "sigmoid_gate(Tensor gate, Tensor y) -> Tensor",
+    "sigmoid_gate_backward(Tensor dout, Tensor gate, Tensor y) "
+    "-> (Tensor gate, Tensor y)",
+};
+
+bool defined(const std::string& schema) {
+  const std::string name = "finchtune::" + schema.substr(0, schema.find('('));
+  return c10::Dispatcher::singleton().findSchema({name, ""}).has_value();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(finchtune, library) {
+  for (const char* schema : kSchemas)
+    if (!defined(schema)) library.def(schema);
+}
