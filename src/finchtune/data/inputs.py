@@ -2,29 +2,31 @@
 
 import codecs
 import glob
-import gzip
 import io
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finchtune.data.records import BOM, parse_line
+from finchtune.data.arrays import elements
+from finchtune.data.compressed import BLOCK_BYTES, SUFFIXES, open_data
+from finchtune.data.encodings import SAMPLE_BYTES, conversion_hint
+from finchtune.data.records import BOM, NotUTF8, parse_line
+from finchtune.data.tables import DELIMITERS, csv_rows, parquet_rows
 from finchtune.data.values import BadRecord
 from finchtune.errors import UserError
 
 LINES = (".jsonl", ".ndjson", ".json")
 TEXT = (".txt",)
-TABLE = (".parquet",)
-COMPRESSED = (".gz", ".zst")
-BLOCK_BYTES = 1 << 20
+TABLE = (*DELIMITERS, ".parquet")
+COMPRESSED = SUFFIXES
+MAX_RECORD = 256 << 20
 
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive records of one file: JSON lines, or values already parsed.
+    """Some consecutive records of one file: JSON lines, or values already parsed (None is none).
 
     The lines are `lines`, or what stands in the file between the bytes `span`. `first` is the
     number of its first line or row, from 1; `read_bytes` counts what it took of the file as
@@ -42,18 +44,22 @@ class Block:
     def records(self) -> Iterator[tuple[str, Any]]:
         """Each record, or the BadRecord that says why it is none, after its `file:line`."""
         for number, row in enumerate(self.rows, self.first):
-            yield f"{self.path}:{number}", row
+            if row is not None:
+                yield f"{self.path}:{number}", row
         lines = self.lines if self.span is None else _read_span(self.path, *self.span)
         for number, line in enumerate(lines.split(b"\n"), self.first):
             if number == 1:
                 line = line.removeprefix(BOM)
             if not line or line.isspace():
                 continue
-            try:
-                record = parse_line(line)
-            except BadRecord as error:
-                record = error
-            yield f"{self.path}:{number}", record
+            yield f"{self.path}:{number}", self._parse(line, lines)
+
+    def _parse(self, line: bytes, lines: bytes) -> Any:
+        try:
+            return parse_line(line)
+        except BadRecord as error:
+            other = isinstance(error, NotUTF8) or b"\0" in line
+            return BadRecord(f"{error}{conversion_hint(self.path, lines)}") if other else error
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -97,7 +103,7 @@ def read_blocks(
     kind = _kind(path)
     try:
         if kind in TABLE:
-            yield from _read_table(path)
+            yield from _read_table(path, kind)
         elif kind in TEXT:
             yield from _read_text(path, text_field, last_cut)
         else:
@@ -112,67 +118,24 @@ def _kind(path: Path) -> str:
     suffix = path.suffix.lower()
     if suffix in COMPRESSED:
         suffix = path.with_suffix("").suffix.lower()
-        return suffix if suffix in LINES + TEXT else ""
+        return suffix if suffix in LINES + TEXT + tuple(DELIMITERS) else ""
     return suffix if suffix in LINES + TEXT + TABLE else ""
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[tuple[io.BufferedReader, io.BufferedReader]]:
-    """The file's content, decompressed, and the stored file below it."""
-    with path.open("rb") as stored:
-        if path.suffix.lower() == ".gz":
-            yield io.BufferedReader(gzip.GzipFile(fileobj=stored), BLOCK_BYTES), stored
-        elif path.suffix.lower() == ".zst":
-            yield _open_zst(path, stored), stored
-        else:
-            yield stored, stored
-
-
-def _open_zst(path: Path, stored: io.BufferedReader) -> io.BufferedReader:
-    try:
-        import zstandard
-    except ImportError:
-        raise UserError(f"{path}: reading .zst needs `pip install zstandard`") from None
-    return io.BufferedReader(_ZstReader(zstandard, stored), BLOCK_BYTES)
-
-
-class _ZstReader(io.RawIOBase):
-    """Frame after frame, with an error at a frame cut short, which the library's reader ignores."""
-
-    def __init__(self, zstandard: Any, stored: io.BufferedReader):
-        self._zstandard, self._stored = zstandard, stored
-        self._frame: Any = None
-        self._compressed = self._ready = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._ready:
-            self._compressed = self._compressed or self._stored.read(BLOCK_BYTES // 8)
-            if not self._compressed:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a compressed frame; it is truncated")
-                return 0
-            self._frame = self._frame or self._zstandard.ZstdDecompressor().decompressobj()
-            try:
-                self._ready = self._frame.decompress(self._compressed)
-            except self._zstandard.ZstdError as error:
-                raise OSError(f"damaged: {error}") from None
-            self._compressed = self._frame.unused_data if self._frame.eof else b""
-            self._frame = None if self._frame.eof else self._frame
-        n = min(len(buffer), len(self._ready))
-        buffer[:n], self._ready = self._ready[:n], self._ready[n:]
-        return n
-
-
 def _read_lines(path: Path) -> Iterator[Block]:
-    with _open(path) as (content, stored):
+    with open_data(path) as (content, stored):
+        if _is_array(content):
+            yield from _read_array(path, content, stored)
+            return
         number, position = 1, 0
         while block := content.read(BLOCK_BYTES):
-            block += content.readline()
-            if number == 1 and block.removeprefix(BOM).lstrip()[:1] == b"[":
-                raise UserError(f"{path}: a JSON array; write one object per line instead (.jsonl)")
+            rest = content.readline(MAX_RECORD)
+            if len(rest) == MAX_RECORD:
+                number += block.count(b"\n")
+                raise UserError(
+                    f"{path}:{number}: a line longer than {MAX_RECORD:,} bytes; split it"
+                )
+            block += rest
             read = stored.tell() - position
             if content is stored:  # whoever encodes it reads it again, from the system's cache
                 span = (position, position + read)
@@ -181,6 +144,31 @@ def _read_lines(path: Path) -> Iterator[Block]:
                 yield Block(str(path), number, lines=block, read_bytes=read)
             number += block.count(b"\n")
             position += read
+
+
+def _is_array(content: io.BufferedReader) -> bool:
+    """Whether the stream, which is not moved, begins with `[`."""
+    return content.peek(len(BOM) + 64).removeprefix(BOM).lstrip()[:1] == b"["
+
+
+def _read_array(path: Path, content: Any, stored: io.BufferedReader) -> Iterator[Block]:
+    """The elements of an array as lines, numbered from 1."""
+    lines: list[bytes] = []
+    number, size, position = 1, 0, 0
+    try:
+        for element in elements(content, BLOCK_BYTES, MAX_RECORD):
+            # No string holds a line feed, so those that there are mean nothing. An element that is
+            # missing must not pass as a blank line.
+            lines.append(element.replace(b"\n", b" ") if element.strip() else b",")
+            size += len(element)
+            if size >= BLOCK_BYTES:
+                read = stored.tell() - position
+                yield Block(str(path), number, lines=b"\n".join(lines), read_bytes=read)
+                number, position = number + len(lines), position + read
+                lines, size = [], 0
+    except BadRecord as error:
+        raise UserError(f"{path}: {error}") from None
+    yield Block(str(path), number, lines=b"\n".join(lines), read_bytes=stored.tell() - position)
 
 
 def _read_span(path: str, start: int, stop: int) -> bytes:
@@ -194,7 +182,7 @@ def _read_text(path: Path, field: str, last_cut: Callable[[bytes], int]) -> Iter
     if bad := _not_utf8(path):
         yield Block(str(path), 1, rows=(bad,), read_bytes=path.stat().st_size)
         return
-    with _open(path) as (content, stored):
+    with open_data(path) as (content, stored):
         held = [content.read(len(BOM)).removeprefix(BOM)]
         position = 0
         while piece := content.read(BLOCK_BYTES):
@@ -220,7 +208,7 @@ def _text_block(
 
 def _not_utf8(path: Path) -> BadRecord | None:
     decoder, start = codecs.getincrementaldecoder("utf-8")(), 0
-    with _open(path) as (content, _):
+    with open_data(path) as (content, _):
         try:
             while piece := content.read(BLOCK_BYTES):
                 decoder.decode(piece)
@@ -228,23 +216,14 @@ def _not_utf8(path: Path) -> BadRecord | None:
             decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
             place = start - len(decoder.getstate()[0]) + error.start
-            return BadRecord(f"byte 0x{error.object[error.start]:02x} at {place} is not UTF-8")
+            hint = conversion_hint(str(path), piece[max(0, error.start - SAMPLE_BYTES // 2) :])
+            byte = error.object[error.start]
+            return BadRecord(f"byte 0x{byte:02x} at {place} is not UTF-8{hint}")
     return None
 
 
-def _read_table(path: Path) -> Iterator[Block]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading .parquet needs `pip install pyarrow`") from None
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-        number, size = 1, path.stat().st_size
-        for batch in table.iter_batches(batch_size=1024):
-            rows = tuple(batch.to_pylist())
-            read = size * len(rows) // max(table.metadata.num_rows, 1)
-            yield Block(str(path), number, rows=rows, read_bytes=read)
-            number += len(rows)
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable .parquet: {error}") from None
+def _read_table(path: Path, kind: str) -> Iterator[Block]:
+    number = 2 if kind in DELIMITERS else 1  # below the line of names
+    for rows, read in csv_rows(path, kind) if kind in DELIMITERS else parquet_rows(path):
+        yield Block(str(path), number, rows=rows, read_bytes=read)
+        number += len(rows)

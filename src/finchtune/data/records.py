@@ -15,6 +15,10 @@ MAX_DEPTH = 200
 STRING = re.compile(rb'"(?:[^"\\]|\\.)*"')
 
 
+class NotUTF8(BadRecord):
+    """A line in another encoding."""
+
+
 class BadRecords:
     """What happens to bad records: `fail` stops at the first, `skip` counts them."""
 
@@ -71,7 +75,7 @@ def _parse_strictly(line: bytes) -> Any:
         return _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         byte = line[error.start]
-        raise BadRecord(f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8") from None
+        raise NotUTF8(f"byte 0x{byte:02x} at column {error.start + 1} is not UTF-8") from None
     except json.JSONDecodeError as error:
         raise BadRecord(f"not JSON: {error.msg} at column {error.colno}") from None
     except BadRecord:
