@@ -7,7 +7,6 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from finchtune.cli import failures
 from finchtune.cli.flags import parse_train_flags
 from finchtune.config import TrainConfig
 from finchtune.errors import NotFinite, UserError
-from finchtune.files import atomic_path, remove_leftovers, require_space
+from finchtune.files import atomic_path, require_space
 from finchtune.training.checkpoints import (
     checkpoint_problem,
     checkpoints,
@@ -70,17 +69,15 @@ def test_bad_numbers_never_replace_a_good_checkpoint(tmp_path):
     assert checkpoint_problem(tmp_path / "step-2") is None
 
 
-def test_leftovers_of_dead_processes_alone_are_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / "checkpoints" / f".step-4.tmp-{dead.pid}").mkdir(parents=True)
-    (tmp_path / f".config.json.tmp-{dead.pid}").touch()
-    (tmp_path / f".rwkv-0.pth.tmp-{os.getppid()}").touch()
-    (tmp_path / ".hidden").touch()
+def test_a_run_removes_what_killed_ones_left_half_written(tmp_path):
+    left = f"finchtune-{'a' * 16}.tmp"
+    for place in (tmp_path, tmp_path / "checkpoints", tmp_path / "data_cache"):
+        place.mkdir(exist_ok=True)
+        (place / f".x.{left}").mkdir()
+        (place / ".hidden").touch()
     clean_folder(tmp_path, overwrite=False)
-    assert names(tmp_path) == [".hidden", f".rwkv-0.pth.tmp-{os.getppid()}", "checkpoints"]
-    assert names(tmp_path / "checkpoints") == []
-    remove_leftovers(tmp_path / "missing")
+    assert names(tmp_path) == [".hidden", "checkpoints", "data_cache"]
+    assert names(tmp_path / "checkpoints") == names(tmp_path / "data_cache") == [".hidden"]
 
 
 def test_manifests_must_vouch_for_the_state(tmp_path):

@@ -16,7 +16,7 @@ from types import TracebackType
 import numpy as np
 
 from finchtune.errors import UserError
-from finchtune.files import make_parents, remove_empty, temporary_beside
+from finchtune.files import FileSet, finish_interrupted
 
 MAGIC = b"MMIDIDX\x00\x00"
 VERSION = 1
@@ -36,14 +36,13 @@ def strip_extension(prefix: str | Path) -> str:
 def exists(prefix: str | Path) -> bool:
     """Whether either half of the data set is there."""
     prefix = strip_extension(prefix)
+    finish_interrupted(Path(prefix).parent)
     return os.path.lexists(f"{prefix}.bin") or os.path.lexists(f"{prefix}.idx")
 
 
-def remove(prefix: str | Path) -> None:
-    """Delete both files of a data set, as far as they are there."""
-    prefix = strip_extension(prefix)
-    for suffix in (".idx", ".bin"):
-        Path(prefix + suffix).unlink(missing_ok=True)
+def file_paths(prefix: str | Path) -> list[Path]:
+    """Both files of a data set."""
+    return [Path(strip_extension(prefix) + suffix) for suffix in (".bin", ".idx")]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -61,7 +60,8 @@ class BinIdx:
 
     def __init__(self, prefix: str | Path):
         self.prefix = strip_extension(prefix)
-        bin_path, idx_path = Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")
+        bin_path, idx_path = file_paths(prefix)
+        finish_interrupted(bin_path.parent)
         _require_file(idx_path, self.prefix)
         _require_file(bin_path, self.prefix)
         self.dtype, self.sizes, starts, doc_idx = _read_index(idx_path)
@@ -181,30 +181,27 @@ def _map_tokens(path: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
 
 
 class BinIdxWriter:
-    """Writes PREFIX.bin and PREFIX.idx under temporary names and puts both in place at the end.
+    """Writes PREFIX.bin and PREFIX.idx, which appear together with all of `files` at the end.
 
     A context manager: where its block raises, nothing is left and an older data set stays.
-    Raises UserError where the disk refuses.
+    Without `files` the pair is a set of its own. Raises UserError where the disk refuses.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype | str):
+    def __init__(self, prefix: str | Path, dtype: np.dtype | str, files: FileSet | None = None):
         self.prefix = strip_extension(prefix)
         self.dtype = np.dtype(dtype)
         self.n_documents = self.n_tokens = 0
         self.sizes: list[np.ndarray] = []  # of the documents of each `extend`
         self._goes_on = False
-        self._targets = [Path(f"{self.prefix}.bin"), Path(f"{self.prefix}.idx")]
-        self._temporary = [temporary_beside(path) for path in self._targets]
+        self._files, self._own = files or FileSet(), files is None
 
     def __enter__(self) -> "BinIdxWriter":
-        for path in self._targets:
-            if path.is_dir():
-                raise UserError(f"{path} is a folder; choose another output prefix")
         try:
-            self._made = make_parents(self._targets[0])
-            self._file = open(self._temporary[0], "wb")
-        except OSError as error:
-            raise UserError(f"cannot write {self._targets[0]}: {error.strerror}") from None
+            tokens, self._index_path = (self._files.add(path) for path in file_paths(self.prefix))
+            self._file = open(tokens, "wb")
+        except UserError as error:
+            self._files.__exit__(type(error), error, None)
+            raise
         return self
 
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
@@ -233,7 +230,7 @@ class BinIdxWriter:
         try:
             self._file.write(np.ascontiguousarray(tokens).data)
         except OSError as error:
-            raise UserError(f"cannot write {self._targets[0]}: {error.strerror}") from None
+            raise UserError(f"cannot write {self.prefix}.bin: {error.strerror}") from None
         self.sizes.append(lengths.astype("<i4"))
         self.n_documents += len(lengths)
         self.n_tokens += len(tokens)
@@ -247,26 +244,16 @@ class BinIdxWriter:
     ) -> None:
         try:
             if kind is None:
-                self._finish()
+                self._file.flush()
+                self._index_path.write_bytes(self._index())
         except OSError as failure:
-            raise UserError(f"cannot write {self._targets[0]}: {failure.strerror}") from None
+            error = UserError(f"cannot write {self.prefix}.bin: {failure.strerror}")
+            raise error from None
         finally:
             with suppress(OSError):  # on a full disk closing fails a second time
                 self._file.close()
-            for path in self._temporary:
-                path.unlink(missing_ok=True)
-            remove_empty(self._made)
-
-    def _finish(self) -> None:
-        _flush_to_disk(self._file)
-        with open(self._temporary[1], "wb") as file:
-            file.write(self._index())
-            _flush_to_disk(file)
-        # The old index goes first: should the machine stop here, a reader must not find a new
-        # .bin beside an old .idx.
-        self._targets[1].unlink(missing_ok=True)
-        for temporary, target in zip(self._temporary, self._targets, strict=True):
-            os.replace(temporary, target)
+            if self._own:
+                self._files.__exit__(type(error), error, tb)
 
     def _index(self) -> bytes:
         sizes = np.concatenate([np.empty(0, "<i4"), *self.sizes])
@@ -276,8 +263,3 @@ class BinIdxWriter:
         doc_idx = np.arange(n + 1, dtype="<i8")
         header = HEADER.pack(MAGIC, VERSION, CODES[self.dtype], n, n + 1)
         return b"".join([header, sizes.tobytes(), starts.tobytes(), doc_idx.tobytes()])
-
-
-def _flush_to_disk(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from finchtune.data.binidx import BinIdxWriter, remove, strip_extension
+from finchtune.data.binidx import BinIdxWriter, file_paths, strip_extension
 from finchtune.data.documents import MASK_SUFFIX, Encoded, encode_records, is_held_out
 from finchtune.data.inputs import Block, find_inputs, no_cut, read_blocks
 from finchtune.data.records import BadRecords
 from finchtune.data.render import Layout
 from finchtune.errors import UserError
+from finchtune.files import FileSet
 from finchtune.tokenizer import Tokenizer, load_tokenizer
 
 VALIDATION_SUFFIX = "_val"
@@ -181,9 +182,9 @@ def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterat
 class _Output:
     """One .bin/.idx pair, and its mask from the first token on that is not to be trained on."""
 
-    def __init__(self, prefix: str, dtype: str, stack: ExitStack):
-        self.prefix, self._stack = prefix, stack
-        self.tokens = stack.enter_context(BinIdxWriter(prefix, dtype))
+    def __init__(self, prefix: str, dtype: str, files: FileSet, stack: ExitStack):
+        self.prefix, self._files, self._stack = prefix, files, stack
+        self.tokens = stack.enter_context(BinIdxWriter(prefix, dtype, files))
         self.mask: BinIdxWriter | None = None
         self.masked_tokens = 0
 
@@ -199,9 +200,15 @@ class _Output:
 
     def _begin_mask(self) -> None:
         """A mask file in which all earlier documents are trained on."""
-        self.mask = self._stack.enter_context(BinIdxWriter(self.prefix + MASK_SUFFIX, "u1"))
+        prefix = self.prefix + MASK_SUFFIX
+        self.mask = self._stack.enter_context(BinIdxWriter(prefix, "u1", self._files))
         for sizes in self.tokens.sizes:
             self.mask.extend(np.ones(sizes.sum(), np.uint8), sizes)
+
+    def drop_old_mask(self) -> None:
+        """Have the mask of an earlier data set removed where this one has none."""
+        for path in file_paths(self.prefix + MASK_SUFFIX) if self.mask is None else ():
+            self._files.drop(path)
 
 
 def prepare(
@@ -210,11 +217,13 @@ def prepare(
     recipe: Recipe,
     workers: int = 1,
     progress: Callable[[Totals], None] = lambda totals: None,
+    files: FileSet | None = None,
 ) -> Totals:
     """Write OUTPUT.bin and .idx; OUTPUT.mask.bin and .idx where a part is not to be trained on;
     and the same under OUTPUT_val where documents are held out.
 
-    All of them appear at the end, or none does. UserError for bad input or an empty result.
+    All of them appear at the end, or none does; with `files` when that set does. UserError for bad
+    input or an empty result.
     """
     paths = find_inputs(inputs)
     output = strip_extension(output)
@@ -227,7 +236,8 @@ def prepare(
     totals = Totals()
     prefixes = [output] + ([output + VALIDATION_SUFFIX] if recipe.val_split else [])
     with ExitStack() as stack:
-        outputs = [_Output(prefix, recipe.dtype, stack) for prefix in prefixes]
+        files = files or stack.enter_context(FileSet())
+        outputs = [_Output(prefix, recipe.dtype, files, stack) for prefix in prefixes]
         field = recipe.layout.fields[0]
         blocks = (block for path in paths for block in read_blocks(path, field, last_cut))
         for block in _encode_all(blocks, recipe, workers):
@@ -237,9 +247,8 @@ def prepare(
             totals.masked_tokens = sum(target.masked_tokens for target in outputs)
             progress(totals)
         _check(outputs, totals, inputs)
-    for target in outputs:
-        if target.mask is None:
-            remove(target.prefix + MASK_SUFFIX)
+        for target in outputs:
+            target.drop_old_mask()
     return totals
 
 

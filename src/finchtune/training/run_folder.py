@@ -99,5 +99,5 @@ def clean_folder(folder: Path, overwrite: bool) -> None:
     """Remove what killed processes left half-written; with `overwrite` the earlier run as well."""
     for path in run_files(folder) if overwrite else ():
         remove(path)
-    for place in (folder, folder / "checkpoints"):
+    for place in (folder, folder / "checkpoints", folder / "data_cache"):
         remove_leftovers(place)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finchtune.adapters import get_method, hyperparameters_of
 from finchtune.errors import UserError
-from finchtune.files import atomic_path, read_json, write_json
+from finchtune.files import atomic_folder, read_json, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -72,8 +72,7 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
         layers.add(layer)
         # peft's mini form has the two sides of the matrix the other way round.
         tensors[f"{PREFIX}{layer}.{suffix}"] = (tensor.T if own == "shard" else tensor).contiguous()
-    with atomic_path(folder) as temporary:
-        temporary.mkdir()
+    with atomic_folder(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, config | {"target_modules": sorted(layers)})
 

@@ -1,0 +1,31 @@
+"""Files that are what they say: published whole or not at all, hashed, and checked."""
+
+from finchtune.files.content import (
+    cache_folder,
+    check_sums,
+    read_json,
+    sha256,
+    sums_text,
+    write_json,
+)
+from finchtune.files.places import is_disk_full, require_space
+from finchtune.files.publish import FileSet, atomic_folder, atomic_path
+from finchtune.files.temporary import discard, finish_interrupted, remove, remove_leftovers
+
+__all__ = [
+    "FileSet",
+    "atomic_folder",
+    "atomic_path",
+    "cache_folder",
+    "check_sums",
+    "discard",
+    "finish_interrupted",
+    "is_disk_full",
+    "read_json",
+    "remove",
+    "remove_leftovers",
+    "require_space",
+    "sha256",
+    "sums_text",
+    "write_json",
+]
