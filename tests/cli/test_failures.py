@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import resource
 import shutil
 import signal
@@ -15,7 +16,7 @@ from finchtune.cli import failures
 from finchtune.cli.flags import parse_train_flags
 from finchtune.config import TrainConfig
 from finchtune.errors import NotFinite, UserError
-from finchtune.files import atomic_path, require_space
+from finchtune.files import atomic_path, require_space, sha256
 from finchtune.training.checkpoints import (
     checkpoint_problem,
     checkpoints,
@@ -80,13 +81,50 @@ def test_a_run_removes_what_killed_ones_left_half_written(tmp_path):
     assert names(tmp_path / "checkpoints") == names(tmp_path / "data_cache") == [".hidden"]
 
 
+def seal(path):
+    """Give a changed manifest its checksum."""
+    digest = sha256(path / "manifest.json")
+    (path / "manifest.sha256").write_text(f"{digest}  manifest.json\n")
+
+
 def test_manifests_must_vouch_for_the_state(tmp_path):
     path = save(tmp_path, 2)
     manifest = json.loads((path / "manifest.json").read_text())
     for digests in ({}, {"../../secret": "0"}, {"state.pth": "0"}, "no dict"):
         (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": digests}))
+        seal(path)
         assert checkpoint_problem(path)
     assert newest_checkpoint(tmp_path)[0] is None
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    path = save(tmp_path, 2)
+    assert checkpoint_problem(path) is None
+    generator = random.Random(0)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        places = range(8 * len(whole)) if len(whole) < 200 else None
+        for place in places or generator.sample(range(8 * len(whole)), 200):
+            damaged = bytearray(whole)
+            damaged[place // 8] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            assert checkpoint_problem(path), (file, place)
+        file.write_bytes(whole)
+    assert checkpoint_problem(path) is None
+
+
+def test_folder_manifest_and_optimizer_agree_on_the_step(tmp_path):
+    path = save(tmp_path, 2)
+    path.rename(tmp_path / "step-20")
+    assert "its manifest is of step 2" in checkpoint_problem(tmp_path / "step-20")
+    (tmp_path / "step-20").rename(tmp_path / "kept")
+    assert checkpoint_problem(tmp_path / "kept") is None
+    manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
+    manifest["optimizer_step"] = 3
+    (tmp_path / "kept" / "manifest.json").write_text(json.dumps(manifest))
+    seal(tmp_path / "kept")
+    with pytest.raises(UserError, match=r"made 2 steps in state\.pth but 3 in manifest\.json"):
+        load_checkpoint(tmp_path / "kept")
 
 
 def test_code_in_a_checkpoint_is_refused(tmp_path):

@@ -225,7 +225,7 @@ def live_and_die(folder, proj, words, lives, seed):
             target = before + rng.randrange(1, 5)
             wait_for(lambda: steps_done(proj) >= target, process)  # noqa: B023
         if kind == 3:
-            wait_for(lambda: list((proj / "checkpoints").glob(".step-*.tmp-*")), process)
+            wait_for(lambda: list((proj / "checkpoints").glob(".step-*.tmp")), process)
             saving += 1
         else:
             time.sleep(rng.uniform(0, 0.05))
