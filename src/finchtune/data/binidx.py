@@ -200,7 +200,8 @@ class BinIdxWriter:
             tokens, self._index_path = (self._files.add(path) for path in file_paths(self.prefix))
             self._file = open(tokens, "wb")
         except UserError as error:
-            self._files.__exit__(type(error), error, None)
+            if self._own:
+                self._files.close(error)
             raise
         return self
 
@@ -253,7 +254,7 @@ class BinIdxWriter:
             with suppress(OSError):  # on a full disk closing fails a second time
                 self._file.close()
             if self._own:
-                self._files.__exit__(type(error), error, tb)
+                self._files.close(error)
 
     def _index(self) -> bytes:
         sizes = np.concatenate([np.empty(0, "<i4"), *self.sizes])

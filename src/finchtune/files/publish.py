@@ -80,6 +80,10 @@ class FileSet:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.close(error)
+
+    def close(self, error: BaseException | None) -> None:
+        """Publish, or with an error remove the temporaries and raise it, or what it stands for."""
         try:
             if error is not None:
                 raise error
