@@ -60,8 +60,8 @@ def test_bad_files_are_refused_with_a_line(tmp_path):
     torch.save({"emb.weight": Evil()}, path)
     with pytest.raises(UserError, match="could run code"):
         load_model(path)
-    torch.save({"model": {"emb.weight": torch.zeros(2)}}, path)
-    with pytest.raises(UserError, match="entry 'model' is a dict; expected a flat dict"):
+    torch.save({"shapes": {"emb.weight": torch.zeros(2)}}, path)
+    with pytest.raises(UserError, match="entry 'shapes' is a dict; expected a flat dict"):
         load_model(path)
     torch.save([torch.zeros(2)], path)
     with pytest.raises(UserError, match="holds a list"):

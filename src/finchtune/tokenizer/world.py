@@ -33,20 +33,20 @@ class WorldTokenizer(Tokenizer):
 
         self.name = vocab_file or "world"
         shipped = Path(pyrwkv_tokenizer.__file__).with_name("rwkv_vocab_v20230424.txt")
-        self._vocab_file = Path(vocab_file or shipped)
+        self.vocab_file = Path(vocab_file or shipped)
 
     @cached_property
     def _tokenizer(self) -> Any:
         import pyrwkv_tokenizer
 
-        return pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(self._vocab_file))
+        return pyrwkv_tokenizer.RWKVTokenizer(vocab_filepath=str(self.vocab_file))
 
     @cached_property
     def _trie(self) -> WorldTrie | None:
         library = load_library()
         if library is None:
             return None
-        return WorldTrie(library, kept_states(library, self._vocab_file, lambda: self._bytes_of))
+        return WorldTrie(library, kept_states(library, self.vocab_file, lambda: self._bytes_of))
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text)
@@ -83,7 +83,7 @@ class WorldTokenizer(Tokenizer):
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:
-        return read_world_vocabulary(self._vocab_file)
+        return read_world_vocabulary(self.vocab_file)
 
     def id_bytes(self, id: int) -> bytes:
         self.check_id(id)

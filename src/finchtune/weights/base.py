@@ -1,7 +1,7 @@
 """Base models: reading their tensors, and the model that they make."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,18 +11,35 @@ from torch import Tensor
 from finchtune import distributed
 from finchtune.errors import UserError
 from finchtune.models import LanguageModel, ModelSizes, meta_model, sizes_of, standard_form
+from finchtune.weights.forms import form_of
+from finchtune.weights.lazy import LazyTensors, layout_of
 from finchtune.weights.pth import write_pth
 from finchtune.weights.tensors import check_shapes, read_tensors
 
 T = TypeVar("T")
+WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
-def read_base(path: str | Path) -> dict[str, Tensor]:
-    """A base model's tensors in the shapes that its generation gives them.
+def read_base(path: str | Path) -> Mapping[str, Tensor]:
+    """A base model's tensors, from a file or folder of any form, named and shaped as released.
 
-    Raises UserError for a file of no generation.
+    Prefixes that wrappers put before every name are taken off. Raises UserError for what is no
+    model of any generation, or is damaged.
     """
-    return _told_of(path, standard_form, read_tensors(path))
+    form = form_of(path)
+    assert form.read is not None
+    weights = form.read(Path(path))
+    if isinstance(weights, LazyTensors):
+        return weights  # made in the shapes that they should have
+    return _told_of(path, standard_form, unwrapped(weights))
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors without a wrapper's prefix, which stands before all of their names."""
+    for prefix in WRAPPERS:
+        if all(name.startswith(prefix) for name in weights):
+            return unwrapped({name.removeprefix(prefix): t for name, t in weights.items()})
+    return weights
 
 
 def load_model(
@@ -39,29 +56,29 @@ def load_model(
     Raises UserError listing every missing, extra or misshapen tensor.
     """
     weights = read_base(path)
-    model = meta_model(_told_of(path, sizes_of, weights), grad_checkpoint)
+    model = meta_model(_told_of(path, sizes_of, layout_of(weights)), grad_checkpoint)
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    check_shapes({name: tuple(t.shape) for name, t in weights.items()}, expected, path)
-    dtype = dtype or weights["emb.weight"].dtype
+    check_shapes({n: tuple(t.shape) for n, t in layout_of(weights).items()}, expected, path)
+    dtype = dtype or layout_of(weights)["emb.weight"].dtype
     if shared:
         weights = converted_once(weights, dtype)
     model.load_state_dict(weights, strict=True, assign=True)
     return model.to(device=device, dtype=dtype)
 
 
-def converted_once(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def converted_once(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:
     """The same numbers in `dtype`, in pages that the processes of a machine share.
 
     Where the file has another dtype, one process of each machine writes a converted one into
     anonymous memory, which is given back when nobody maps it any more. A collective call.
     """
-    if all(tensor.dtype == dtype for tensor in weights.values()):
+    if all(tensor.dtype == dtype for tensor in layout_of(weights).values()):
         return weights
     path = descriptor = None
     if distributed.local_rank() == 0:
         descriptor = os.memfd_create("weights")
         path = f"/proc/{os.getpid()}/fd/{descriptor}"
-        layout = {name: tensor.to("meta", dtype) for name, tensor in weights.items()}
+        layout = {n: tensor.to("meta", dtype) for n, tensor in layout_of(weights).items()}
         write_pth(layout, (tensor.to(dtype) for tensor in weights.values()), Path(path))
     machine = distributed.machine()
     shown = distributed.all_gather((machine, path))
@@ -74,11 +91,11 @@ def converted_once(weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, 
 
 def model_sizes(path: str | Path) -> ModelSizes:
     """The sizes of the model in a weight file, which is mapped, not loaded."""
-    return _told_of(path, sizes_of, read_base(path))
+    return _told_of(path, sizes_of, layout_of(read_base(path)))
 
 
 def _told_of(
-    path: str | Path, work: Callable[[dict[str, Tensor]], T], weights: dict[str, Tensor]
+    path: str | Path, work: Callable[[Mapping[str, Tensor]], T], weights: Mapping[str, Tensor]
 ) -> T:
     """work(weights); a UserError names the file."""
     try:

@@ -1,16 +1,17 @@
 """Writing a .pth tensor by tensor, so that never more than one need be in memory."""
 
-import hashlib
 import struct
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+from finchtune.weights.hashing import HashingWriter
 
 LOCAL_HEADER = struct.Struct("<26xHH")  # the lengths of the name and of the extra field
 CRC_PLACE = 16  # where in a directory entry the checksum stands
@@ -34,18 +35,17 @@ def write_pth(layout: Mapping[str, Any], tensors: Iterable[Tensor], path: Path) 
     with zipfile.ZipFile(path) as archive:
         directory, records = archive.start_dir, archive.infolist()
     checksums = {}
-    with path.open("r+b") as file:
-        written = Pass(file)
+    with HashingWriter(path.open("r+b")) as written:
         places = [r.header_offset for r in records if r.filename.partition("/")[2][:5] == "data/"]
         for place, like, tensor in zip(places, tensors_of(layout), tensors, strict=True):
             assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
-            written.keep_to(place)
+            written.keep(place - written.file.tell())
             checksums[place] = fill(written, bytes_of(tensor))
-        written.keep_to(directory)
+        written.keep(directory - written.file.tell())
         for record in records:
             fix_directory_entry(written, checksums.get(record.header_offset))
-        written.keep(-1)
-    return written.sha256.hexdigest()
+        written.keep()
+        return written.sha256()
 
 
 def tensors_of(layout: Mapping[str, Any]) -> Iterator[Tensor]:
@@ -76,44 +76,22 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-class Pass:
-    """Goes through a file once, keeping or replacing its bytes, and hashes what is then there."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.sha256 = file, hashlib.sha256()
-
-    def keep(self, n_bytes: int) -> bytes:
-        """Leave so many bytes as they are, -1 for all that are left; returns them."""
-        content = self.file.read(n_bytes)
-        self.sha256.update(content)
-        return content
-
-    def keep_to(self, place: int) -> None:
-        """Leave everything before `place` as it is."""
-        self.keep(place - self.file.tell())
-
-    def replace(self, content: bytes | memoryview) -> None:
-        """Write over as many bytes."""
-        self.file.write(content)
-        self.sha256.update(content)
-
-
-def fill(written: Pass, content: memoryview) -> int:
+def fill(written: HashingWriter, content: memoryview) -> int:
     """Write the content of the zip record that begins here; return its checksum."""
     written.keep(sum(LOCAL_HEADER.unpack(written.keep(LOCAL_HEADER.size))))
-    written.replace(content)
+    written.write(content)
     checksum = zlib.crc32(content)
     if len(content):
         assert written.keep(4) == DESCRIPTOR_MARK
-        written.replace(struct.pack("<I", checksum))
+        written.write(struct.pack("<I", checksum))
     return checksum
 
 
-def fix_directory_entry(written: Pass, checksum: int | None) -> None:
+def fix_directory_entry(written: HashingWriter, checksum: int | None) -> None:
     """Set the checksum, if there is one, of the directory entry that begins here; go past it."""
     written.keep(CRC_PLACE)
     if checksum is None:
         written.keep(4)
     else:
-        written.replace(struct.pack("<I", checksum))
+        written.write(struct.pack("<I", checksum))
     written.keep(sum(AFTER_CRC.unpack(written.keep(AFTER_CRC.size))))

@@ -4,6 +4,7 @@ import pickle
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from finchtune.errors import NotFinite, UserError
 from finchtune.files import atomic_path
 from finchtune.weights.pth import write_pth
+
+WRAPPERS = ("state_dict", "model", "module")
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -37,6 +40,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         raise UserError(
             f"{path} ({size}): damaged or cut short ({error}); download or copy it again"
         ) from error
+    content = inner(content)
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     for name, tensor in content.items():
@@ -45,6 +49,14 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                 f"{path}: entry {name!r} is a {type(tensor).__name__}; expected a flat dict of "
                 "tensors, the form that RWKV weights are released in"
             )
+    return content
+
+
+def inner(content: Any) -> Any:
+    """The dict of tensors in what a trainer saved around it; anything else is given back."""
+    for name in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            return content[name]
     return content
 
 

@@ -1,0 +1,65 @@
+"""The forms by name, and which one a path is of."""
+
+import difflib
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+
+from finchtune.errors import UserError
+from finchtune.weights import forms
+from finchtune.weights.forms.base import Form
+
+FOREIGN = {
+    b"<!DOCTYPE": "a web page, not weights; download the file itself",
+    b"<html": "a web page, not weights; download the file itself",
+    b"version https://git-lfs": "a Git LFS pointer, not weights; run git lfs pull",
+}
+"""What files that are often taken for weights begin with."""
+
+
+def find_forms() -> dict[str, Form]:
+    """Every FORM of the modules beside this one."""
+    names = sorted(module.name for module in pkgutil.iter_modules(forms.__path__))
+    modules = [import_module(f"{forms.__name__}.{n}") for n in names if n != "registry"]
+    found = [module.FORM for module in modules if hasattr(module, "FORM")]
+    return {form.name: form for form in found}
+
+
+FORMS = find_forms()
+
+
+def get_form(name: str) -> Form:
+    """A form by its name; an unknown one raises UserError."""
+    if name not in FORMS:
+        near = difflib.get_close_matches(name, FORMS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(FORMS)}"
+        raise UserError(f"no form {name!r}{hint}")
+    return FORMS[name]
+
+
+def form_of(path: str | Path) -> Form:
+    """The form of the weights in a file or folder. Raises UserError if it is of none."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    for form in FORMS.values():
+        if form.recognise(path):
+            return form
+    for form in FORMS.values():
+        if form.recognise_adapter(path):
+            raise UserError(f"{path} is an adapter ({form.title}); give it as --peft_checkpoint")
+    raise UserError(f"{path} {what_else(path)}")
+
+
+def what_else(path: Path) -> str:
+    """What a path is that holds no weights, for a message."""
+    if path.is_dir():
+        return "is a folder without weights of an RWKV-6"
+    if not path.is_file():
+        return "is neither a file nor a folder"
+    with path.open("rb") as file:
+        start = file.read(32).lstrip()
+    for prefix, what in FOREIGN.items():
+        if start.lower().startswith(prefix.lower()):
+            return f"is {what}"
+    return f"({path.stat().st_size:,} bytes) holds no weights in a form that is known here"

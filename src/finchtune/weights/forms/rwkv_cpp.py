@@ -1,0 +1,158 @@
+"""rwkv.cpp: its own binary file, in fp32 or fp16.
+
+Source: RWKV/rwkv.cpp, docs/FILE_FORMAT.md and python/convert_pytorch_to_ggml.py.
+"""
+
+import mmap
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from finchtune.errors import UserError
+from finchtune.weights.forms.base import (
+    DTYPES,
+    Entry,
+    Form,
+    Settings,
+    converted,
+    from_form,
+    n_layer_of,
+    official_names,
+    reshaped,
+    to_form,
+)
+from finchtune.weights.hashing import HashingWriter
+from finchtune.weights.lazy import layout_of, mapped
+from finchtune.weights.pth import bytes_of
+
+MAGIC, VERSION = 0x67676D66, 101
+HEADER = struct.Struct("=IiiiiI")  # magic, version, vocabulary, n_embd, layers, dtype
+TENSOR = struct.Struct("=iii")  # dimensions, length of the name, dtype
+CODES = {torch.float32: 0, torch.float16: 1}
+MOST_DIMENSIONS, LONGEST_NAME = 3, 256
+
+
+class Place(NamedTuple):
+    """Where in the file a tensor's numbers lie, and how."""
+
+    begin: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def entries(n_layer: int, head_size: int = 1) -> list[Entry]:
+    """Every tensor of this form; `head_size` counts only where one is made."""
+    found = []
+    for name in official_names(n_layer):
+        part = name.rpartition(".")[2]
+        make, split = LAYOUTS.get(part, (None, None))
+        if part == "time_decay":
+            make, split = lambda t: t.view(-1, head_size, 1), lambda t: t.reshape(1, 1, -1)
+        elif make is None and part.startswith("time_maa_"):
+            make, split = lambda t: t.view(-1), lambda t: t.view(1, 1, -1)
+        found.append(reshaped(name, name, make, split) if make and split
+                     else Entry(name, (name,)))  # fmt: skip
+    return found
+
+
+LAYOUTS = {
+    "time_maa_w1": (lambda t: t.T, lambda t: t.T),
+    "time_maa_w2": (lambda t: t.transpose(1, 2), lambda t: t.transpose(1, 2)),
+    "time_decay_w1": (lambda t: t.T, lambda t: t.T),
+    "time_decay_w2": (lambda t: t.T, lambda t: t.T),
+    "time_faaaa": (lambda t: t.unsqueeze(-1), lambda t: t.squeeze(-1)),
+}
+
+
+def recognise(path: Path) -> bool:
+    """By the magic number."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == struct.pack("=I", MAGIC)
+
+
+def read(path: Path) -> Mapping[str, Tensor]:
+    """A model's tensors, memory-mapped."""
+    places = scan(path)
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    theirs = {
+        name: torch.frombuffer(
+            content, dtype=p.dtype, count=torch.Size(p.shape).numel(), offset=p.begin
+        ).view(p.shape)
+        for name, p in places.items()
+    }
+    return from_form(theirs, entries(n_layer_of(theirs, "blocks.")), path)
+
+
+def scan(path: Path) -> dict[str, Place]:
+    """Every tensor's place. Raises UserError for another version, and for a damaged file."""
+    places: dict[str, Place] = {}
+    dtypes = {code: dtype for dtype, code in CODES.items()}
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            version = HEADER.unpack(file.read(HEADER.size))[1]
+            if version != VERSION:
+                raise UserError(f"{path}: version {version} of rwkv.cpp's form is not known here")
+            while file.tell() < size:
+                n_dims, length, code = TENSOR.unpack(file.read(TENSOR.size))
+                if code not in dtypes:
+                    raise UserError(f"{path} is quantised; give the file it was made from")
+                if not 0 < n_dims <= MOST_DIMENSIONS or not 0 < length <= LONGEST_NAME:
+                    raise ValueError("a tensor's header makes no sense")
+                shape = struct.unpack(f"={n_dims}i", file.read(4 * n_dims))[::-1]
+                name = file.read(length).decode()
+                if min(shape) < 1 or name in places:
+                    raise ValueError(f"{name} is {list(shape)}, or stands there twice")
+                places[name] = Place(file.tell(), shape, dtypes[code])
+                n_bytes = torch.Size(shape).numel() * dtypes[code].itemsize
+                if file.seek(n_bytes, 1) > size:
+                    raise ValueError(f"{name} goes on after the end")
+        except (struct.error, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"{path} ({size:,} bytes): damaged or cut short ({error}); copy it again"
+            ) from error
+    return places
+
+
+def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
+    """Write a model; vectors and all time_* stay fp32. Returns the file's sha256."""
+    layout = layout_of(weights)
+    dtype = DTYPES[settings.dtype]
+    n_layer = n_layer_of(layout, "blocks.")
+    head_size = layout["blocks.0.att.time_faaaa"].shape[1]
+
+    def stored(name: str, tensor: Tensor) -> Tensor:
+        small = tensor.dim() == 1 or ".time_" in name
+        return converted(name, tensor, torch.float32 if small else dtype)
+
+    theirs = mapped(to_form(weights, entries(n_layer, head_size)), stored)
+    vocab_size, n_embd = layout["emb.weight"].shape
+    with HashingWriter(path.open("wb")) as file:
+        file.write(HEADER.pack(MAGIC, VERSION, vocab_size, n_embd, n_layer, CODES[dtype]))
+        for name, tensor in theirs.items():
+            raw = name.encode()
+            shape = tensor.shape[::-1]
+            file.write(TENSOR.pack(len(shape), len(raw), CODES[tensor.dtype]))
+            file.write(struct.pack(f"={len(shape)}i", *shape) + raw)
+            file.write(bytes_of(tensor))
+        return file.sha256()
+
+
+FORM = Form(
+    name="rwkv.cpp",
+    title="rwkv.cpp's file",
+    suffix=".bin",
+    dtypes=("fp16", "fp32"),
+    recognise=recognise,
+    read=read,
+    write=write,
+)

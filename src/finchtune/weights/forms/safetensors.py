@@ -1,0 +1,109 @@
+"""Safetensors with the official names: the same tensors as in a plain .pth."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from finchtune.errors import UserError
+from finchtune.weights.forms.base import DTYPES, Form, Settings, converted
+from finchtune.weights.hashing import HashingWriter
+from finchtune.weights.lazy import layout_of, mapped
+from finchtune.weights.pth import bytes_of
+
+HEADER_LENGTH = struct.Struct("<Q")
+LARGEST_HEADER = 100_000_000  # the library's own limit
+NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+DTYPE_NAMES = {DTYPES[ours]: theirs for ours, theirs in NAMES.items()}
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file starts as this format does: a length, then a JSON object."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(HEADER_LENGTH.size + 1)
+    if len(start) <= HEADER_LENGTH.size or start[-1:] != b"{":
+        return False
+    return HEADER_LENGTH.unpack(start[:-1])[0] <= LARGEST_HEADER
+
+
+def header_of(path: Path) -> dict:
+    """A file's header: name -> dtype, shape and place. Raises UserError if it is damaged."""
+    with path.open("rb") as file:
+        start = file.read(HEADER_LENGTH.size)
+        length = HEADER_LENGTH.unpack(start)[0] if len(start) == HEADER_LENGTH.size else 0
+        content = file.read(min(length, LARGEST_HEADER))
+    try:
+        header = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"{path}: damaged or cut short; download or copy it again") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: damaged; download or copy it again")
+    return header
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """A file's tensors, memory-mapped, in the order in which they lie in it."""
+    from safetensors import SafetensorError, safe_open
+
+    size = f"{path.stat().st_size:,} bytes"
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.offset_keys()}
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} ({size}): damaged or cut short ({error}); download or copy it again"
+        ) from error
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write named tensors one after another; returns the file's sha256.
+
+    The library's own writer takes all of them at once. Layout: the header's length in 8 bytes, the
+    header in JSON, padded with spaces to 8 bytes, the tensors end to end.
+    """
+    header: dict = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
+    end = 0
+    for name, tensor in layout_of(tensors).items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    with HashingWriter(path.open("wb")) as file:
+        file.write(HEADER_LENGTH.pack(len(content)) + content)
+        for tensor in tensors.values():
+            file.write(bytes_of(tensor))
+        return file.sha256()
+
+
+def recognise(path: Path) -> bool:
+    """Safetensors with a model's official names."""
+    if not is_safetensors(path):
+        return False
+    return any(name.endswith("blocks.0.att.time_faaaa") for name in header_of(path))
+
+
+def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
+    """Write the tensors in one dtype; returns the file's sha256."""
+    dtype = DTYPES[settings.dtype]
+    return write_safetensors(mapped(weights, lambda n, t: converted(n, t, dtype)), path)
+
+
+FORM = Form(
+    name="safetensors",
+    title="safetensors with the official names",
+    suffix=".safetensors",
+    dtypes=tuple(DTYPES),
+    recognise=recognise,
+    read=read_safetensors,
+    write=write,
+)

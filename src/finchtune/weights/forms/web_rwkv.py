@@ -1,0 +1,124 @@
+"""web-rwkv and Ai00: `.st`, safetensors in fp16 with names and layouts of their own.
+
+Source: cryscan/web-rwkv, assets/scripts/convert_safetensors.py and src/runtime/loader.rs.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from finchtune.errors import UserError
+from finchtune.weights.forms.base import (
+    DTYPES,
+    Entry,
+    Form,
+    LowRank,
+    Settings,
+    converted,
+    from_form,
+    n_layer_of,
+    official_names,
+    reshaped,
+    to_form,
+)
+from finchtune.weights.forms.safetensors import (
+    header_of,
+    is_safetensors,
+    read_safetensors,
+    write_safetensors,
+)
+from finchtune.weights.lazy import mapped
+
+TRANSPOSED = re.compile(r"(time_mix|time_decay)_w[12]$")
+FEWEST_LAYERS = 4  # below it the runtime does not load a model
+A_KEY, B_KEY = ".lora.0", ".lora.1"
+
+
+def entries(n_layer: int) -> list[Entry]:
+    """Every tensor of this form."""
+    found = []
+    for ours in official_names(n_layer):
+        theirs = ours.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
+        transposed = TRANSPOSED.search(theirs)
+        found.append(reshaped(theirs, ours, swapped, swapped) if transposed
+                     else Entry(theirs, (ours,)))  # fmt: skip
+    return found
+
+
+def swapped(tensor: Tensor) -> Tensor:
+    """The last two dimensions exchanged."""
+    return tensor.transpose(-1, -2)
+
+
+def recognise(path: Path) -> bool:
+    """Safetensors with this form's name for what others call time_faaaa."""
+    return is_safetensors(path) and "blocks.0.att.time_mix_w1" in header_of(path)
+
+
+def read(path: Path) -> Mapping[str, Tensor]:
+    """A model's tensors, memory-mapped."""
+    theirs = read_safetensors(path)
+    return from_form(theirs, entries(n_layer_of(theirs, "blocks.")), path)
+
+
+def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
+    """Write a model; returns the file's sha256."""
+    n_layer = n_layer_of(weights, "blocks.")
+    if n_layer < FEWEST_LAYERS:
+        raise UserError(
+            f"web-rwkv loads no model of fewer than {FEWEST_LAYERS} layers; this one has {n_layer}"
+        )
+    theirs = to_form(weights, entries(n_layer))
+    dtype = DTYPES[settings.dtype]
+    return write_safetensors(mapped(theirs, lambda n, t: converted(n, t, dtype)), path)
+
+
+def recognise_adapter(path: Path) -> bool:
+    """Safetensors of nothing but LoRA's two factors."""
+    if not is_safetensors(path):
+        return False
+    names = header_of(path).keys() - {"__metadata__"}
+    return bool(names) and all(name.endswith((A_KEY, B_KEY)) for name in names)
+
+
+def read_adapter(path: Path) -> LowRank:
+    """An adapter's factors. The file need not tell alpha; without it alpha is the rank."""
+    found = read_safetensors(path)
+    layers = {}
+    for name, tensor in found.items():
+        layer, B = name.removesuffix(A_KEY), f"{name.removesuffix(A_KEY)}{B_KEY}"
+        if name.endswith(A_KEY):
+            if B not in found:
+                raise UserError(f"{path}: {B} is missing")
+            layers[layer] = (tensor.T.contiguous(), found[B])
+    if not layers or len(found) != 2 * len(layers):
+        raise UserError(f"{path} is no whole LoRA of web-rwkv")
+    alpha = header_of(path).get("__metadata__", {}).get("alpha")
+    rank = len(next(iter(layers.values()))[0])
+    return LowRank(layers, float(alpha) if alpha else rank)
+
+
+def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> str:
+    """Write an adapter; the runtime is told alpha when it loads the file."""
+    dtype = DTYPES[settings.dtype]
+    tensors = {}
+    for layer, (A, B) in adapter.layers.items():
+        tensors[f"{layer}{A_KEY}"] = converted(f"{layer}{A_KEY}", A, dtype).T.contiguous()
+        tensors[f"{layer}{B_KEY}"] = converted(f"{layer}{B_KEY}", B, dtype).contiguous()
+    return write_safetensors(tensors, path, {"alpha": repr(adapter.alpha)})
+
+
+FORM = Form(
+    name="web-rwkv",
+    title="web-rwkv's .st (Ai00)",
+    suffix=".st",
+    dtypes=("fp16",),
+    recognise=recognise,
+    read=read,
+    write=write,
+    recognise_adapter=recognise_adapter,
+    read_adapter=read_adapter,
+    write_adapter=write_adapter,
+)

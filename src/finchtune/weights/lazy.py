@@ -1,0 +1,40 @@
+"""Named tensors that are not all in memory at once."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+from torch import Tensor
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Named tensors, each made anew whenever it is asked for.
+
+    `layout` has their shapes and dtypes, as tensors on the meta device, in the same order.
+    """
+
+    def __init__(self, layout: Mapping[str, Tensor], make: Callable[[str], Tensor]):
+        self.layout, self._make = layout, make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.layout:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.layout
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+
+def layout_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The same names with tensors of which only shape and dtype count; nothing is computed."""
+    return tensors.layout if isinstance(tensors, LazyTensors) else tensors
+
+
+def mapped(tensors: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]) -> LazyTensors:
+    """The tensors with `change(name, tensor)` made of each; it must take meta tensors too."""
+    layout = {name: change(name, t.to("meta")) for name, t in layout_of(tensors).items()}
+    return LazyTensors(layout, lambda name: change(name, tensors[name]))
