@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune import distributed
-from finchtune.adapters import attach
+from finchtune.adapters import QuantisedWeight, attach
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
 from finchtune.memory.measure import MIB, peak_bytes, seconds
@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "none": {},
     "bone": {"r": 64},
     "bat": {"r": 64, "mode": "row"},
+    "bat_col": {"r": 64, "mode": "col"},
     "lora": {"r": 32, "alpha": 32.0},
 }
 
@@ -60,13 +61,14 @@ class Case:
     grad_cp: int = 0
     loss: str = "chunked"
     against: str = "floor"
+    quant: str | None = None
 
 
 SMALL = Case(n_layer=6, n_embd=256, vocab_size=65536, ctx_len=256)
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 TABLES: dict[str, list[Case]] = {
     "step": [Case(loss=kind, grad_cp=cp) for cp in (0, 1, 2) for kind in ("chunked", "whole")],
-    "methods": [Case(peft=peft, grad_cp=cp) for peft in METHODS for cp in (0, 1, 2)],
+    "methods": [Case(peft=m, grad_cp=cp) for m in METHODS if m != "bat_col" for cp in (0, 1, 2)],
     "sizes": [SMALL, Case(), Case(n_embd=1024)],
     "length": [replace(SMALL, ctx_len=T, micro_bsz=max(LENGTHS) // T) for T in LENGTHS],
     "batch": [replace(SMALL, micro_bsz=B) for B in (1, 2, 4, 8)],
@@ -172,7 +174,9 @@ def random_model(case: Case, device: torch.device) -> RWKV6:
     for parameter in model.parameters():
         with torch.no_grad():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
-    return model if case.peft == "none" else attach(model, case.peft, **METHODS[case.peft])
+    if case.peft == "none":
+        return model
+    return attach(model, case.peft.removesuffix("_col"), quant=case.quant, **METHODS[case.peft])
 
 
 def deepspeed_step(
@@ -232,9 +236,28 @@ class Floor:
         self.full = case.peft == "none"
         self.again = case.grad_cp == 1
         self.tokens = case.micro_bsz * case.ctx_len
-        self.blocks = [list(block_products(block)) for block in model.blocks]
         self.head = model.head.weight.T
         self.buffers: dict[tuple, Tensor] = {}
+        self.blocks = [list(self.block_products(block)) for block in model.blocks]
+
+    def block_products(self, block: nn.Module) -> Iterator[tuple[Tensor, bool]]:
+        """(weight (..., in, out), whether in the first block its input holds nothing trained)."""
+        att, ffn = block.att, block.ffn
+        for name in ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"):
+            yield getattr(att, name).detach(), True
+        for linear in (att.receptance, att.key, att.value, att.gate):
+            yield self.dense(linear.weight).T, True
+        for linear in (att.output, ffn.key, ffn.receptance, ffn.value):
+            yield self.dense(linear.weight).T, False
+
+    def dense(self, weight: Tensor | QuantisedWeight) -> Tensor:
+        """The weight; in place of a quantised one a random tensor, the same for all of a shape."""
+        if isinstance(weight, Tensor):
+            return weight.detach()
+        _, shape = weight.form
+        if shape not in self.buffers:
+            self.buffers[shape] = self.head.new_empty(shape).normal_()
+        return self.buffers[shape]
 
     def buffer(self, weight: Tensor, rows: int, side: int) -> Tensor:
         """A fixed random input, or gradient of an output, of a product with `weight`."""
@@ -268,17 +291,6 @@ class Floor:
             for weight, reads_embedding in products:
                 # Below the first adapter nothing is trained, so nothing needs a gradient.
                 self.backward(weight, self.tokens, self.full or layer > 0 or not reads_embedding)
-
-
-def block_products(block: nn.Module) -> Iterator[tuple[Tensor, bool]]:
-    """(weight (..., in, out), whether in the first block its input holds nothing trained)."""
-    att, ffn = block.att, block.ffn
-    for name in ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"):
-        yield getattr(att, name).detach(), True
-    for linear in (att.receptance, att.key, att.value, att.gate):
-        yield linear.weight.detach().T, True
-    for linear in (att.output, ffn.key, ffn.receptance, ffn.value):
-        yield linear.weight.detach().T, False
 
 
 if __name__ == "__main__":

@@ -1,0 +1,45 @@
+"""Small calls of every GPU kernel of WKV6, for compute-sanitizer, which slows them a hundredfold.
+
+compute-sanitizer --tool racecheck --error-exitcode 9 python scripts/dev/wkv_small.py
+"""
+
+import torch
+
+from finchtune.errors import UserError, run_cli
+from finchtune.ops.wkv6 import wkv6
+
+# B, T, H, N, dtype, boundaries of packed sequences
+CALLS = [
+    (1, 203, 2, 64, torch.bfloat16, None),
+    (1, 600, 1, 64, torch.bfloat16, None),  # cut into segments
+    (1, 700, 1, 64, torch.bfloat16, [0, 1, 16, 16, 33, 150, 700]),  # one of them empty
+    (5, 70, 60, 64, torch.bfloat16, None),  # more heads than a GPU has places
+    (1, 20, 1, 24, torch.float32, None),  # the scan
+    (2, 1, 2, 64, torch.bfloat16, None),
+]
+
+
+def call(B: int, T: int, H: int, N: int, dtype: torch.dtype, bounds: list[int] | None) -> None:
+    """Forward and backward on random inputs; what comes out must be finite."""
+    n = B if bounds is None else len(bounds) - 1
+    rows = torch.randn(4, B, T, H, N, device="cuda").to(dtype).unbind()
+    leaves = [x.requires_grad_() for x in rows]
+    leaves += [torch.randn(H, N, device="cuda", requires_grad=True)]
+    leaves += [torch.randn(n, H, N, N, device="cuda", requires_grad=True)]
+    cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda")
+    y, state = wkv6(*leaves, cu_seqlens)
+    gradients = torch.autograd.grad(y.float().square().sum() + state.sum(), leaves)
+    torch.cuda.synchronize()
+    assert all(x.isfinite().all() for x in (y, state, *gradients)), (B, T, H, N, dtype)
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise UserError("this needs a CUDA device")
+    for arguments in CALLS:
+        call(*arguments)
+    print(f"{len(CALLS)} calls, all finite")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,60 @@
+"""The check for a GPU machine, tried on a CPU with tiny sizes, so that it runs the day it must."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from helpers.support import REPOSITORY, run_script
+
+STEPS = REPOSITORY / "scripts" / "bench" / "gpu_steps.py"
+BARE = """
+import sys
+for name in ("deepspeed", "tokenizers", "transformers", "sentencepiece"):
+    sys.modules[name] = None
+"""
+RUNNABLE = ("build", "wkv", "steps", "table6", "profiles", "generation", "quantised")
+
+
+@pytest.mark.slow
+def test_every_stage_runs_and_is_reported(kernels, tmp_path):
+    """Without DeepSpeed and tokenizers. The GPU tests are skipped, which pytest counts as none."""
+    (tmp_path / "sitecustomize.py").write_text(BARE)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}:$PYTHONPATH exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    out = tmp_path / "out"
+    subprocess.run(
+        ["bash", REPOSITORY / "scripts" / "gpu_check.sh", "--dry", out],
+        env={**os.environ, "PYTHON": str(python)},
+        check=True,
+    )
+    found = json.loads((out / "gpu_check.json").read_text())
+    assert {name: found[name]["status"] for name in RUNNABLE} == dict.fromkeys(RUNNABLE, "0")
+    assert "passed" in found["tests"]["said"] or "skipped" in found["tests"]["said"]
+    rows = found["table6"]["figures"]["rows"]
+    assert [row["peft"] for row in rows] == ["lora", "bone", "bat"]
+    assert all(row["tokens_per_s"] > 0 and 0 < row["products_share"] < 1 for row in rows)
+    assert found["profiles"]["figures"]["rows"][1]["longest"]
+    assert found["generation"]["figures"]["generation"]["batch_tokens_per_s"] > 0
+    table = (out / "gpu_check.md").read_text()
+    assert "| 3b | bone | none | 1 | 1 x 16 |" in table
+    assert "11,052 MB" in table
+
+
+def test_a_combination_that_fails_is_noted_and_the_next_one_runs(tmp_path):
+    json_file = tmp_path / "steps.json"
+    flags = "--dry --methods bone --quant bits none --shapes 1x16 --repeats 1 --json"
+    run_script(STEPS, *flags.split(), json_file)
+    rows = json.loads(json_file.read_text())["rows"]
+    assert "quantised to nf4" in rows[0]["error"]
+    assert rows[1]["launches"] > 0
+
+
+def test_a_shape_that_is_none_is_refused():
+    done = subprocess.run(
+        [sys.executable, STEPS, "--dry", "--shapes", "4*512"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "batch x length" in done.stderr
