@@ -3,6 +3,7 @@
 #pragma once
 
 #include "block.h"
+#include "inference.h"
 #include "wkv6.h"
 
 namespace finchtune {
@@ -57,6 +58,9 @@ struct CpuKernels {
                        int64_t last);
   void (*sigmoid_gate_backward)(Element, const void* gate, const void* y, const void* dout,
                                 void* dgate, void* dy, int64_t first, int64_t last);
+  // Pieces of kProductOuts columns of y; heads, numbered as row * n_heads + head.
+  void (*product)(const Product&, int64_t first, int64_t last);
+  void (*wkv6_step)(const Wkv6Step&, int64_t first, int64_t last);
 };
 
 struct CpuPath {

@@ -38,6 +38,8 @@ constexpr const char* kSchemas[] = {
     "sigmoid_gate(Tensor gate, Tensor y) -> Tensor",
     "sigmoid_gate_backward(Tensor dout, Tensor gate, Tensor y) "
     "-> (Tensor gate, Tensor y)",
+    "products(Tensor[] x, Tensor[] W, int[] activations) -> Tensor[] y",
+    "wkv6_step_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor y",
 };
 
 bool defined(const std::string& schema) {

@@ -100,7 +100,7 @@ class Engine:
         prompt_tokens: int = 1024,
     ):
         assert prompt_tokens >= CHUNK
-        self.model, self.tokenizer = model, tokenizer
+        self.form, self.tokenizer = model.inference_form(), tokenizer
         self.max_rows, self.prompt_tokens = max_rows, prompt_tokens
         self.device = next(model.parameters()).device
         self.vocab_size = model.config.vocab_size
@@ -152,7 +152,7 @@ class Engine:
         if not self.rows:
             return []
         tokens = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.device)
-        last, self.state = self.model.advance(tokens, self.state)
+        last, self.state = self.form.advance(tokens, self.state)
         advanced = self._draw(self.rows, last)
         self._drop_finished()
         return advanced
@@ -166,7 +166,7 @@ class Engine:
         bounds = [0, *itertools.accumulate(n for _, n in pieces)]
         tokens = torch.tensor([[id for row, n in pieces for id in row.unread[:n]]])
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=self.device)
-        last, state = self.model.advance(tokens.to(self.device), state, cu_seqlens)
+        last, state = self.form.advance(tokens.to(self.device), state, cu_seqlens)
         done = []
         for index, (row, n) in enumerate(pieces):
             del row.unread[:n]
@@ -219,7 +219,7 @@ class Engine:
 
     def _draw(self, rows: list[Row], last: Tensor) -> list[tuple[Row, str]]:
         """The next token of each row, from the last hidden states (rows, C)."""
-        logits = self.model.head(last)
+        logits = self.form.logits(last)
         if self.tokenizer is not None:
             logits = logits[:, : self.tokenizer.vocab_size]
         greedy = [row.request.sampling.is_plain_greedy for row in rows]

@@ -80,6 +80,14 @@ class LanguageModel(nn.Module):
         hidden, state = self.hidden(tokens, state, cu_seqlens)
         return last_of(hidden, cu_seqlens), state
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (S, C), as `advance` returns them -> (S, V)."""
+        return self.head(hidden)
+
+    def inference_form(self) -> Any:
+        """What offers `advance` and `logits` the fastest here, until the weights change."""
+        return self
+
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype, new state.
 

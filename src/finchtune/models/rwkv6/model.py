@@ -5,7 +5,7 @@ T tokens, C n_embd, H heads, N head_size, F dim_ffn, V vocab_size, M and D the r
 token-shift and decay LoRAs. Source: "Eagle and Finch", arXiv 2404.05892, section 4 and appendix.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,3 +153,9 @@ class RWKV6(LanguageModel):
             x, block_state = recomputed(self.grad_checkpoint, block, x, block_state, cu_seqlens)
             new_state.append(block_state)
         return self.ln_out(x), new_state
+
+    def inference_form(self) -> Any:
+        """As in the base class: compiled where that fits."""
+        from finchtune.models.rwkv6.inference import CompiledRWKV6, fits
+
+        return CompiledRWKV6(self) if fits(self) else self

@@ -42,6 +42,7 @@ CPU = Part(
         "operators/cpu.cpp",
         "operators/adapters.cpp",
         "operators/block.cpp",
+        "operators/inference.cpp",
         "cpu/paths.cpp",
     ),
     ("operators", "cpu"),

@@ -1,0 +1,88 @@
+// Products of rows with a weight, each element in one order of summation. Part of kernels.h.
+//
+// An element is summed in LANES strands over the columns of W, which are then added up pairwise;
+// tiles of any shape do the same. Tiles hold as many strands as fit into the registers: few rows
+// are limited by reading W, which is asked for ahead of its use, many rows by arithmetic.
+
+constexpr int kStrands = LANES == 16 ? 16 : 8;      // vectors of sums that a tile holds
+constexpr int kTileRows = LANES == 16 ? 4 : 2;
+constexpr int64_t kPanelRows = 64;                  // rows of x that stay in the second-level cache
+
+static inline Vec activated(Vec x, Activation activation) {
+  if (activation == Activation::kSquaredRelu) {
+    const Vec positive = at_least(0.0f, x);
+    return positive * positive;
+  }
+  if (activation == Activation::kTanh) {
+    // -(e^-2|x| - 1) / (e^-2|x| + 1) with the sign of x, precise near 0
+    const Vec magnitude = at_least(0.0f, x) + at_least(0.0f, -x);
+    const Vec less_one = exponential(-2.0f * magnitude).minus_one();
+    const Vec result = -less_one / (less_one + 2.0f);
+    return x < 0.0f ? -result : result;
+  }
+  return x;
+}
+
+// The columns of y from `out` on of kRows rows from `row` on: as many as there are strands for.
+template <typename E, int kRows, bool kAhead>
+static inline void product_tile(const Product& p, int64_t out, int64_t row) {
+  constexpr int kOuts = kRows == 3 ? 4 : kStrands / kRows;
+  Vec strands[kStrands] = {};
+  int64_t weights[kOuts];
+  for (int o = 0; o < kOuts; ++o) weights[o] = std::min(out + o, p.n_out - 1) * p.n_in;
+  for_vectors(0, p.n_in, [&](int64_t i, auto count) __attribute__((always_inline)) {
+    Vec w[kOuts];
+#pragma GCC unroll 16
+    for (int o = 0; o < kOuts; ++o) {
+      w[o] = load<E>(p.W, weights[o] + i, count);
+      if (kAhead)
+        __builtin_prefetch(static_cast<const typename E::Type*>(p.W) + weights[o] +
+                           kOuts * p.n_in + i);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const Vec x = load<Float32>(p.x, (row + r) * p.x_stride + i, count);
+#pragma GCC unroll 16
+      for (int o = 0; o < kOuts; ++o) strands[r * kOuts + o] += w[o] * x;
+    }
+  });
+  float sums[kStrands];
+  for (int s = 0; s < kStrands; s += LANES) {
+    const Vec total = activated(sums_of_lanes(strands + s), p.activation);
+    std::memcpy(sums + s, &total, sizeof total);
+  }
+  const int64_t n = std::min<int64_t>(kOuts, p.n_out - out);
+  for (int r = 0; r < kRows; ++r)
+    store_row(sums + r * kOuts, p.y, p.element, (row + r) * p.n_out + out, n);
+}
+
+template <typename E, int kRows, bool kAhead>
+static inline void product_tiles(const Product& p, int64_t out, int64_t row) {
+  constexpr int kOuts = kRows == 3 ? 4 : kStrands / kRows;
+  const int64_t last = std::min(out + kProductOuts, p.n_out);
+  for (; out < last; out += kOuts) product_tile<E, kRows, kAhead>(p, out, row);
+}
+
+template <typename E>
+static void product_of(const Product& p, int64_t first, int64_t last) {
+  for (int64_t panel = 0; panel < p.n_rows; panel += kPanelRows) {
+    const int64_t end = std::min(panel + kPanelRows, p.n_rows);
+    const int64_t rest = (end - panel) % kTileRows, whole = end - rest;
+    for (int64_t block = first; block < last; ++block) {
+      const int64_t begin = block * kProductOuts;
+      const int64_t stop = std::min(begin + kProductOuts, p.n_out);
+      for (int64_t out = begin; whole > panel && out < stop; out += kStrands / kTileRows) {
+        product_tile<E, kTileRows, true>(p, out, panel);
+        for (int64_t row = panel + kTileRows; row < whole; row += kTileRows)
+          product_tile<E, kTileRows, false>(p, out, row);
+      }
+      if (rest == 1) product_tiles<E, 1, true>(p, begin, whole);
+      if (rest == 2) product_tiles<E, 2, true>(p, begin, whole);
+      if (rest == 3) product_tiles<E, 3, true>(p, begin, whole);
+    }
+  }
+}
+
+static void product(const Product& p, int64_t first, int64_t last) {
+  with_element(p.element, [&](auto e) { product_of<decltype(e)>(p, first, last); });
+}
