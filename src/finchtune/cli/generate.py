@@ -1,36 +1,133 @@
-"""Continue a prompt with a model, streaming."""
+"""Continue a prompt with a model, streaming, or many prompts from a file at once."""
 
 import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-import torch
-
-from finchtune.data import PROMPT
-from finchtune.inference.generate import generate
-from finchtune.tokenizer import Decoder, load_tokenizer
-from finchtune.weights.base import load_model
+from finchtune.cli.writing import (
+    add_model_flags,
+    add_sampling_flags,
+    check_positive,
+    open_model,
+    printable,
+    sampling_of,
+)
+from finchtune.data import templates
+from finchtune.data.records import parse_line
+from finchtune.data.templates import Template
+from finchtune.errors import UserError
+from finchtune.inference.engine import Engine, Request, Row
 
 
 def main(arguments: list[str] | None = None) -> None:
+    given = flags().parse_args(arguments)
+    check_positive(tokens=given.tokens, batch=given.batch)
+    sampling, template = sampling_of(given), templates.get(given.template)
+    prompts = read_prompts(given, template)
+    model, tokenizer = open_model(given)
+    engine = Engine(model, tokenizer, max_rows=given.batch)
+    rows = [
+        engine.submit(
+            Request(
+                tokenizer.encode(text),
+                given.tokens,
+                sampling,
+                stop_strings=[*given.stop, *stop_strings],
+            )
+        )
+        for text, stop_strings in prompts
+    ]
+    if given.prompts:
+        write_lines(engine, rows, [text for text, _ in prompts])
+    else:
+        stream(engine, rows[0], prompts[0][0])
+
+
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="weights, a plain .pth")
+    add_model_flags(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="text to continue")
-    asked.add_argument("--question", help="put as train.py --sft_field question answer puts it")
+    asked.add_argument("--question", help="put as the template puts it")
+    asked.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="a .jsonl of objects with `prompt` or `question`; prints one for each, with its "
+        "`completion`, in the same order",
+    )
+    parser.add_argument(
+        "--template", default="metamath", help="of questions: a name, or the path of a template"
+    )
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to write")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 = always the likeliest")
-    parser.add_argument("--top_p", type=float, default=0.7)
-    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
-    parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    given = parser.parse_args(arguments)
+    parser.add_argument("--stop", nargs="+", default=[], help="texts that end the writing")
+    parser.add_argument("--batch", type=int, default=16, help="prompts of a file written at once")
+    add_sampling_flags(parser, temperature=1.0, top_p=0.7)
+    return parser
 
-    dtype = torch.float32 if given.device == "cpu" else None
-    model = load_model(given.model, dtype=dtype, device=given.device)
-    tokenizer = load_tokenizer(given.tokenizer, model.config.vocab_size)
-    decoder = Decoder(tokenizer)
-    text = given.prompt if given.question is None else PROMPT.format(question=given.question)
-    print(text, end="", flush=True)
-    prompt = tokenizer.encode(text)
-    for token in generate(model, prompt, given.tokens, given.temperature, given.top_p, given.seed):
-        print(decoder.feed(token), end="", flush=True)
-    print(decoder.finish(), flush=True)
+
+Prompt = tuple[str, tuple[str, ...]]
+"""The text to continue, and the strings that end the writing."""
+
+
+def read_prompts(given: argparse.Namespace, template: Template) -> list[Prompt]:
+    """What to continue. UserError for a file without any prompt."""
+    if given.prompt is not None:
+        return [(given.prompt, ())]
+    if given.question is not None:
+        return [(template.prompt(given.question), template.stop)]
+    try:
+        lines = Path(given.prompts).read_bytes().splitlines()
+    except OSError as error:
+        raise UserError(f"--prompts {given.prompts}: {error.strerror}") from error
+    prompts = [
+        prompt_of(line, f"{given.prompts}:{number}", template)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not prompts:
+        raise UserError(f"--prompts {given.prompts}: holds no prompts")
+    return prompts
+
+
+def prompt_of(line: bytes, where: str, template: Template) -> Prompt:
+    """What to continue of one line of a file."""
+    try:
+        record: Any = parse_line(line)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {error}") from error
+    record = record if isinstance(record, dict) else {}
+    if isinstance(record.get("prompt"), str):
+        return record["prompt"], ()
+    if isinstance(record.get("question"), str):
+        return template.prompt(record["question"]), template.stop
+    raise UserError(f"{where}: an object with a string `prompt` or `question` is needed")
+
+
+def stream(engine: Engine, row: Row, prompt: str) -> None:
+    """Print the prompt and what follows it, as it is written."""
+    print(printable(prompt), end="", flush=True)
+    while not engine.idle:
+        for _, text in engine.step():
+            print(printable(text), end="", flush=True)
+    print(flush=True)
+
+
+def write_lines(engine: Engine, rows: list[Row], prompts: list[str]) -> None:
+    """Print every prompt and completion as a line of JSON, in order, each as soon as it is done."""
+    for row, prompt in zip(finished(engine, rows), prompts, strict=True):
+        result = {
+            "prompt": prompt,
+            "completion": row.text,
+            "finish_reason": row.finish_reason,
+        }
+        print(json.dumps(result), flush=True)
+
+
+def finished(engine: Engine, rows: list[Row]) -> Iterator[Row]:
+    """The rows in order, each when it is finished."""
+    for row in rows:
+        while row.finish_reason is None:
+            engine.step()
+        yield row

@@ -6,6 +6,7 @@ others, to the last bit; layers with an adapter run as they are.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ class CompiledRWKV6:
 
     def __init__(self, model: RWKV6):
         self.model = model
-        self.blocks = [CompiledBlock(block) for block in model.blocks]
+        self.blocks = [CompiledBlock(cast(Block, block)) for block in model.blocks]
 
     def advance(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
@@ -184,7 +185,7 @@ def products(
             results[i] = y
     for i, layer in enumerate(layers):
         if matrices[i] is None:
-            y = layer(inputs[i])
+            y = cast(nn.Module, layer)(inputs[i])
             results[i] = torch.relu(y).square_() if activations[i] == SQUARED_RELU else y
     return results
 
@@ -193,5 +194,4 @@ def weight_of(layer: Tensor | nn.Module) -> Tensor | None:
     """The matrix that is all there is to a layer, None if there is more."""
     if isinstance(layer, Tensor):
         return layer
-    plain = isinstance(layer, nn.Linear) and layer.bias is None
-    return layer.weight if plain else None
+    return layer.weight if isinstance(layer, nn.Linear) and layer.bias is None else None

@@ -1,0 +1,81 @@
+"""What the commands that write text share: flags, the model, and text fit for a terminal."""
+
+import argparse
+import dataclasses
+import unicodedata
+
+import torch
+
+from finchtune.errors import UserError
+from finchtune.inference.sampling import Sampling
+from finchtune.models import LanguageModel
+from finchtune.tokenizer import Tokenizer, load_tokenizer
+from finchtune.weights.writing import writing_model
+
+PLAIN = "\n\t"  # the control characters that a terminal may get
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="weights, a plain .pth")
+    parser.add_argument("--peft_checkpoint", help="an adapter's .pth, which stays unmerged")
+    parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
+    parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
+    parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="fp32 on a CPU, else the file's own, if not given"
+    )
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:
+    parser.add_argument(
+        "--temperature", type=float, default=temperature, help="0 = always the likeliest"
+    )
+    parser.add_argument("--top_p", type=float, default=top_p)
+    parser.add_argument("--top_k", type=int, default=0, help="0 = all")
+    parser.add_argument("--repetition_penalty", type=float, default=1.0)
+    parser.add_argument("--presence_penalty", type=float, default=0.0)
+    parser.add_argument("--frequency_penalty", type=float, default=0.0)
+    parser.add_argument(
+        "--penalty_decay", type=float, default=1.0, help="of the counts, at every token"
+    )
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+
+
+def sampling_of(given: argparse.Namespace) -> Sampling:
+    """The settings that flags ask for; UserError for one out of its limits."""
+    fields = dataclasses.fields(Sampling)
+    return Sampling(**{field.name: getattr(given, field.name) for field in fields})
+
+
+def check_positive(**flags: int | None) -> None:
+    """Raise UserError for a flag below 1."""
+    for name, value in flags.items():
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+
+
+def open_model(given: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
+    """The model and tokenizer that flags ask for."""
+    try:
+        device = torch.device(given.device)
+    except RuntimeError as error:
+        raise UserError(f"--device {given.device}: give cpu, cuda or cuda:N") from error
+    model = writing_model(
+        given.model,
+        given.peft_checkpoint,
+        DTYPES.get(given.dtype),
+        device,
+        given.lora_alpha,
+        given.lora_init,
+    )
+    return model, load_tokenizer(given.tokenizer, model.config.vocab_size)
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which could command a terminal, as \\x1b and the like."""
+    return "".join(
+        char if char in PLAIN or unicodedata.category(char) != "Cc" else f"\\x{ord(char):02x}"
+        for char in text
+    )

@@ -1,0 +1,44 @@
+"""A model for writing text, from a base file and perhaps an adapter file, which stays unmerged."""
+
+from pathlib import Path
+
+import torch
+
+from finchtune.errors import UserError
+from finchtune.models import LanguageModel
+from finchtune.weights.adapter_files import (
+    adapted_model,
+    adapter_record,
+    check_base,
+    read_adapter,
+)
+from finchtune.weights.base import load_model
+from finchtune.weights.merging import spec_without_record
+
+
+def writing_model(
+    base: str | Path,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    alpha: float | None = None,
+    initial: str | Path | None = None,
+) -> LanguageModel:
+    """The model in evaluation mode, its base quantised if the adapter was trained so.
+
+    `dtype` defaults to float32 on a CPU, elsewhere to the base file's own. `alpha` and `initial`
+    are for files of other software: LoRA's, and PiSSA's second file. Raises UserError for files
+    that are none or do not belong together, and for a device that is not there.
+    """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no GPU here; give --device cpu")
+    if dtype is None and torch.device(device).type == "cpu":
+        dtype = torch.float32
+    if adapter is None:
+        return load_model(base, dtype, device).eval()
+    record, tensors = adapter_record(adapter), read_adapter(adapter, initial)
+    if record:
+        check_base(record, base, adapter)
+    spec = record["adapter"] if record else spec_without_record(tensors, alpha, adapter)
+    model = adapted_model(base, tensors, spec)
+    return model.to(device=device, dtype=dtype or model.emb.weight.dtype)
