@@ -13,8 +13,8 @@ from finchtune.cli.writing import (
     open_model,
     printable,
     sampling_of,
+    template_of,
 )
-from finchtune.data import templates
 from finchtune.data.records import parse_line
 from finchtune.data.templates import Template
 from finchtune.errors import UserError
@@ -24,7 +24,7 @@ from finchtune.inference.engine import Engine, Request, Row
 def main(arguments: list[str] | None = None) -> None:
     given = flags().parse_args(arguments)
     check_positive(tokens=given.tokens, batch=given.batch)
-    sampling, template = sampling_of(given), templates.get(given.template)
+    sampling, template = sampling_of(given), template_of(given, default="metamath")
     prompts = read_prompts(given, template)
     model, tokenizer = open_model(given)
     engine = Engine(model, tokenizer, max_rows=given.batch)
@@ -58,7 +58,9 @@ def flags() -> argparse.ArgumentParser:
         "`completion`, in the same order",
     )
     parser.add_argument(
-        "--template", default="metamath", help="of questions: a name, or the path of a template"
+        "--template",
+        help="of questions: a name, or the path of a template; if not given the one that the "
+        "adapter was trained with, else metamath",
     )
     parser.add_argument("--tokens", type=int, default=200, help="most tokens to write")
     parser.add_argument("--stop", nargs="+", default=[], help="texts that end the writing")

@@ -19,6 +19,7 @@ VERBS = {
     "unmerge": "take an adapter off merged weights again",
     "convert": "convert an adapter to the form of Hugging Face's peft, or back",
     "generate": "continue a prompt",
+    "chat": "talk with a model",
     "evaluate": "score a model's answers",
 }
 """Each is the module of this name here: its `main(arguments)` returns an exit status or None, and

@@ -6,10 +6,13 @@ import unicodedata
 
 import torch
 
+from finchtune.data import templates
+from finchtune.data.templates import Template
 from finchtune.errors import UserError
 from finchtune.inference.sampling import Sampling
 from finchtune.models import LanguageModel
 from finchtune.tokenizer import Tokenizer, load_tokenizer
+from finchtune.weights.adapter_files import adapter_record
 from finchtune.weights.writing import writing_model
 
 PLAIN = "\n\t"  # the control characters that a terminal may get
@@ -47,6 +50,16 @@ def sampling_of(given: argparse.Namespace) -> Sampling:
     """The settings that flags ask for; UserError for one out of its limits."""
     fields = dataclasses.fields(Sampling)
     return Sampling(**{field.name: getattr(given, field.name) for field in fields})
+
+
+def template_of(given: argparse.Namespace, default: str = "chat") -> Template:
+    """The template that --template names, else the one that the adapter's record holds."""
+    if given.template:
+        return templates.get(given.template)
+    record = adapter_record(given.peft_checkpoint) if given.peft_checkpoint else None
+    if record and record.get("template"):
+        return templates.from_record(record["template"], f"{given.peft_checkpoint}: template")
+    return templates.get(default)
 
 
 def check_positive(**flags: int | None) -> None:
