@@ -26,7 +26,9 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base_model", required=True, help="the .pth that was fine-tuned")
     parser.add_argument(
-        "--peft_checkpoint", "--lora_checkpoint", required=True, help="the adapter's .pth"
+        *("--peft_checkpoint", "--lora_checkpoint", "--state_checkpoint"),
+        required=True,
+        help="the .pth of the adapter or of the initial states",
     )
     parser.add_argument("--output", required=True, help="the merged .pth to write")
     parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")

@@ -11,9 +11,10 @@ from finchtune.models.generations import (
     sizes_of,
     standard_form,
 )
-from finchtune.models.language_model import Head, LanguageModel, State
+from finchtune.models.language_model import INITIAL_STATE, Head, LanguageModel, State
 
 __all__ = [
+    "INITIAL_STATE",
     "Generation",
     "Head",
     "LanguageModel",

@@ -1,6 +1,7 @@
 """What everything else asks of a model, whatever its generation."""
 
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,8 @@ from torch import Tensor, nn
 from finchtune.models.config import ModelSizes
 from finchtune.ops.cross_entropy import cross_entropy_sum
 
+INITIAL_STATE = ".att.time_state"
+"""End of the name of the state that a block begins documents from."""
 State = Any
 """What a model carries from token to token: a list with an entry for each block, itself a named
 tuple of tensors with the rows (B, ...) first. `torch.utils._pytree` reaches every tensor of it."""
@@ -66,7 +69,27 @@ class LanguageModel(nn.Module):
         `cu_seqlens` (S + 1,) integers rising from 0 to T: where each of S sequences packed into
         tokens (1, T) begins. None of them sees another; the states are theirs, in order. That of
         an empty sequence is of no use.
+
+        Sequences begin from the model's initial state, zero unless it has one. Those that `state`
+        is of, the first ones where it is of fewer, go on from that.
         """
+        raise NotImplementedError
+
+    def add_initial_state(self) -> None:
+        """Give every block a trainable state to begin documents from, zero at first.
+
+        Its name in a generation's files is `blocks.N.att.time_state`. Does nothing to a model
+        that has one.
+        """
+        for block in self.blocks:
+            cast(Any, block).att.add_initial_state()
+
+    def initial_states(self) -> dict[str, nn.Parameter]:
+        """The states that documents begin from, by name; {} for a model that begins from zero."""
+        return {n: p for n, p in self.named_parameters() if n.endswith(INITIAL_STATE)}
+
+    def state_from(self, initial: Mapping[str, Tensor]) -> State:
+        """The state of one sequence that begins from tensors named as in `initial_states`."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from finchtune.adapters import attach, load_adapter_state
 from finchtune.adapters.state import file_key, is_adapter_tensor
 from finchtune.errors import UserError
 from finchtune.files import read_json, sha256, write_json
-from finchtune.models import LanguageModel
+from finchtune.models import INITIAL_STATE, LanguageModel
 from finchtune.weights.base import load_model
 from finchtune.weights.tensors import check_shapes, finite, read_tensors, write_tensors
 
@@ -129,6 +129,8 @@ def adapted_model(
     `spec` is {} for a fully tuned model. Raises UserError for tensors that do not fit.
     """
     model = load_model(base)
+    if any(key.endswith(INITIAL_STATE) for key in tensors):
+        model.add_initial_state()
     own = model.state_dict()
     trained = {key: tensor for key, tensor in tensors.items() if key in own}
     with torch.no_grad():

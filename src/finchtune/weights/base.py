@@ -10,7 +10,14 @@ from torch import Tensor
 
 from finchtune import distributed
 from finchtune.errors import UserError
-from finchtune.models import LanguageModel, ModelSizes, meta_model, sizes_of, standard_form
+from finchtune.models import (
+    INITIAL_STATE,
+    LanguageModel,
+    ModelSizes,
+    meta_model,
+    sizes_of,
+    standard_form,
+)
 from finchtune.weights.forms import form_of
 from finchtune.weights.lazy import LazyTensors, layout_of
 from finchtune.weights.pth import write_pth
@@ -57,6 +64,8 @@ def load_model(
     """
     weights = read_base(path)
     model = meta_model(_told_of(path, sizes_of, layout_of(weights)), grad_checkpoint)
+    if any(name.endswith(INITIAL_STATE) for name in weights):
+        model.add_initial_state()
     expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     check_shapes({n: tuple(t.shape) for n, t in layout_of(weights).items()}, expected, path)
     dtype = dtype or layout_of(weights)["emb.weight"].dtype

@@ -14,9 +14,12 @@ from torch import Tensor
 from finchtune.adapters import Adapter, QuantisedWeight, get_method, hyperparameters_of
 from finchtune.errors import UserError
 from finchtune.files import atomic_path, read_json, sha256, write_json
+from finchtune.models import INITIAL_STATE, sizes_of
 from finchtune.weights.adapter_files import adapter_record, check_base, detect_spec, read_adapter
 from finchtune.weights.base import read_base
+from finchtune.weights.lazy import LazyTensors, layout_of
 from finchtune.weights.pth import write_pth
+from finchtune.weights.tensors import check_shapes
 
 CHUNK = 2**18  # elements compared at a time
 
@@ -52,10 +55,11 @@ def merge_files(
     record = adapter_record(adapter)
     if record:
         check_base(record, base, adapter)
-    tensors, weights = read_adapter(adapter, initial), read_base(base)
+    tensors = read_adapter(adapter, initial)
+    weights = with_initial_states(read_base(base), tensors, base)
     changes = group_by_weight(tensors, weights, adapter)
     spec = record["adapter"] if record else spec_without_record(tensors, alpha, adapter)
-    method = spec.get("method", "none")
+    method = spec.get("method", "state" if all(map(is_state, tensors)) else "none")
     if methods and method not in methods:
         found = "a fully fine-tuned model" if method == "none" else method
         raise UserError(f"{adapter} is {found}, not {' or '.join(methods)}; use merge/merge.py")
@@ -182,6 +186,33 @@ def read_receipt(merged: str | Path) -> dict[str, Any]:
     if receipt["output"]["sha256"] != sha256(merged):
         raise UserError(f"{merged} is not the file that {receipt_path(merged)} tells of")
     return receipt
+
+
+def is_state(name: str) -> bool:
+    """Whether a tensor is a block's initial state."""
+    return name.endswith(INITIAL_STATE)
+
+
+def with_initial_states(
+    weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor], base: str | Path
+) -> Mapping[str, Tensor]:
+    """A base's tensors and, where `tensors` hold initial states that it lacks, zeros as such.
+
+    Raises UserError for states that no block of the base has, and for missing ones.
+    """
+    added = {name for name in tensors if is_state(name)} - set(weights)
+    if not added:
+        return weights
+    layout = layout_of(weights)
+    sizes = sizes_of(layout)
+    shape = (sizes.n_head, sizes.head_size, sizes.head_size)
+    expected = {f"blocks.{i}{INITIAL_STATE}": shape for i in range(sizes.n_layer)}
+    check_shapes({name: tuple(tensors[name].shape) for name in added}, expected, f"state of {base}")
+    zero = torch.zeros(shape, dtype=layout["emb.weight"].dtype)
+    return LazyTensors(
+        {**layout, **dict.fromkeys(expected, zero)},
+        lambda name: zero if name in expected else weights[name],
+    )
 
 
 def record_hash(record: dict[str, Any] | None) -> str | None:

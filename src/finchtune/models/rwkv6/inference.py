@@ -141,7 +141,9 @@ class CompiledTimeMix:
         """The recurrence over rows (rows, C)."""
         H, N = self.config.n_head, self.config.head_size
         if state is None:
-            state = torch.zeros(rows.count, H, N, N)
+            fresh = self.att.starting_state(None, rows.count)
+            # Of its own memory: a step writes to it.
+            state = torch.zeros(rows.count, H, N, N) if fresh is None else fresh.contiguous()
         if rows.cu_seqlens is None:
             return torch.ops.finchtune.wkv6_step_(r, k, v, w, self.u, state), state
         heads = [x.view(1, -1, H, N) for x in (r, k, v, w)]

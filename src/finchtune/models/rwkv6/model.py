@@ -5,12 +5,13 @@ T tokens, C n_embd, H heads, N head_size, F dim_ffn, V vocab_size, M and D the r
 token-shift and decay LoRAs. Source: "Eagle and Finch", arXiv 2404.05892, section 4 and appendix.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from finchtune.models.language_model import LanguageModel, last_of
+from finchtune.models.language_model import INITIAL_STATE, LanguageModel, last_of
 from finchtune.models.recompute import recomputed
 from finchtune.models.rwkv6.config import ModelConfig
 from finchtune.ops.elementwise import (
@@ -34,8 +35,18 @@ class BlockState(NamedTuple):
 State = list[BlockState]
 
 
+def filled(state: Tensor | None, n_sequences: int) -> Tensor | None:
+    """A state (k, ...) of the first k sequences, with zeros for the others."""
+    if state is None or len(state) == n_sequences:
+        return state
+    return torch.cat([state, state.new_zeros(n_sequences - len(state), *state.shape[1:])])
+
+
 class TimeMix(nn.Module):
     """Attention's stand-in: data-dependent token shift, decay, and the WKV recurrence."""
+
+    time_state: nn.Parameter | None
+    """What documents begin from, (H, N value, N key) as files have it: the transpose of ours."""
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -58,8 +69,25 @@ class TimeMix(nn.Module):
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
         self.gate = nn.Linear(C, C, bias=False)
+        self.register_parameter("time_state", None)
         # The files' eps is 1e-5 times the square of a fixed divisor of 8.
         self.ln_x = GatedNorm(config.n_head, C, eps=64e-5)
+
+    def add_initial_state(self) -> None:
+        """Begin documents from a parameter, zero at first, instead of from zero."""
+        if self.time_state is None:
+            shape = self.config.n_head, self.config.head_size, self.config.head_size
+            self.time_state = nn.Parameter(self.time_faaaa.new_zeros(shape))
+
+    def starting_state(self, state: Tensor | None, n_sequences: int) -> Tensor | None:
+        """WKV states (S, H, N, N) of all sequences, of which `state` may hold the first ones'."""
+        if self.time_state is None:
+            return filled(state, n_sequences)
+        # Also where all are given, so that every backward reaches the parameter.
+        n_given = 0 if state is None else len(state)
+        precise = torch.promote_types(self.time_state.dtype, torch.float32)
+        fresh = self.time_state.to(precise).mT.expand(n_sequences - n_given, -1, -1, -1)
+        return fresh if state is None else torch.cat([state, fresh])
 
     def mixtures(
         self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None
@@ -78,6 +106,8 @@ class TimeMix(nn.Module):
     ):
         """x (B, T, C) -> output (B, T, C), last inputs (S, C), WKV state (S, H, N, N)."""
         B, T, C = x.shape
+        n_sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        shift, state = filled(shift, n_sequences), self.starting_state(state, n_sequences)
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         low = torch.tanh(x_w.flatten(0, 1) @ self.time_decay_w1)
@@ -104,6 +134,7 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
         """x (B, T, C) -> output (B, T, C), last inputs (S, C)."""
+        shift = filled(shift, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
         maa = torch.cat([self.time_maa_k, self.time_maa_r]).flatten(0, 1)
         x_k, x_r = fixed_mixtures(x, shift, cu_seqlens, maa)
         k = self.value(squared_relu(self.key(x_k)))
@@ -142,6 +173,12 @@ class RWKV6(LanguageModel):
 
     def __init__(self, config: ModelConfig, grad_checkpoint: int = 0):
         super().__init__(config, Block, grad_checkpoint)
+
+    def state_from(self, initial: Mapping[str, Tensor]) -> State:
+        weight = self.emb.weight
+        none = weight.new_zeros(1, self.config.n_embd)
+        states = [initial[f"blocks.{i}{INITIAL_STATE}"] for i in range(self.config.n_layer)]
+        return [BlockState(none, s.to(weight.device).float().mT[None], none) for s in states]
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None

@@ -1,0 +1,49 @@
+"""Files of initial states: what every block begins a document from, `blocks.N.att.time_state`.
+
+The ecosystem's form: (H, N value, N key) for each block. RWKV-PEFT writes it, the `rwkv` package
+reads it, alone or merged into a model's file.
+"""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finchtune.errors import UserError
+from finchtune.models import INITIAL_STATE, LanguageModel, State, meta_model
+from finchtune.weights.tensors import check_shapes, read_tensors
+
+
+def read_states(path: str | Path, model: LanguageModel) -> dict[str, Tensor]:
+    """The states in a file, by the names that they have in a model of `model`'s sizes.
+
+    A merged model's file will do, its other tensors are passed over. Raises UserError for a file
+    without states, and for states of another model.
+    """
+    named = {re.sub(r"^model\.", "", name): t for name, t in read_tensors(path).items()}
+    states = {name: tensor for name, tensor in named.items() if name.endswith(INITIAL_STATE)}
+    if not states:
+        raise UserError(f"{path}: holds no initial states (blocks.0{INITIAL_STATE}, ...)")
+    blank = meta_model(model.config)
+    blank.add_initial_state()
+    expected = {name: tuple(p.shape) for name, p in blank.initial_states().items()}
+    check_shapes({name: tuple(t.shape) for name, t in states.items()}, expected, path)
+    return states
+
+
+@torch.no_grad()
+def set_states(model: LanguageModel, path: str | Path) -> None:
+    """Have a model begin documents from the states in a file. Raises UserError as `read_states`."""
+    states = read_states(path, model)
+    model.add_initial_state()
+    for name, parameter in model.initial_states().items():
+        parameter.copy_(states[name])
+
+
+def load_state(path: str | Path, model: LanguageModel) -> State:
+    """The state of one sequence that begins from those in a file: several share one model so.
+
+    Raises UserError as `read_states` does.
+    """
+    return model.state_from(read_states(path, model))
