@@ -8,7 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "finchtune"
 LAYERS = [
     {"errors"},
-    {"files"},
+    {"files", "methods"},
     {"config", "distributed", "tokenizer"},
     {"ops", "data"},
     {"adapters"},

@@ -1,39 +1,17 @@
-"""Every flag of train.py: one field, its help beside it, and what makes a run impossible."""
+"""The configuration of a training run: a field for each flag, and what makes a run impossible."""
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
-from finchtune.errors import UserError
+from finchtune.errors import ConfigurationError
+from finchtune.methods import flag_methods, method_files, method_flags
 
-METHODS = (
-    *("none", "bone", "bat", "lora", "pissa", "olora", "dora", "lora_ga", "disha"),
-    *("frozen_ft", "biglora"),
-)
+METHODS = ("none", *method_files())
 QUANT = ("none", "nf4", "int8", "fp8")
-LORA_FAMILY = ("lora", "olora", "dora", "lora_ga")
-HYPERPARAMETERS = {
-    "bone_r": ("r", ("bone",)),
-    "bat_r": ("r", ("bat",)),
-    "bat_mode": ("mode", ("bat",)),
-    "disha_r1": ("r1", ("disha",)),
-    "disha_r2": ("r2", ("disha",)),
-    "lora_r": ("r", LORA_FAMILY),
-    "lora_alpha": ("alpha", LORA_FAMILY),
-    "lora_dropout": ("dropout", ("lora",)),
-    "rslora": ("rslora", ("lora",)),
-    "lora_ga_gamma": ("gamma", ("lora_ga",)),
-    "pissa_r": ("r", ("pissa",)),
-    "svd_niter": ("svd_niter", ("pissa", "lora_ga")),
-}
-"""Flag -> the hyperparameter it sets, and the methods that have it."""
-METHOD_FLAGS = {flag: methods for flag, (_, methods) in HYPERPARAMETERS.items()} | {
-    "lora_ga_batches": ("lora_ga",),
-    "lora_plus_ratio": (*LORA_FAMILY, "pissa", "biglora"),
-}
-"""Flag -> the methods that it goes with."""
 STAGES = {
     "auto": 1,
     "ddp": 1,
@@ -44,11 +22,13 @@ STAGES = {
     "deepspeed_stage_3_offload": 3,
 }
 AT_LEAST_ONE = {
-    *("bone_r", "bat_r", "disha_r1", "disha_r2", "lora_r", "pissa_r", "lora_ga_batches"),
-    *("ctx_len", "accumulate_grad_batches"),
+    *("ctx_len", "accumulate_grad_batches", "lora_ga_batches"),
     *("epoch_count", "epoch_save", "devices", "num_nodes", "sample_tokens", "max_skips"),
     *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
+    *(name for name, flag in method_flags().items() if flag.at_least_one),
 }
+BELOW_ONE = {"beta1", "beta2", "lora_dropout", "val_split"}
+ABOVE_ZERO = {"lr_init", "lora_alpha", "lora_plus_ratio", "lora_ga_gamma", "timeout_minutes"}
 
 
 def flag(default: Any, text: str, choices: tuple = (), free: bool = False) -> Any:
@@ -59,40 +39,47 @@ def flag(default: Any, text: str, choices: tuple = (), free: bool = False) -> An
     return dataclasses.field(default=default, metadata=metadata)
 
 
-@dataclass
-class TrainConfig:
-    """What one training run does. Field names are flag names."""
+def with_method_flags(cls: type) -> type:
+    """Give a class of flags those of the methods, which stand in their files."""
+    for name, own in method_flags().items():
+        text = f"{', '.join(flag_methods()[name])}: {own.help}"
+        cls.__annotations__[name] = own.type
+        setattr(cls, name, flag(own.default, text, own.choices))
+    return cls
 
-    # The model
+
+@dataclass
+class ModelFlags:
+    """The base model."""
+
     load_model: str = flag("", "base weights, an RWKV-6 .pth file", free=True)
-    peft: str = flag("none", "what is trained; none = every parameter", METHODS)
-    bone_r: int = flag(64, "Bone: rows of D, the length of an input block")
-    bat_r: int = flag(64, "Bat: side of a block; must divide both sides of every layer")
-    bat_mode: str = flag("row", "Bat: a D per input (row) or output (col) block", ("row", "col"))
-    disha_r1: int = flag(64, "DiSHA: rows of D, which is tiled over W")
-    disha_r2: int = flag(64, "DiSHA: columns of D")
-    lora_r: int = flag(32, "LoRA, OLoRA, DoRA, LoRA-GA: rank")
-    lora_alpha: float = flag(32.0, "the same: the update is scaled by alpha / r")
-    lora_dropout: float = flag(0.0, "LoRA: dropout on the adapter's input")
-    rslora: bool = flag(False, "LoRA: scale by alpha / sqrt(r) instead (rsLoRA)")
-    lora_plus_ratio: float = flag(1.0, "LoRA and kin: learning rate of B over that of A (LoRA+)")
-    lora_ga_gamma: float = flag(16.0, "LoRA-GA: the larger, the smaller A and B start")
-    lora_ga_batches: int = flag(8, "LoRA-GA: micro batches whose gradient it starts from")
-    pissa_r: int = flag(32, "PiSSA: rank")
-    svd_niter: int = flag(4, "PiSSA, LoRA-GA: iterations of the fast SVD; 0 = exact SVD")
-    quant: str = flag("none", "keep the adapted layers' frozen weights in few bits", QUANT)
-    peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")
-    pissa_init: str = flag("", "PiSSA with --peft_load: a separate file of initial A and B")
-    train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
+    my_testing: str | None = flag(None, "model generation, x060; checked against the weight file")
     n_layer: int | None = flag(None, "checked against the weight file")
     n_embd: int | None = flag(None, "checked against the weight file")
     vocab_size: int | None = flag(None, "checked against the weight file")
     head_size_a: int | None = flag(None, "checked against the weight file")
     dim_att: int | None = flag(None, "checked against the weight file")
     dim_ffn: int | None = flag(None, "checked against the weight file")
-    my_testing: str | None = flag(None, "model generation, x060; checked against the weight file")
 
-    # The data
+
+@dataclass
+@with_method_flags
+class MethodFlags:
+    """What is trained."""
+
+    peft: str = flag("none", "what is trained; none = every parameter", METHODS)
+    train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
+    quant: str = flag("none", "keep the adapted layers' frozen weights in few bits", QUANT)
+    peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")
+    pissa_init: str = flag("", "PiSSA with --peft_load: a separate file of initial A and B")
+    lora_plus_ratio: float = flag(1.0, "LoRA and kin: learning rate of B over that of A (LoRA+)")
+    lora_ga_batches: int = flag(8, "LoRA-GA: micro batches whose gradient it starts from")
+
+
+@dataclass
+class DataFlags:
+    """The data."""
+
     data_file: str = flag(
         "", "binidx prefix or .jsonl file; several as a,b or in shares as a:0.7,b:0.3", free=True
     )
@@ -109,7 +96,11 @@ class TrainConfig:
     tokenizer: str | None = flag(None, "world, bytes or a tokenizer.json; default by vocab size")
     ctx_len: int = flag(512, "tokens in a row")
 
-    # Held-out data, and text to watch
+
+@dataclass
+class HeldOutFlags:
+    """Held-out data, and text to watch."""
+
     val_file: str = flag("", "held-out data, of the same kind as data_file", free=True)
     val_split: float = flag(0.0, "hold out this share of data_file's documents")
     val_every: int = flag(0, "steps between losses on held-out data; 0 = an epoch", free=True)
@@ -118,7 +109,11 @@ class TrainConfig:
     sample_every: int = flag(0, "steps between samples; 0 = an epoch", free=True)
     sample_tokens: int = flag(64, "length of a sample", free=True)
 
-    # The steps
+
+@dataclass
+class StepFlags:
+    """The steps."""
+
     micro_bsz: int = flag(
         1, "rows per process and micro batch; auto = as many as fit, within --global_bsz", free=True
     )
@@ -147,7 +142,11 @@ class TrainConfig:
     max_skips: int = flag(3, "stop after so many steps in a row with NaN or infinity", free=True)
     random_seed: int = flag(42, "fixes initialisation, data order and dropout")
 
-    # The machine
+
+@dataclass
+class MachineFlags:
+    """The machine."""
+
     accelerator: str = flag("auto", "auto = a GPU if there is one", ("auto", "gpu", "cpu"), True)
     devices: int = flag(1, "processes on this machine, one per GPU", free=True)
     num_nodes: int = flag(1, "machines; more than one needs torchrun or deepspeed", free=True)
@@ -165,7 +164,11 @@ class TrainConfig:
         1, "recompute in backward: 0 nothing, 1 whole blocks, 2 their cheap parts only", free=True
     )
 
-    # What is kept and shown
+
+@dataclass
+class RecordFlags:
+    """What is recorded and shown."""
+
     plan: bool = flag(False, "train nothing; print memory, steps, tokens and disk", free=True)
     proj_dir: str = flag("out", "folder of everything the run writes", free=True)
     save_every: int = flag(0, "steps between resumable checkpoints; 0 = none", free=True)
@@ -174,6 +177,16 @@ class TrainConfig:
     overwrite: bool = flag(False, "throw away an earlier run in proj_dir", free=True)
     wandb: str = flag("", "Weights & Biases project to log to", free=True)
     tensorboard: bool = flag(False, "log to proj_dir/tensorboard too", free=True)
+
+
+GROUPS = (ModelFlags, MethodFlags, DataFlags, HeldOutFlags, StepFlags, MachineFlags, RecordFlags)
+
+
+@dataclass
+class TrainConfig(
+    RecordFlags, MachineFlags, StepFlags, HeldOutFlags, DataFlags, MethodFlags, ModelFlags
+):
+    """What one training run does. Field names are flag names."""
 
     @property
     def stage(self) -> int:
@@ -187,67 +200,90 @@ class TrainConfig:
     def adapter_hyperparameters(self) -> dict[str, Any]:
         """Keyword arguments for `attach(model, self.peft, ...)`."""
         own = {
-            name: getattr(self, flag_name)
-            for flag_name, (name, methods) in HYPERPARAMETERS.items()
-            if self.peft in methods
+            flag.hyperparameter: getattr(self, name)
+            for name, flag in method_flags().items()
+            if self.peft in flag.methods
         }
         return own if self.quant == "none" else own | {"quant": self.quant}
 
     def validate(self) -> None:
-        """Raise UserError for the first value, or pair of values, that makes no sense."""
+        """Raise ConfigurationError for all values, and pairs of values, that make no sense."""
+        mistakes = [*self._missing(), *self._out_of_range(), *self._contradictions()]
+        if mistakes:
+            raise ConfigurationError(*mistakes)
+
+    def _missing(self) -> Iterator[str]:
         for name in ("load_model",) if self.plan else ("load_model", "data_file"):
             if not getattr(self, name):
-                raise UserError(f"--{name} is missing")
-        for field in dataclasses.fields(self):
-            self._validate_range(field.name, getattr(self, field.name))
-        if self.grad_cp not in (0, 1, 2):
-            raise UserError(f"--grad_cp must be 0, 1 or 2, not {self.grad_cp}")
-        if self.lr_schedule == "exp" and self.lr_final == 0:
-            raise UserError("--lr_schedule exp cannot reach --lr_final 0; give a small number")
-        if self.lr_schedule == "constant" and self.lr_final not in (None, self.lr_init):
-            raise UserError("--lr_schedule constant has no use for --lr_final; drop it or use cos")
-        if self.pissa_init and not (self.peft == "pissa" and self.peft_load):
-            raise UserError("--pissa_init goes with --peft pissa and --peft_load")
-        if self.peft == "none" and (self.train_parts or self.peft_load):
-            raise UserError("--train_parts and --peft_load need --peft; without it all is trained")
-        if self.micro_bsz == 0 and not self.global_bsz:
-            raise UserError("--micro_bsz auto needs --global_bsz, the rows of an optimizer step")
-        if self.global_bsz and self.accumulate_grad_batches != 1:
-            raise UserError("--global_bsz sets the accumulation; drop --accumulate_grad_batches")
+                yield f"--{name} is missing"
         for package in ("wandb", "tensorboard"):
             if getattr(self, package) and find_spec(package) is None:
-                raise UserError(f"--{package} needs the package: pip install {package}")
+                yield f"--{package} needs the package: pip install {package}"
+
+    def _out_of_range(self) -> Iterator[str]:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            least = 1 if name in AT_LEAST_ONE else 0
+            if not math.isfinite(value):
+                yield f"--{name} must be a finite number, not {value}"
+            elif value < least:
+                yield f"--{name} must be {'at least 1' if least else 'zero or more'}, not {value}"
+            elif name in BELOW_ONE and value >= 1:
+                yield f"--{name} must be below 1, not {value}"
+            elif name in ABOVE_ZERO and value == 0:
+                yield f"--{name} must be above zero"
+        if self.grad_cp not in (0, 1, 2):
+            yield f"--grad_cp must be 0, 1 or 2, not {self.grad_cp}"
+
+    def _contradictions(self) -> Iterator[str]:
+        yield from self._contradictions_of_method()
+        if self.lr_schedule == "exp" and self.lr_final == 0:
+            yield "--lr_schedule exp cannot reach --lr_final 0; give a small number"
+        if self.lr_schedule == "constant" and self.lr_final not in (None, self.lr_init):
+            yield "--lr_schedule constant has no use for --lr_final; drop it or use cos"
+        if self.micro_bsz == 0 and not self.global_bsz:
+            yield "--micro_bsz auto needs --global_bsz, the rows of an optimizer step"
+        if self.global_bsz and self.accumulate_grad_batches != 1:
+            yield "--global_bsz sets the accumulation; drop --accumulate_grad_batches"
         held_out = [name for name in ("val_file", "val_split") if getattr(self, name)]
         if len(held_out) == 2:
-            raise UserError("--val_file and --val_split both name held-out data; choose one")
+            yield "--val_file and --val_split both name held-out data; choose one"
         for name in ("val_every", "early_stop"):
             if getattr(self, name) and not held_out:
-                raise UserError(f"--{name} needs held-out data: give --val_file or --val_split")
+                yield f"--{name} needs held-out data: give --val_file or --val_split"
         if self.sample_every and not self.sample_prompt:
-            raise UserError("--sample_every needs a --sample_prompt")
+            yield "--sample_every needs a --sample_prompt"
+        if self.data_type == "binidx" and self.sft_field:
+            yield "--sft_field goes with --data_type jsonl; binidx files carry their masks"
+
+    def _contradictions_of_method(self) -> Iterator[str]:
+        if self.pissa_init and not (self.peft == "pissa" and self.peft_load):
+            yield "--pissa_init goes with --peft pissa and --peft_load"
+        if self.peft == "none" and (self.train_parts or self.peft_load):
+            yield "--train_parts and --peft_load need --peft; without it all is trained"
         if self.peft == "none" and self.quant != "none":
-            raise UserError("--quant needs --peft: a quantised weight cannot be trained itself")
+            yield "--quant needs --peft: a quantised weight cannot be trained itself"
         if self.decay_adapters and not (self.weight_decay and self.peft != "none"):
-            raise UserError("--decay_adapters goes with --weight_decay and --peft")
+            yield "--decay_adapters goes with --weight_decay and --peft"
         if self.weight_decay and self.peft != "none" and not self.decay_adapters:
-            raise UserError(
+            yield (
                 f"--weight_decay {self.weight_decay:g} would act on nothing: adapter matrices are "
                 "not decayed unless --decay_adapters 1 is given"
             )
 
-    def _validate_range(self, name: str, value: Any) -> None:
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return
-        if not math.isfinite(value):
-            raise UserError(f"--{name} must be a finite number, not {value}")
-        if value < 0 or (name in AT_LEAST_ONE and value < 1):
-            least = "at least 1" if name in AT_LEAST_ONE else "zero or more"
-            raise UserError(f"--{name} must be {least}, not {value}")
-        if name in ("beta1", "beta2", "lora_dropout") and value >= 1:
-            raise UserError(f"--{name} must be below 1, not {value}")
-        if name == "lr_init" and value == 0:
-            raise UserError("--lr_init 0 would train nothing")
-        if name in ("lora_alpha", "lora_plus_ratio", "lora_ga_gamma") and value == 0:
-            raise UserError(f"--{name} must be above zero")
-        if name == "timeout_minutes" and value == 0:
-            raise UserError("--timeout_minutes 0 would wait for nobody")
+
+def config_yaml(config: TrainConfig) -> str:
+    """A configuration as the YAML file that --config takes back."""
+    import yaml  # slow to import
+
+    values = {name: value for name, value in vars(config).items() if value is not None}
+    for name, methods in flag_methods().items():
+        if config.peft not in methods:
+            values.pop(name, None)
+    if config.global_bsz:
+        values.pop("accumulate_grad_batches")  # follows from it
+    names = [field.name for field in dataclasses.fields(config)]
+    in_order = {name: values[name] for name in names if name in values}
+    return yaml.safe_dump(in_order, sort_keys=False)

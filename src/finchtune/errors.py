@@ -23,9 +23,34 @@ class UserError(ValueError):
         return " ".join(str(self).split())
 
     @property
+    def lines(self) -> list[str]:
+        """What is printed: a line for each mistake."""
+        return [self.line]
+
+    @property
     def subject(self) -> str:
         """What two ranks' errors have in common if they are the same one."""
         return self.line
+
+
+class ConfigurationError(UserError):
+    """Values that make no sense, or not together: one message for each mistake."""
+
+    def __init__(self, *mistakes: str) -> None:
+        super().__init__("; ".join(mistakes))
+        self.mistakes = mistakes
+
+    @property
+    def lines(self) -> list[str]:
+        return [" ".join(mistake.split()) for mistake in self.mistakes]
+
+
+class DataError(UserError):
+    """A data file that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint, or a file of weights, that cannot be used."""
 
 
 class NotFinite(UserError):
@@ -48,7 +73,9 @@ class LostRank(UserError):
 
 
 def print_error(error: UserError) -> None:
-    print(f"error: {error.line}", file=sys.stderr, flush=True)
+    """Print it on stderr."""
+    lines = "".join(f"error: {line}\n" for line in error.lines)
+    print(lines, end="", file=sys.stderr, flush=True)
 
 
 def run_cli(

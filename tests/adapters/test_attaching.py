@@ -140,7 +140,10 @@ def test_loading_lists_every_misfit_and_changes_nothing():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "bones"}, "no adapter method 'bones'; did you mean 'bone'?.*known: bone, bat"),
+        (
+            {"method": "bones"},
+            "no adapter method 'bones'; did you mean 'bone'?.*known: bat, biglora, bone",
+        ),
         (
             {"method": "lora", "alhpa": 2},
             "no hyperparameter 'alhpa'; did you mean 'alpha'?.*known: r",

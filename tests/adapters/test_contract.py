@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.adapter_formulas import CASES, FORMULAS, make, small, start
+from helpers.adapter_formulas import CASES, FORMULAS, formula, make, small, start
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,7 +40,7 @@ def test_forward_and_gradients_are_the_formulas(name, settings, size):
     dy = torch.randn(2, 3, W.shape[0], dtype=W.dtype)
     inputs = {"x": x, **dict(adapter.named_parameters())}
     y = adapter(x, W)
-    expected = x @ FORMULAS[name](adapter, W).T
+    expected = x @ formula(name)(adapter, W).T
     torch.testing.assert_close(y, expected)
     gradients = torch.autograd.grad(y, inputs.values(), dy)
     wanted = torch.autograd.grad(expected, inputs.values(), dy)
@@ -62,7 +62,7 @@ def test_second_derivatives_are_those_of_the_formula(name, settings, size, power
             sum(g.pow(2).sum() for g in first), inputs, materialize_grads=True
         )
 
-    torch.testing.assert_close(second(adapter(x, W)), second(x @ FORMULAS[name](adapter, W).T))
+    torch.testing.assert_close(second(adapter(x, W)), second(x @ formula(name)(adapter, W).T))
 
 
 @every_case
@@ -148,7 +148,7 @@ def test_bfloat16_is_as_exact_as_building_the_weight(name, settings, own_dtype):
     low = run(adapter, x, W, dy)
     assert [t.dtype for t in low] == [torch.bfloat16] * 2 + [own_dtype] * (len(low) - 2)
     adapter.bfloat16()
-    plain = run(lambda x, W: F.linear(x, FORMULAS[name](adapter, W)), x, W, dy)
+    plain = run(lambda x, W: F.linear(x, formula(name)(adapter, W)), x, W, dy)
     adapter.double()
     exact = run(adapter, x.double(), W.double(), dy.double())
     for factor, got, other, want in zip([2] + [3] * 9, low, plain, exact, strict=False):

@@ -1,12 +1,17 @@
 """The command line: what is understood, what is refused, and with which words."""
 
+import dataclasses
+
 import pytest
+from helpers.support import run_script
 
 from finchtune.adapters import METHODS, get_method, hyperparameters_of
-from finchtune.cli.flags import parse_train_flags
-from finchtune.config import HYPERPARAMETERS
+from finchtune.cli.flags import FIELDS, parse_train_flags
+from finchtune.cli.spellings import OURS
 from finchtune.config import METHODS as CHOICES
-from finchtune.errors import UserError
+from finchtune.config import config_yaml
+from finchtune.errors import ConfigurationError, UserError
+from finchtune.methods import method_files
 
 BASE = ["--load_model", "m.pth", "--data_file", "d"]
 
@@ -111,7 +116,7 @@ def test_every_method_and_hyperparameter_has_a_flag():
     assert set(CHOICES) == {"none", *METHODS}
     for name in METHODS:
         config = parse("--peft", name)
-        reachable = {key for key, methods in HYPERPARAMETERS.values() if name in methods}
+        reachable = {own.hyperparameter for own in method_files()[name].flags.values()}
         defaults = hyperparameters_of(get_method(name))
         missing = set(defaults) - reachable
         # Another rank than 1024 is --peft lora.
@@ -166,3 +171,79 @@ def test_model_and_data_are_required():
         parse_train_flags(["--data_file", "d"])
     with pytest.raises(UserError, match="--data_file is missing"):
         parse_train_flags(["--load_model", "m"])
+
+
+def test_all_mistakes_are_told_together():
+    with pytest.raises(ConfigurationError) as caught:
+        parse("--peft", "bome", "--lr_init", "big", "--batch_size", "4")
+    assert caught.value.lines == [
+        "unknown flag --batch_size; here it is --micro_bsz",
+        "--peft bome: choose one of " + ", ".join(CHOICES) + "; did you mean bone?",
+        "--lr_init takes a number, not 'big'",
+    ]
+    with pytest.raises(ConfigurationError) as caught:
+        parse_train_flags(["--load_model", "m", "--beta1", "1", "--early_stop", "2"])
+    assert [line.split()[0] for line in caught.value.lines] == [
+        *("--data_file", "--beta1", "--early_stop")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("batch_size", "micro_bsz"),
+        ("epochs", "epoch_count"),
+        ("lr", "lr_init"),
+        ("learning_rate", "lr_init"),
+        ("max_seq_length", "ctx_len"),
+        ("output_dir", "proj_dir"),
+        ("model", "load_model"),
+        ("dataset", "data_file"),
+    ],
+)
+def test_names_of_other_tools_are_hinted(theirs, ours):
+    with pytest.raises(UserError, match=f"unknown flag --{theirs}; here it is --{ours}$"):
+        parse(f"--{theirs}", "1")
+
+
+def test_hints_name_flags_that_there_are():
+    assert set(OURS.values()) <= set(FIELDS)
+    assert not set(OURS) & set(FIELDS)
+
+
+def test_a_configuration_comes_back_from_its_yaml(tmp_path):
+    words = "--peft lora --lora_r 8 --rslora 1 --train_parts time ln --micro_bsz 2 --global_bsz 8"
+    config = parse(*words.split(), "--sample_prompt", "a: 'b' # c")
+    (tmp_path / "run.yaml").write_text(config_yaml(config))
+    assert parse_train_flags(["--config", str(tmp_path / "run.yaml")]) == config
+    changed = parse_train_flags(["--config", str(tmp_path / "run.yaml"), "--lora_r", "4"])
+    assert changed == dataclasses.replace(config, lora_r=4), "the command line wins"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ctx_lne: 8", "unknown key 'ctx_lne'; did you mean ctx_len"),
+        ("epochs: 8", "unknown key 'epochs'; did you mean epoch_count"),
+        ("ctx_len: 8.5", "--ctx_len takes a whole number, not 8.5"),
+        ("plan: maybe", "--plan takes 0 or 1"),
+        ("- 1", "expected lines such as"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_mistakes_in_a_yaml_file_are_named(tmp_path, text, message):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        parse("--config", str(tmp_path / "run.yaml"))
+
+
+def test_help_is_fast_and_fits_a_terminal():
+    """Without importing torch, which takes a second; 80 columns, no word broken."""
+    done = run_script("train.py", "--help", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert " torch\n" not in done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    for field in FIELDS.values():
+        assert f"--{field.name} " in done.stdout
+        for word in field.metadata["help"].split():
+            assert word in done.stdout, word

@@ -26,7 +26,7 @@ def make_run(folder, steps=60, config=None, tail="", **more):
     ]  # fmt: skip
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (folder / "metrics.jsonl").write_text(text + tail)
-    (folder / "config.json").write_text(json.dumps(config or {"peft": "bone", "lr_init": 1e-4}))
+    (folder / "config.yaml").write_text(json.dumps(config or {"peft": "bone", "lr_init": 1e-4}))
     return folder
 
 
@@ -89,14 +89,14 @@ def test_damaged_and_unfinished_runs_are_shown_as_far_as_they_can_be_read(tmp_pa
         file.write(b"\n\xff\xfe\n[1, 2]\n" + b'{"step": "x"}\n{"step": 61, "loss": NaN}\n')
     empty = tmp_path / "empty"
     empty.mkdir()
-    (empty / "config.json").write_text("{")
+    (empty / "config.yaml").write_text("{")
     log = read_run(damaged)
     assert log.points("loss")[-1] == (60, 2.0)
     assert "metrics.jsonl: 3 of 65 lines are damaged" in log.problems[0]
     text = write_report([damaged, empty], tmp_path / "report.html").read_text()
     assert "3 of 65 lines" in text
     assert "metrics.jsonl cannot be read" in text
-    assert "config.json cannot be read" in text
+    assert "config.yaml cannot be read" in text
     write_report([empty], tmp_path / "report.html")
     assert "nothing recorded" in (tmp_path / "report.html").read_text()
 

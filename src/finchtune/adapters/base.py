@@ -11,13 +11,22 @@ from finchtune.errors import UserError
 class Adapter(nn.Module):
     """A trainable change of one frozen linear layer `y = W x`, W of shape (out, in).
 
-    A method subclasses this, sets `name`, takes its hyperparameters as keyword-only arguments
-    with defaults, and writes `init`, `forward` and `merged`. Tensors are created in the
-    constructor, so that shapes can be counted on the meta device. No tensor may be called
-    `weight` or `bias`: in files the adapter's tensors stand beside the linear's own.
+    A method is a file in methods/: it subclasses this, sets `name`, takes its hyperparameters as
+    keyword-only arguments with annotation and default written out, and writes `init`, `forward`
+    and `merged`. Tensors are created in the constructor, so that shapes can be counted on the
+    meta device. No tensor may be called `weight` or `bias`: in files the adapter's tensors stand
+    beside the linear's own.
     """
 
     name: ClassVar[str]
+    flags: ClassVar[dict[str, str]] = {}
+    """Hyperparameter -> its flag, where that is not NAME_HYPERPARAMETER; "" for none."""
+    help: ClassVar[dict[str, str]] = {}
+    """Hyperparameter -> what --help says of its flag."""
+    choices: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Hyperparameter -> the values that its flag takes, if they are few."""
+    training_flags: ClassVar[tuple[str, ...]] = ()
+    """Flags of training that go with some methods only, this one among them."""
     reads_W: bool = False
     """Whether W itself is needed, not only products with it: then it cannot be quantised."""
     freezes_W: ClassVar[bool] = False

@@ -1,37 +1,27 @@
-"""The adapter methods by name. A new method is its own file and one entry here."""
+"""The adapter methods by name. A new method is a file in methods/, and nothing else."""
 
 import difflib
 import inspect
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any
 
 from finchtune.adapters.base import Adapter
-from finchtune.adapters.methods.bat import Bat
-from finchtune.adapters.methods.biglora import BigLoRA
-from finchtune.adapters.methods.bone import Bone
-from finchtune.adapters.methods.disha import DiSHA
-from finchtune.adapters.methods.dora import DoRA
-from finchtune.adapters.methods.frozen_ft import FrozenFT
-from finchtune.adapters.methods.lora import LoRA
-from finchtune.adapters.methods.lora_ga import LoRAGA
-from finchtune.adapters.methods.olora import OLoRA
-from finchtune.adapters.methods.pissa import PiSSA
 from finchtune.errors import UserError
+from finchtune.methods import method_files
+
+
+def load_method(name: str, module: str) -> type[Adapter]:
+    """The class of this name in a file of methods/."""
+    classes = vars(import_module(f"finchtune.adapters.methods.{module}")).values()
+    own = [c for c in classes if isinstance(c, type) and vars(c).get("name") == name]
+    assert len(own) == 1, f"{module} has {len(own)} classes named {name}"
+    assert issubclass(own[0], Adapter), f"{name} is no Adapter"
+    return own[0]
+
 
 METHODS: dict[str, type[Adapter]] = {
-    method.name: method
-    for method in (
-        Bone,
-        Bat,
-        LoRA,
-        PiSSA,
-        OLoRA,
-        DiSHA,
-        DoRA,
-        LoRAGA,
-        FrozenFT,
-        BigLoRA,
-    )
+    name: load_method(name, file.module) for name, file in method_files().items()
 }
 
 

@@ -7,6 +7,7 @@ from finchtune.files.content import (
     sha256,
     sums_text,
     write_json,
+    write_text,
 )
 from finchtune.files.places import is_disk_full, require_space
 from finchtune.files.publish import FileSet, atomic_folder, atomic_path
@@ -28,4 +29,5 @@ __all__ = [
     "sha256",
     "sums_text",
     "write_json",
+    "write_text",
 ]

@@ -19,10 +19,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finchtune"
 
 
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write JSON atomically, indented, with a final newline."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(json_text(content))
+    write_text(path, json_text(content))
 
 
 def json_text(content: Any) -> str:

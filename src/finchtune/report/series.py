@@ -7,6 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 Points = list[tuple[float, float]]
 MAX_POINTS = 800  # drawn of one series; more would be finer than a screen's pixels
 
@@ -48,10 +50,10 @@ def read_run(folder: str | Path) -> RunLog:
     if (folder / "skipped.jsonl").exists():
         log.skipped = _lines(folder / "skipped.jsonl", log)
     try:
-        config = json.loads((folder / "config.json").read_text(errors="replace"))
+        config = yaml.safe_load((folder / "config.yaml").read_text(errors="replace"))
         log.config = config if isinstance(config, dict) else {}
-    except (OSError, ValueError) as error:
-        log.problems.append(f"config.json cannot be read: {error}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.problems.append(f"config.yaml cannot be read: {error}")
     return log
 
 

@@ -10,7 +10,7 @@ from finchtune.training.checkpoints import checkpoint_problem, checkpoints, newe
 
 # What a run writes. wandb's folder is its own affair.
 RUN_FILES = (
-    *("rwkv-*.pth", "rwkv-*.json", "config.json", "metrics.jsonl", "skipped.jsonl"),
+    *("rwkv-*.pth", "rwkv-*.json", "config.yaml", "metrics.jsonl", "skipped.jsonl"),
     *("samples.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints"),
 )
 # May lie in the folder of a new run.

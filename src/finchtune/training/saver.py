@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.config import TrainConfig
+from finchtune.config import TrainConfig, config_yaml
 from finchtune.errors import UserError
-from finchtune.files import sha256, write_json
+from finchtune.files import sha256, write_text
 from finchtune.models import LanguageModel
 from finchtune.training.checkpoints import load_checkpoint, save_checkpoint
 from finchtune.training.engine import Engine, full_parameter_like
@@ -44,7 +44,7 @@ class Saver:
         if manifest:
             self.check_resumable(manifest)
         clean_folder(self.folder, self.config.overwrite)
-        write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+        write_text(self.folder / "config.yaml", config_yaml(self.config))
 
     def base_sha256(self) -> str:
         """sha256 of the base weights, on rank 0 alone; waits for it if need be."""

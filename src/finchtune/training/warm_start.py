@@ -5,8 +5,9 @@ from typing import Any
 from finchtune import distributed
 from finchtune.adapters import get_method, hyperparameters_of
 from finchtune.adapters.state import is_adapter_tensor
-from finchtune.config import HYPERPARAMETERS, TrainConfig
+from finchtune.config import TrainConfig
 from finchtune.errors import UserError
+from finchtune.methods import method_files
 from finchtune.models import LanguageModel
 from finchtune.weights.adapter_files import (
     adapter_keys,
@@ -50,7 +51,7 @@ def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
         )
     if any(wanted.get(key) != found[key] for key in found if key not in FREE_HYPERPARAMETERS):
         kind = found["method"]
-        flags = {name: flag for flag, (name, kinds) in HYPERPARAMETERS.items() if kind in kinds}
+        flags = {own.hyperparameter: flag for flag, own in method_files()[kind].flags.items()}
         flags |= {"method": "peft", "quant": "quant"}
         needed = " ".join(
             f"--{flags[key]} {value}"

@@ -26,6 +26,11 @@ class Bat(Adapter):
     """
 
     name = "bat"
+    help = {
+        "r": "side of a shard; must divide both sides of every layer",
+        "mode": "a D per shard of the input (row) or output (col)",
+    }
+    choices = {"mode": ("row", "col")}
     freezes_W = True
 
     def __init__(

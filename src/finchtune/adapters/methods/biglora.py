@@ -11,6 +11,8 @@ class BigLoRA(LoRA):
     """
 
     name = "biglora"
+    flags = {"r": "", "alpha": ""}  # another rank is plain LoRA's
+    training_flags = ("lora_plus_ratio",)
 
     def __init__(
         self, in_features: int, out_features: int, *, r: int = 1024, alpha: float = 1024

@@ -19,6 +19,7 @@ class Bone(Adapter):
     """
 
     name = "bone"
+    help = {"r": "rows of D, the length of an input shard"}
 
     def __init__(self, in_features: int, out_features: int, *, r: int = 64) -> None:
         super().__init__(in_features, out_features)

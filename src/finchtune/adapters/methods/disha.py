@@ -18,6 +18,7 @@ class DiSHA(Adapter):
     """
 
     name = "disha"
+    help = {"r1": "rows of D, which is tiled over W", "r2": "columns of D"}
 
     def __init__(self, in_features: int, out_features: int, *, r1: int = 64, r2: int = 64) -> None:
         super().__init__(in_features, out_features)

@@ -20,6 +20,9 @@ class DoRA(Adapter):
     """
 
     name = "dora"
+    flags = {"r": "lora_r", "alpha": "lora_alpha"}
+    help = {"r": "rank", "alpha": "the update is scaled by alpha / r"}
+    training_flags = ("lora_plus_ratio",)
     reads_W = True
 
     def __init__(

@@ -23,6 +23,19 @@ class LoRA(Adapter):
     """
 
     name = "lora"
+    flags = {
+        "r": "lora_r",
+        "alpha": "lora_alpha",
+        "dropout": "lora_dropout",
+        "rslora": "rslora",
+    }
+    help = {
+        "r": "rank",
+        "alpha": "the update is scaled by alpha / r",
+        "dropout": "dropout on the adapter's input",
+        "rslora": "scale by alpha / sqrt(r) instead (rsLoRA)",
+    }
+    training_flags = ("lora_plus_ratio",)
 
     def __init__(
         self,

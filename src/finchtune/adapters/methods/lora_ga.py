@@ -20,6 +20,19 @@ class LoRAGA(ResidualLoRA):
     """
 
     name = "lora_ga"
+    flags = {
+        "r": "lora_r",
+        "alpha": "lora_alpha",
+        "gamma": "lora_ga_gamma",
+        "svd_niter": "svd_niter",
+    }
+    help = {
+        "r": "rank",
+        "alpha": "the update is scaled by alpha / r",
+        "gamma": "the larger, the smaller A and B start",
+        "svd_niter": "iterations of the fast SVD; 0 = exact SVD",
+    }
+    training_flags = ("lora_plus_ratio", "lora_ga_batches")
     reads_W = True
 
     def __init__(

@@ -14,6 +14,9 @@ class OLoRA(ResidualLoRA):
     """
 
     name = "olora"
+    flags = {"r": "lora_r", "alpha": "lora_alpha"}
+    help = {"r": "rank", "alpha": "the update is scaled by alpha / r"}
+    training_flags = ("lora_plus_ratio",)
 
     def __init__(
         self, in_features: int, out_features: int, *, r: int = 32, alpha: float = 32

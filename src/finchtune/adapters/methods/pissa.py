@@ -16,6 +16,9 @@ class PiSSA(ResidualLoRA):
     """
 
     name = "pissa"
+    flags = {"r": "pissa_r", "svd_niter": "svd_niter"}
+    help = {"r": "rank", "svd_niter": "iterations of the fast SVD; 0 = exact SVD"}
+    training_flags = ("lora_plus_ratio",)
 
     def __init__(
         self, in_features: int, out_features: int, *, r: int = 32, svd_niter: int | None = 4
