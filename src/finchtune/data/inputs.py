@@ -41,25 +41,41 @@ class Block:
     read_bytes: int = 0
     goes_on: bool = False
 
+    @property
+    def size(self) -> int:
+        """Bytes of its lines."""
+        return len(self.lines) if self.span is None else self.span[1] - self.span[0]
+
     def records(self) -> Iterator[tuple[str, Any]]:
         """Each record, or the BadRecord that says why it is none, after its `file:line`."""
         for number, row in enumerate(self.rows, self.first):
             if row is not None:
                 yield f"{self.path}:{number}", row
-        lines = self.lines if self.span is None else _read_span(self.path, *self.span)
-        for number, line in enumerate(lines.split(b"\n"), self.first):
+        content = self.lines if self.span is None else _read_span(self.path, *self.span)
+        begin = content[:SAMPLE_BYTES]
+        lines = content.split(b"\n")
+        # A line may be very long: nothing of it is to be held twice.
+        del content
+        lines.reverse()
+        number = self.first - 1
+        while lines:
+            number += 1
+            line = lines.pop()
             if number == 1:
                 line = line.removeprefix(BOM)
             if not line or line.isspace():
                 continue
-            yield f"{self.path}:{number}", self._parse(line, lines)
+            record = self._parse(line, begin)
+            del line
+            yield f"{self.path}:{number}", record
+            del record
 
-    def _parse(self, line: bytes, lines: bytes) -> Any:
+    def _parse(self, line: bytes, begin: bytes) -> Any:
         try:
             return parse_line(line)
         except BadRecord as error:
             other = isinstance(error, NotUTF8) or b"\0" in line
-            return BadRecord(f"{error}{conversion_hint(self.path, lines)}") if other else error
+            return BadRecord(f"{error}{conversion_hint(self.path, begin)}") if other else error
 
 
 def find_inputs(patterns: Sequence[str]) -> list[Path]:
@@ -129,20 +145,21 @@ def _read_lines(path: Path) -> Iterator[Block]:
             return
         number, position = 1, 0
         while block := content.read(BLOCK_BYTES):
+            lines = block.count(b"\n")
             rest = content.readline(MAX_RECORD)
             if len(rest) == MAX_RECORD:
-                number += block.count(b"\n")
                 raise UserError(
-                    f"{path}:{number}: a line longer than {MAX_RECORD:,} bytes; split it"
+                    f"{path}:{number + lines}: a line longer than {MAX_RECORD:,} bytes; split it"
                 )
-            block += rest
+            lines += rest.count(b"\n")
             read = stored.tell() - position
             if content is stored:  # whoever encodes it reads it again, from the system's cache
+                del block, rest
                 span = (position, position + read)
                 yield Block(str(path), number, span=span, read_bytes=read)
             else:
-                yield Block(str(path), number, lines=block, read_bytes=read)
-            number += block.count(b"\n")
+                yield Block(str(path), number, lines=block + rest, read_bytes=read)
+            number += lines
             position += read
 
 

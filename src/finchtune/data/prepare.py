@@ -23,6 +23,7 @@ from finchtune.files import FileSet
 from finchtune.tokenizer import Tokenizer, load_tokenizer
 
 VALIDATION_SUFFIX = "_val"
+LONG_BLOCK = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _serve(connection: Connection, ours: list[Connection], recipe: Recipe) -> No
 
 
 def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterator[EncodedBlock]:
-    """The blocks' documents in order. Block i is worker i % workers's."""
+    """The blocks' documents in order. Of those that are not long, i is worker i % workers's."""
     if workers == 1:
         tokenizer = load_tokenizer(recipe.tokenizer)
         yield from (encode_block(block, recipe, tokenizer) for block in blocks)
@@ -162,10 +163,17 @@ def _encode_all(blocks: Iterator[Block], recipe: Recipe, workers: int) -> Iterat
     pool: list[_Worker] = []
     busy: deque[_Worker] = deque()
     try:
-        for i, block in enumerate(blocks):
-            if i < workers:
+        i = 0
+        for block in blocks:
+            if block.size > LONG_BLOCK:  # what goes from process to process is held by both
+                while busy:
+                    yield busy.popleft().receive()
+                yield encode_block(block, recipe, load_tokenizer(recipe.tokenizer))
+                continue
+            if len(pool) < workers:
                 pool.append(_Worker(recipe, pool))
             worker = pool[i % workers]
+            i += 1
             while not worker.takes(block):
                 yield busy.popleft().receive()
             worker.send(block)

@@ -18,6 +18,14 @@ def lone_surrogate(error: UnicodeEncodeError) -> UserError:
     )
 
 
+def encoded(texts: Sequence[str]) -> list[bytes]:
+    """The texts in UTF-8; UserError for a lone surrogate."""
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError as error:
+        raise lone_surrogate(error) from None
+
+
 class Tokenizer:
     """What every tokenizer offers. Ids lie in [0, vocab_size); 0 ends a document.
 
@@ -84,6 +92,17 @@ class BytesTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return list(text.encode())
+
+    def encode_many(
+        self, texts: Sequence[str], closed: Sequence[bool], dtype: np.dtype
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As in the base class, without a list of ids."""
+        raw = encoded(texts)
+        ends = [bytes([END_OF_DOCUMENT]) * close for close in closed]
+        sizes = np.array([len(a) + len(b) for a, b in zip(raw, ends, strict=True)], np.int64)
+        joined = b"".join(part for pair in zip(raw, ends, strict=True) for part in pair)
+        del raw
+        return np.frombuffer(joined, np.uint8).astype(dtype), sizes
 
     def last_cut(self, raw: bytes) -> int:
         """As in the base class."""

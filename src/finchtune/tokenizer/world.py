@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from finchtune.errors import UserError
-from finchtune.tokenizer.base import Tokenizer, lone_surrogate
+from finchtune.tokenizer.base import Tokenizer, encoded
 from finchtune.tokenizer.world_trie import WorldTrie, kept_states, load_library
 
 WORLD_VOCAB_SIZE = 65536
@@ -57,11 +57,7 @@ class WorldTokenizer(Tokenizer):
         """As in the base class, in one call."""
         if self._trie is None:
             return super().encode_many(texts, closed, dtype)
-        try:
-            raw = [text.encode() for text in texts]
-        except UnicodeEncodeError as error:
-            raise lone_surrogate(error) from None
-        ids, sizes = self._trie.encode(raw, closed)
+        ids, sizes = self._trie.encode(encoded(texts), closed)
         return ids.astype(dtype, copy=False), sizes
 
     def last_cut(self, raw: bytes) -> int:

@@ -37,11 +37,12 @@ class WorldTrie:
         """All texts' ids end to end (n,) uint16, 0 after those that are `closed`; and how many
         each has, (texts,) int64. UserError for a byte that no token begins with.
         """
-        joined = b"".join(texts)
         stops = np.cumsum([len(text) for text in texts], dtype=np.int64)
+        joined, n_texts = b"".join(texts), len(texts)
+        del texts  # as long as `joined`
         closing = np.array(closed, np.uint8)
-        ids, sizes = np.empty(len(joined) + len(texts), np.uint16), np.empty_like(stops)
-        tables = (stops.ctypes.data, closing.ctypes.data, len(texts))
+        ids, sizes = np.empty(len(joined) + n_texts, np.uint16), np.empty_like(stops)
+        tables = (stops.ctypes.data, closing.ctypes.data, n_texts)
         n = self._encode(
             self._states.ctypes.data, joined, *tables, ids.ctypes.data, sizes.ctypes.data
         )
