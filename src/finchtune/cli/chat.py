@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 
 from finchtune.cli.writing import (
+    add_adapter_flag,
     add_model_flags,
     add_sampling_flags,
     check_positive,
@@ -52,6 +53,7 @@ def flags() -> argparse.ArgumentParser:
         description=__doc__, epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser)
+    add_adapter_flag(parser)
     parser.add_argument(
         "--template",
         help="a name, or the path of a template; if not given the one that the adapter was "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finchtune.cli.writing import (
+    add_adapter_flag,
     add_model_flags,
     add_sampling_flags,
     check_positive,
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     add_model_flags(parser)
+    add_adapter_flag(parser)
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", help="text to continue")
     asked.add_argument("--question", help="put as the template puts it")

@@ -20,6 +20,7 @@ VERBS = {
     "convert": "convert an adapter to the form of Hugging Face's peft, or back",
     "generate": "continue a prompt",
     "chat": "talk with a model",
+    "serve": "offer a model to programs that speak OpenAI's API",
     "evaluate": "score a model's answers",
 }
 """Each is the module of this name here: its `main(arguments)` returns an exit status or None, and

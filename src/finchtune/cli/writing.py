@@ -21,7 +21,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="weights, a plain .pth")
-    parser.add_argument("--peft_checkpoint", help="an adapter's .pth, which stays unmerged")
     parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
     parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
     parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
@@ -29,6 +28,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="fp32 on a CPU, else the file's own, if not given"
     )
+
+
+def add_adapter_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--peft_checkpoint", help="an adapter's .pth, which stays unmerged")
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser, temperature: float, top_p: float) -> None:

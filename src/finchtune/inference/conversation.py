@@ -18,14 +18,37 @@ def encode_turns(tokenizer: Tokenizer, turns: Sequence[Piece]) -> list[int]:
     return [id for text, _ in turns for id in tokenizer.encode(text)]
 
 
+class AnswerText:
+    """What an answer says, as it is written: without what the template puts around it.
+
+    The end may lack what a stop string cut off. Without a template the text passes as it is.
+    """
+
+    def __init__(self, template: Template | None):
+        form = template.answer if template else "{answer}"
+        self.before, _, self.after = form.partition("{answer}")
+        self.held = ""
+
+    def feed(self, text: str) -> str:
+        """More of the answer -> more of what it says, possibly empty."""
+        self.held += text
+        if len(self.held) < len(self.before) and self.before.startswith(self.held):
+            return ""
+        said, self.before = self.held.removeprefix(self.before), ""
+        tail = next((n for n in range(len(self.after), 0, -1) if said.endswith(self.after[:n])), 0)
+        end = len(said) - tail
+        self.held = said[end:]
+        return said[:end]
+
+    def finish(self) -> str:
+        """What is left at the end: what only began like the text before an answer."""
+        return self.held if self.before else ""
+
+
 def content_of(template: Template, text: str) -> str:
-    """What a written answer says, without what the template puts around it."""
-    before, _, after = template.answer.partition("{answer}")
-    text = text.removeprefix(before)
-    for n in range(len(after), 0, -1):  # the end may lack what a stop string cut off
-        if text.endswith(after[:n]):
-            return text[:-n]
-    return text
+    """What a whole answer says."""
+    stream = AnswerText(template)
+    return stream.feed(text) + stream.finish()
 
 
 class Conversation:

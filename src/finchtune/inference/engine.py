@@ -111,6 +111,13 @@ class Engine:
 
     def submit(self, request: Request) -> Row:
         """Queue a request. Raises UserError for one that cannot be done."""
+        self.check(request)
+        row = Row(request, self.tokenizer)
+        self.waiting.append(row)
+        return row
+
+    def check(self, request: Request) -> None:
+        """Raise UserError for a request that cannot be done. Any thread may call this."""
         if request.max_tokens < 1:
             raise UserError(f"max_tokens must be at least 1, not {request.max_tokens}")
         outside = [id for id in request.prompt if not 0 <= id < self.vocab_size]
@@ -122,9 +129,6 @@ class Engine:
             raise UserError("stop strings are matched on text: give the tokenizer too")
         if not request.prompt and request.state is not None:
             raise UserError("a state to go on from needs at least one token after it")
-        row = Row(request, self.tokenizer)
-        self.waiting.append(row)
-        return row
 
     def cancel(self, row: Row) -> None:
         """Drop a row, wherever it is; the others do not notice."""

@@ -42,3 +42,13 @@ def writing_model(
     spec = record["adapter"] if record else spec_without_record(tensors, alpha, adapter)
     model = adapted_model(base, tensors, spec)
     return model.to(device=device, dtype=dtype or model.emb.weight.dtype)
+
+
+def share_weights(model: LanguageModel, base: LanguageModel) -> None:
+    """Put the base's parameters in the place of equal ones of an adapted model of it."""
+    shared = dict(base.named_parameters())
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            own = shared.get(f"{path}.{name}" if path else name)
+            if own is not None and own.dtype == parameter.dtype and torch.equal(own, parameter):
+                setattr(module, name, own)
