@@ -8,8 +8,8 @@ source "$(dirname "$0")/setup.sh" requirements.txt
 out=out/quickstart
 rm -rf "$out"
 mkdir -p "$out"
-exact_match=(python scripts/evaluate.py --questions "$out/new/test.jsonl" --tokens 64
-    --prompt $'User: {question}\n\nAssistant:')
+evaluate=(python scripts/evaluate.py --task exact --data "$out/new/test.jsonl" --template chat
+    --tokens 64)
 
 echo; echo "1. Write problems of three old skills and of a new one that combines them"
 python scripts/make_problems.py --skills add subtract total --train 40000 --output "$out/old"
@@ -25,7 +25,7 @@ python train.py --load_model "$out/init.pth" --proj_dir "$out/base" \
     --micro_bsz 32 --epoch_steps 250 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20 --grad_cp 0
 
 echo; echo "3. What it can do of the new skill"
-"${exact_match[@]}" --model "$out/base/rwkv-0.pth"
+"${evaluate[@]}" --model "$out/base/rwkv-0.pth" --output "$out/before"
 
 echo; echo "4. Fine-tune it on the new skill with Bone"
 python train.py --load_model "$out/base/rwkv-0.pth" --proj_dir "$out/bone" \
@@ -36,7 +36,7 @@ python train.py --load_model "$out/base/rwkv-0.pth" --proj_dir "$out/bone" \
 echo; echo "5. Merge the adapter into plain weights, and look again"
 python merge/merge_bone.py --base_model "$out/base/rwkv-0.pth" \
     --peft_checkpoint "$out/bone/rwkv-0.pth" --output "$out/merged.pth"
-"${exact_match[@]}" --model "$out/merged.pth"
+"${evaluate[@]}" --model "$out/merged.pth" --output "$out/after"
 python scripts/generate.py --model "$out/merged.pth" --tokens 64 --temperature 0 \
     --prompt $'User: Ada has 5 apples, finds 3 more and eats 6. How many apples now?\n\nAssistant:'
 

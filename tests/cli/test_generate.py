@@ -10,7 +10,6 @@ import finchtune
 from finchtune.adapters import adapter_state, attach
 from finchtune.cli.writing import printable
 from finchtune.data import templates
-from finchtune.evaluation import final_number
 from finchtune.files import sha256
 from finchtune.inference.generate import generate_batch
 from finchtune.tokenizer import BytesTokenizer
@@ -133,11 +132,3 @@ def test_escape_sequences_never_reach_a_terminal(run, tmp_path):
     flags = ["--model", path, "--tokens", 3, *GREEDY]
     _, out, _ = run(*flags, "--prompt", "a\x1b[31m\r\x9b\tb\n")
     assert out == "a\\x1b[31m\\x0d\\x9b\tb\n" + "\\x1b" * 3 + "\n"
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("a 3 b 1,234.", "1234"), ("is -7.", "-7"), ("2.50 each", "2.50"), ("none", None), ("", None)],
-)
-def test_final_number(text, number):
-    assert final_number(text) == number

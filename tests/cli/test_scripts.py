@@ -7,8 +7,6 @@ from helpers.support import (
     assert_one_error_line,
     run_script,
     rwkv_package_logits,
-    save_model,
-    small_model,
 )
 
 from finchtune.weights.base import load_model
@@ -47,20 +45,3 @@ def test_problems_are_right_seeded_and_held_out(tmp_path):
             left, right = step.split(" = ")
             assert eval(left) == int(right)
         assert final == f"The answer is {right}."
-
-
-def test_evaluate_counts_right_answers(tmp_path):
-    path = save_model(small_model(), tmp_path / "m.pth")
-    questions = tmp_path / "q.jsonl"
-    questions.write_text("".join(json.dumps({"question": "a", "answer": "1"}) + "\n" for _ in "xy"))
-    flags = ["--model", path, "--questions", questions, "--tokens", 4]
-    done = run_script("scripts/evaluate.py", *flags, "--output", tmp_path / "answers.jsonl")
-    assert done.returncode == 0, done.stderr
-    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    right = sum(answer["correct"] for answer in answers)
-    assert f"{right} of 2 right" in done.stdout
-    questions.write_text('{"question": "a"}\n')
-    assert_one_error_line(run_script("scripts/evaluate.py", *flags), "q.jsonl:1: not an object")
-    for flag, value in (("--limit", 0), ("--prompt", "")):
-        done = run_script("scripts/evaluate.py", *flags, flag, value)
-        assert_one_error_line(done, f"{flag} must")

@@ -1,70 +1,107 @@
-"""Exact match of a model's final answers on questions with known answers."""
+"""Score a model's answers, or given ones, on GSM8K, MATH, HumanEval, MBPP and data of one's own."""
 
 import argparse
-import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from finchtune.data import PROMPT
-from finchtune.data.records import parse_line
+from finchtune.cli.writing import (
+    add_adapter_flag,
+    add_model_flags,
+    check_positive,
+    chosen_template,
+    open_model,
+)
 from finchtune.errors import UserError
-from finchtune.evaluation import exact_match
-from finchtune.files import atomic_path
-from finchtune.tokenizer import load_tokenizer
-from finchtune.weights.base import load_model
+from finchtune.evaluation.runner import Asked, Given, evaluate, read_answers, read_items
+from finchtune.evaluation.task import Choices
+from finchtune.evaluation.tasks import TASKS
+from finchtune.files import sha256
 
 
 def main(arguments: list[str] | None = None) -> None:
+    given = flags().parse_args(arguments)
+    check_positive(limit=given.limit, tokens=given.tokens, samples=given.samples)
+    if given.shots < 0 or given.temperature < 0:
+        raise UserError("--shots and --temperature must be at least 0")
+    if (given.model is None) == (given.answers is None):
+        raise UserError("give either --model, to be asked, or --answers, to be scored")
+    if given.samples > 1 and given.temperature == 0 and given.model:
+        raise UserError("--samples needs a --temperature above 0: greedy answers are all the same")
+    choices = Choices(
+        given.strict_parity,
+        chosen_template(given),
+        given.tokens,
+        given.fields and tuple(given.fields),
+        given.samples,
+        given.temperature,
+        given=given.answers is not None,
+    )
+    task = TASKS[given.task](choices)
+    items = read_items(task, given.data, given.shots, given.limit)
+    completions = read_answers(task, given.answers, items) if given.answers else []
+    task.require()
+    source = Given(completions, items) if given.answers else Asked(lambda: open_model(given))
+    summary = evaluate(task, items, source, Path(given.output), identity_of(given, choices))
+    print(f"{given.task}, {name_of(given)}: {task.line(summary)}")
+
+
+def flags() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="weights, a plain .pth")
-    parser.add_argument("--questions", required=True, help=".jsonl with the fields below")
-    parser.add_argument("--fields", nargs=2, default=["question", "answer"])
+    parser.add_argument("--task", required=True, choices=TASKS)
+    parser.add_argument("--data", required=True, help="the questions, a .jsonl, .jsonl.gz, ...")
     parser.add_argument(
-        "--prompt", default=PROMPT, help="text to continue; {question} stands for the question"
+        "--output", required=True, help="folder of answers.jsonl and summary.json; resumed if begun"
+    )
+    add_model_flags(parser, required=False)
+    add_adapter_flag(parser)
+    parser.add_argument(
+        "--answers", help="a .jsonl with a `completion` for each question, to score without a model"
     )
     parser.add_argument("--limit", type=int, help="only the first so many questions")
-    parser.add_argument("--tokens", type=int, default=256, help="most tokens of an answer")
-    parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
-    parser.add_argument("--output", help="write every answer to this .jsonl")
-    given = parser.parse_args(arguments)
-    if not given.prompt:
-        raise UserError("--prompt must hold some text to continue")
-    if given.limit is not None and given.limit < 1:
-        raise UserError(f"--limit must be at least 1, not {given.limit}")
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_model(given.model, torch.float32 if device == "cpu" else None, device)
-    tokenizer = load_tokenizer(given.tokenizer, model.config.vocab_size)
-    questions = read_questions(given.questions, given.fields, given.prompt)[: given.limit]
-    answers = list(
-        tqdm(
-            exact_match(model, tokenizer, questions, given.tokens),
-            total=len(questions),
-            leave=False,
-        )
+    parser.add_argument(
+        "--shots",
+        type=int,
+        default=0,
+        help="show the first so many questions of the file with their answers, and ask the others",
     )
-    if given.output:
-        with atomic_path(given.output) as path, path.open("w") as file:
-            file.writelines(json.dumps(vars(answer)) + "\n" for answer in answers)
-    correct = sum(answer.correct for answer in answers)
-    print(f"{given.model}: {correct} of {len(answers)} right, {correct / len(answers):.1%}")
+    parser.add_argument(
+        "--strict_parity",
+        action="store_true",
+        help="stop and score exactly as the paper's evaluation, with its known faults",
+    )
+    parser.add_argument(
+        "--template",
+        help="a name, or the path of a template; if not given, the one that the adapter was "
+        "trained with, else the task's",
+    )
+    parser.add_argument("--fields", nargs="+", help="the record's, instead of the task's")
+    parser.add_argument("--tokens", type=int, help="most tokens of an answer")
+    parser.add_argument(
+        "--samples", type=int, default=1, help="answers to each problem, for pass@k"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 = greedy")
+    return parser
 
 
-def read_questions(path: str, fields: list[str], prompt: str) -> list[tuple[str, str]]:
-    """(prompt, expected answer) pairs of a .jsonl file."""
-    question, answer = fields
-    pairs = []
+def identity_of(given: argparse.Namespace, choices: Choices) -> dict[str, Any]:
+    """What the answers depend on: a folder is of one evaluation only."""
+    files = {name: getattr(given, name) for name in ("data", "model", "peft_checkpoint", "answers")}
+    kept = ("limit", "shots", "tokenizer", "device", "dtype")
+    settings = asdict(choices) | {name: getattr(given, name) for name in kept}
+    settings["template"] = choices.template and choices.template.record()
+    settings["fields"] = given.fields
+    hashes = {f"{name}_sha256": path and sha256_of(path) for name, path in files.items()}
+    return {"task": given.task, "model": name_of(given), **settings, **hashes}
+
+
+def sha256_of(path: str) -> str:
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}:{number}"
-                row = parse_line(line)
-                pairs.append((prompt.replace("{question}", row[question]), row[answer]))
+        return sha256(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: not an object with {question!r} and {answer!r}") from error
-    if not pairs:
-        raise UserError(f"{path}: holds no questions")
-    return pairs
+
+
+def name_of(given: argparse.Namespace) -> str:
+    """What to call whoever gave the answers."""
+    return Path(given.peft_checkpoint or given.model or given.answers).stem

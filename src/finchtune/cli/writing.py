@@ -19,8 +19,8 @@ PLAIN = "\n\t"  # the control characters that a terminal may get
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, help="weights, a plain .pth")
+def add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, help="weights, a plain .pth")
     parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
     parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
     parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
@@ -56,13 +56,18 @@ def sampling_of(given: argparse.Namespace) -> Sampling:
 
 
 def template_of(given: argparse.Namespace, default: str = "chat") -> Template:
-    """The template that --template names, else the one that the adapter's record holds."""
+    """The template that flags ask for, else the default."""
+    return chosen_template(given) or templates.get(default)
+
+
+def chosen_template(given: argparse.Namespace) -> Template | None:
+    """The template that --template names, else the one that the adapter's record holds, if any."""
     if given.template:
         return templates.get(given.template)
     record = adapter_record(given.peft_checkpoint) if given.peft_checkpoint else None
     if record and record.get("template"):
         return templates.from_record(record["template"], f"{given.peft_checkpoint}: template")
-    return templates.get(default)
+    return None
 
 
 def check_positive(**flags: int | None) -> None:

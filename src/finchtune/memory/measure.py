@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from finchtune.errors import UserError
@@ -46,6 +47,14 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> tuple[int, i
     before = process_memory("VmRSS")
     work()
     return before, process_memory("VmHWM")
+
+
+def free_bytes(device: torch.device) -> int:
+    """What may still be allocated on a GPU, or of the machine's memory."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available
 
 
 def process_memory(field: str) -> int:
