@@ -91,6 +91,10 @@ class DataFlags:
     )
     loss_mask: str = flag("pad", "pad or none = all text, qa = answers only", ("none", "pad", "qa"))
     sft_field: list[str] = flag([], "JSON fields: question answer, or instruction input output")
+    template: str = flag(
+        "", "metamath, alpaca, chat, rwkv-peft or a file; default metamath, chat for messages"
+    )
+    speakers: list[str] = flag([], "plain text's who asks/who answers; default the usual pairs")
     on_bad: str = flag("fail", "what to do with a bad record of a text file", ("fail", "skip"))
     data_cache: str = flag("", "folder of tokenised text; default proj_dir/data_cache", free=True)
     tokenizer: str | None = flag(None, "world, bytes or a tokenizer.json; default by vocab size")

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 
 from finchtune.data.binidx import BinIdxWriter
+from finchtune.data.prepare import prepare
+from finchtune.data.render import Layout
+from finchtune.data.workers import Recipe
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "inspect_data.py"
 
@@ -72,3 +75,17 @@ def test_a_token_beyond_the_vocabulary_is_found(run, corpus):
     status, _, err = run("--data_file", corpus, "--tokenizer", "bytes")
     assert status == 2
     assert "document 0, position 2: token id 300" in err
+
+
+def test_a_pair_names_its_tokenizer_and_template_and_refuses_others(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "b"}')
+    recipe = Recipe(Layout(("question", "answer")), "bytes", "<u2")
+    prepare([str(tmp_path / "a.jsonl")], str(tmp_path / "out"), recipe)
+    status, out, _ = run("--data_file", tmp_path / "out", "--ctx_len", 512)
+    assert status == 0
+    assert "tokenizer       bytes" in out
+    assert "template        metamath" in out
+    for flags in (("--tokenizer", "world"), ("--template", "chat")):
+        status, _, err = run("--data_file", tmp_path / "out", *flags)
+        assert status == 2
+        assert f"was prepared with {flags[0]}" in err

@@ -87,7 +87,8 @@ def test_json2binidx_command_lines_work_unchanged(run, corpus, tmp_path, end):
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     assert [data.doc(i).tolist() for i in range(3)] == [encode(t) + [0] * end for t in texts]
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {corpus.name, "sample_text_document.bin", "sample_text_document.idx"}
+    pair = {f"sample_text_document.{suffix}" for suffix in ("bin", "idx", "info.json")}
+    assert names == {corpus.name, *pair}
 
 
 def test_json2binidx_takes_its_inputs_with_commas(run, corpus, tmp_path):
@@ -177,3 +178,64 @@ def test_a_terminated_run_leaves_nothing(tmp_path):
     process.terminate()
     assert process.wait(timeout=60) == 143
     assert os.listdir(tmp_path) == ["a.jsonl"]
+
+
+def test_what_is_there_is_replaced_only_if_asked(run, corpus, tmp_path):
+    flags = ("--input", corpus, "--output", tmp_path / "out", "--workers", 1)
+    assert run(*flags, "--tokenizer", "bytes")[0] == 0
+    before = (tmp_path / "out.bin").read_bytes()
+    status, _, err = run(*flags)
+    assert status == 2
+    assert "out.bin or .idx is there already" in err
+    assert (tmp_path / "out.bin").read_bytes() == before
+    assert run(*flags, "--overwrite")[0] == 0
+    assert (tmp_path / "out.bin").read_bytes() != before
+
+
+def test_held_out_data_is_not_replaced_either(run, corpus, tmp_path):
+    (tmp_path / "out_val.bin").write_bytes(b"mine")
+    flags = ("--input", corpus, "--output", tmp_path / "out", "--workers", 1)
+    status, _, err = run(*flags, "--val_split", 0.5)
+    assert status == 2
+    assert "out_val.bin or .idx is there already" in err
+    assert run(*flags)[0] == 0
+    assert (tmp_path / "out_val.bin").read_bytes() == b"mine"
+
+
+def test_template_and_speakers_can_be_chosen(run, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"q": "a", "a": "b"}')
+    template = tmp_path / "mine.yaml"
+    template.write_text('user: "Q: {question}\\n"\ncue: "A:"\n')
+    flags = ("--tokenizer", "bytes", "--workers", 1)
+    qa = ("--input", tmp_path / "a.jsonl", "--sft_field", "q", "a", "--template", template)
+    assert run(*qa, "--output", tmp_path / "out", *flags)[0] == 0
+    assert bytes(BinIdx(tmp_path / "out").doc(0).tolist()) == b"Q: a\nA:b\0"
+    (tmp_path / "b.jsonl").write_text('{"text": "Kunde: a\\nBerater: b"}\n{"text": "c"}\n')
+    turns = ("--input", tmp_path / "b.jsonl", "--loss_mask", "qa", "--speakers", "Kunde/Berater")
+    status, out, _ = run(*turns, "--output", tmp_path / "out2", *flags)
+    assert status == 0
+    assert "1 documents have no trained token under --loss_mask qa" in out
+    assert BinIdx(tmp_path / "out2.mask").tokens.sum() == len(" b\0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--template", "alpacka"], "--template alpacka: did you mean alpaca?"),
+        (["--loss_mask", "qa", "--speakers", "Kunde"], "--speakers Kunde: give who asks and who"),
+        (["--speakers", "A/B"], "--speakers goes with --loss_mask qa"),
+    ],
+)
+def test_wrong_templates_and_speakers_are_told(run, corpus, tmp_path, flags, message):
+    status, _, err = run("--input", corpus, "--output", tmp_path / "out", *flags)
+    assert status == 2
+    assert message in err
+
+
+def test_json2binidx_finds_the_vocabulary_that_comes_with_the_tokenizer(run, corpus, tmp_path):
+    words = "--vocab rwkv_vocab_v20230424.txt --dataset-impl mmap --tokenizer-type RWKVTokenizer"
+    prefix = tmp_path / "sample"
+    assert run("--input", corpus, "--output-prefix", prefix, *words.split(), "--workers", 1)[0] == 0
+    assert BinIdx(f"{prefix}_text_document").doc(0).tolist() == load_tokenizer("world").encode(
+        "First document."
+    )

@@ -22,6 +22,7 @@ from finchtune.errors import UserError
 from finchtune.tokenizer import BytesTokenizer, load_tokenizer
 
 BYTES = Recipe(Layout(), "bytes", "<u2")
+PAIR = ["a.jsonl", "out.bin", "out.idx", "out.info.json"]
 TEXTS = ["First.", "", "Zweitens: ä\n\nzwei Zeilen", "三"]
 
 
@@ -46,7 +47,7 @@ def test_lines_become_documents_that_end(tmp_path):
     assert texts_of(tmp_path / "out") == ended(TEXTS)
     assert (totals.documents, totals.tokens) == (3, BinIdx(tmp_path / "out").n_tokens)
     assert totals.read_bytes == os.path.getsize(source)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == PAIR
 
 
 def test_documents_need_not_end(tmp_path):
@@ -130,7 +131,7 @@ def test_an_old_mask_does_not_outlive_its_data(tmp_path):
     for name in ("out.mask.bin", "out.mask.idx"):
         (tmp_path / name).write_text("old")
     prepare([write_jsonl(tmp_path / "a.jsonl", TEXTS)], str(tmp_path / "out"), BYTES)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "out.bin", "out.idx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == PAIR
 
 
 def test_the_validation_split_is_a_partition_that_depends_on_the_text_alone(tmp_path):

@@ -132,7 +132,7 @@ def test_the_cache_gives_what_it_was_given(questions, tmp_path):
     for _ in range(2):
         assert labels_of(load_cached(questions, tmp_path / "cache")) == labels_of(plain)
     names = sorted(path.suffixes[-1] for path in (tmp_path / "cache").iterdir())
-    assert names == [".bin", ".bin", ".idx", ".idx", ".json"]
+    assert names == [".bin", ".bin", ".idx", ".idx", ".json", ".json"]
 
 
 def test_the_cache_is_really_used(questions, tmp_path):
@@ -151,12 +151,12 @@ def test_other_content_and_other_fields_are_other_entries(questions, tmp_path):
     assert labels_of(load_cached(questions, tmp_path / "cache")) == labels_of(
         load_cached(questions, None)
     )
-    assert len(list((tmp_path / "cache").iterdir())) == 10
+    assert len(list((tmp_path / "cache").iterdir())) == 12
     load_data(
         str(questions), "sft", "pad", 300, "qa", ["a", "q"], BytesTokenizer(), 256,
         cache_dir=tmp_path / "cache"
     )  # fmt: skip
-    assert len(list((tmp_path / "cache").iterdir())) == 15
+    assert len(list((tmp_path / "cache").iterdir())) == 18
 
 
 @pytest.mark.parametrize("cached", [False, True])

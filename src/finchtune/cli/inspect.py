@@ -10,9 +10,10 @@ import sys
 
 import numpy as np
 
-from finchtune.data import inspect
-from finchtune.data.binidx import exists, strip_extension
+from finchtune.data import inspect, templates
+from finchtune.data.binidx import BinIdx, exists, strip_extension
 from finchtune.data.documents import MASK_SUFFIX, read_binidx
+from finchtune.data.provenance import read_provenance
 from finchtune.errors import UserError
 from finchtune.tokenizer import load_tokenizer
 
@@ -25,7 +26,8 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--data_file", required=True, help="prefix of the pair, with or without an extension")
-    add("--tokenizer", default="world", help="world (default), bytes, or a tokenizer.json")
+    add("--tokenizer", help="world, bytes, or a tokenizer.json; default that of the data, or world")
+    add("--template", default="", help="refuse data that was prepared with another one")
     add("--vocab_size", type=int, help="the model's, if it differs from the tokenizer's")
     add("--ctx_len", type=int, default=512, help="context to count rows and padding for")
     add("--samples", type=int, default=2, help="documents to show as text")
@@ -39,12 +41,20 @@ def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(arguments)
     if flags.ctx_len < 1 or flags.samples < 0:
         raise UserError("--ctx_len must be at least 1, and --samples not below 0")
-    tokenizer = load_tokenizer(flags.tokenizer, flags.vocab_size)
-    vocab_size = flags.vocab_size or tokenizer.vocab_size
     prefix = strip_extension(flags.data_file)
+    pair = BinIdx(prefix)
+    made = read_provenance(prefix, len(pair), pair.n_tokens)
+    default = made.tokenizer if made else "world"
+    tokenizer = load_tokenizer(flags.tokenizer or default, flags.vocab_size)
+    if made:
+        made.check(prefix, tokenizer, templates.get(flags.template) if flags.template else None)
+    vocab_size = flags.vocab_size or tokenizer.vocab_size
     masked = exists(prefix + MASK_SUFFIX)
     documents = read_binidx(prefix, vocab_size, "qa" if masked else "none")
     print(f"{prefix}: the files fit together, every token id is below {vocab_size}")
+    if made:
+        template = made.template.name if made.template else "none"
+        show([f"tokenizer       {made.tokenizer}", f"template        {template}"])
     show(inspect.overview(documents))
     show(inspect.rows_at(documents, flags.ctx_len, flags.random_seed))
     print("\ntokens in a document, documents")

@@ -14,17 +14,23 @@ import argparse
 import os
 import signal
 import sys
+from pathlib import Path
 
 from tqdm import tqdm
 
-from finchtune.data.binidx import token_dtype
+from finchtune.data import templates
+from finchtune.data.binidx import exists, strip_extension, token_dtype
 from finchtune.data.inputs import find_inputs
-from finchtune.data.prepare import Recipe, Totals, prepare
+from finchtune.data.labels import unknown_characters
+from finchtune.data.prepare import VALIDATION_SUFFIX, Totals, prepare
 from finchtune.data.render import Layout
+from finchtune.data.speakers import parse_pairs
+from finchtune.data.workers import Recipe
 from finchtune.errors import UserError
 from finchtune.tokenizer import load_tokenizer
 
 JSON2BINIDX_WIDE_FROM = 65500  # tokens of a vocabulary that it writes in int32
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
 JSON2BINIDX_TOKENIZERS = ("RWKVTokenizer", "HFTokenizer")
 
 
@@ -33,20 +39,25 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, help="files, globs or folders: .jsonl (also .gz or "
-        ".zst), .txt, .parquet")  # fmt: skip
+    add("--input", nargs="+", required=True, help="files, globs or folders: .jsonl, .json, .csv, "
+        ".tsv, .txt (also .gz or .zst), .parquet")  # fmt: skip
     add("--output", help="prefix of the files to write")
     add("--tokenizer", help="world (default), bytes, or the path of a tokenizer.json")
     add("--field", help="the field that holds the text (default: text)")
     add("--sft_field", nargs="+", metavar="NAME", help="question answer, or instruction input "
         "output: only the last one is trained on under --loss_mask qa")  # fmt: skip
+    add("--template", default="", help="how questions and chats are put: metamath (default), chat "
+        "(default for messages), alpaca, rwkv-peft, or a file")  # fmt: skip
     add("--loss_mask", choices=("none", "qa"), default="none", help="qa: in plain text train on "
         "what stands between `Assistant:` and the next `User:`")  # fmt: skip
+    add("--speakers", nargs="+", default=[], metavar="ASKS/ANSWERS", help="the speakers under "
+        "--loss_mask qa, such as Customer/Agent; default User/Assistant and the like")  # fmt: skip
     add("--no_eod", action="store_true", help="do not end documents with token 0")
     add("--val_split", type=float, default=0.0, help="share of the documents, chosen by their "
         "hash, to write to OUTPUT_val instead")  # fmt: skip
     add("--on_bad", choices=("fail", "skip"), default="fail", help="what to do with bad records")
     add("--workers", type=int, default=os.cpu_count() or 1, help="worker processes")
+    add("--overwrite", action="store_true", help="replace files that are there already")
     like = parser.add_argument_group("spelled like json2binidx")
     like.add_argument("--output-prefix", help="write to PREFIX_text_document instead of --output")
     like.add_argument("--vocab", "--vocab-file", help="the vocabulary's file")
@@ -69,6 +80,8 @@ def main(arguments: list[str] | None = None) -> None:
         inputs = [path for paths in inputs for path in paths.split(",")]
     else:
         output, recipe = own_recipe(flags)
+    if not flags.overwrite:
+        refuse_existing(output, recipe.val_split > 0)
     size = sum(path.stat().st_size for path in find_inputs(inputs))
     with tqdm(total=size, unit="B", unit_scale=True, mininterval=interval()) as bar:
 
@@ -100,9 +113,12 @@ def own_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
             "and no --field beside it"
         )
     fields = tuple(flags.sft_field or [flags.field or "text"])
+    if flags.speakers and (flags.sft_field or flags.loss_mask != "qa"):
+        raise UserError("--speakers goes with --loss_mask qa and plain text")
+    template = templates.get(flags.template) if flags.template else None
     name = flags.tokenizer or "world"
     return flags.output, Recipe(
-        Layout(fields, qa=flags.loss_mask == "qa"),
+        Layout(fields, flags.loss_mask == "qa", template, parse_pairs(flags.speakers)),
         name,
         token_dtype(load_tokenizer(name).vocab_size).str,
         end=not flags.no_eod,
@@ -115,7 +131,10 @@ def json2binidx_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
     """As json2binidx writes: its own choice of dtype, and an end only where asked for."""
     unfit = [
         name
-        for name in ("output", "tokenizer", "field", "sft_field", "no_eod", "val_split")
+        for name in (
+            *("output", "tokenizer", "field", "sft_field", "template", "speakers"),
+            *("no_eod", "val_split"),
+        )
         if getattr(flags, name)
     ]
     if unfit or flags.loss_mask == "qa":
@@ -125,9 +144,22 @@ def json2binidx_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
     if flags.tokenizer_type == "HFTokenizer" and flags.vocab is None:
         raise UserError("--tokenizer-type HFTokenizer needs --vocab with its tokenizer.json")
     name = flags.vocab or "world"
+    if Path(name).name == WORLD_FILE and not Path(name).exists():
+        name = "world"  # the file that comes with the tokenizer
     dtype = "<u2" if load_tokenizer(name).vocab_size < JSON2BINIDX_WIDE_FROM else "<i4"
     recipe = Recipe(Layout(), name, dtype, end=flags.append_eod, on_bad=flags.on_bad)
     return f"{flags.output_prefix}_text_document", recipe
+
+
+def refuse_existing(output: str, held_out: bool) -> None:
+    """Raise UserError if files of a data set are there already."""
+    prefix = strip_extension(output)
+    for name in (prefix, prefix + VALIDATION_SUFFIX)[: 1 + held_out]:
+        if exists(name):
+            raise UserError(
+                f"{name}.bin or .idx is there already; choose another name, or replace the data "
+                "with --overwrite"
+            )
 
 
 def interval() -> float:
@@ -140,6 +172,10 @@ def summary(output: str, totals: Totals) -> str:
     if totals.masked_tokens:
         share = 1 - totals.masked_tokens / totals.tokens
         lines.append(f"  {share:.1%} of the tokens are trained on under --loss_mask qa")
+    if totals.untrained:
+        lines.append(f"  {totals.untrained:,} documents have no trained token under --loss_mask qa")
+    if totals.unknown:
+        lines.append(f"  {unknown_characters(totals.unknown)}")
     if totals.held_out:
         lines.append(f"  {totals.held_out:,} documents are in {output}_val")
     if totals.skipped:

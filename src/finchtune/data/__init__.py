@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finchtune.data.batch import Batch
-    from finchtune.data.load import Data, load_data
+    from finchtune.data.dataset import Data
+    from finchtune.data.load import load_data
     from finchtune.data.render import PROMPT
 
 _HOMES = {
     "PROMPT": "render",
     "Batch": "batch",
-    "Data": "load",
+    "Data": "dataset",
     "load_data": "load",
 }
 __all__ = ["PROMPT", "Batch", "Data", "load_data"]

@@ -62,8 +62,8 @@ class BinIdx:
         self.prefix = strip_extension(prefix)
         bin_path, idx_path = file_paths(prefix)
         finish_interrupted(bin_path.parent)
-        _require_file(idx_path, self.prefix)
-        _require_file(bin_path, self.prefix)
+        require_file(idx_path, self.prefix)
+        require_file(bin_path, self.prefix)
         self.dtype, self.sizes, starts, doc_idx = _read_index(idx_path)
         _check_sizes(idx_path, self.sizes)
         self.offsets = np.concatenate(([0], np.cumsum(self.sizes)))
@@ -97,7 +97,8 @@ class BinIdx:
             )
 
 
-def _require_file(path: Path, prefix: str) -> None:
+def require_file(path: Path, prefix: str) -> None:
+    """UserError unless a file of the pair `prefix` is there, and a file."""
     try:
         mode = os.stat(path).st_mode
     except OSError as error:

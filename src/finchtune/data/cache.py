@@ -29,21 +29,23 @@ def read_cached(
 
     def make() -> None:
         try:
-            _read(source, prefix, tokenizer.vocab_size)
+            _read(source, prefix, recipe, tokenizer.vocab_size)
         except UserError:  # missing or damaged
             write_json(_note(prefix), asdict(prepare([source], str(prefix), recipe)))
 
     distributed.run_on_rank_zero(make)
     make()
-    return _read(source, prefix, tokenizer.vocab_size)
+    return _read(source, prefix, recipe, tokenizer.vocab_size)
 
 
-def _read(source: str, prefix: Path, vocab_size: int) -> Documents:
+def _read(source: str, prefix: Path, recipe: Recipe, vocab_size: int) -> Documents:
     """UserError unless the entry, whose note is written last, is whole."""
     totals = read_json(_note(prefix))
     masked = bool(totals["masked_tokens"])
     documents = read_binidx(prefix, vocab_size, "qa" if masked else "none")
-    return replace(documents, source=source, skipped=totals["skipped"])
+    template = recipe.layout.chosen_template if totals["templated"] else None
+    found = {"skipped": totals["skipped"], "unknown": totals["unknown"], "template": template}
+    return replace(documents, source=source, **found)
 
 
 def _note(prefix: Path) -> Path:
@@ -54,8 +56,7 @@ def _key(paths: list[Path], recipe: Recipe) -> str:
     """A hash of everything that the tokens, and the report of bad records, depend on."""
     vocabulary = Path(recipe.tokenizer)
     layout = recipe.layout
-    put = layout.template_for_questions, layout.template_for_chats
-    key = blake2b(repr((recipe, put)).encode(), digest_size=8)
+    key = blake2b(repr((recipe, layout.chosen_template)).encode(), digest_size=8)
     for path in [*paths, vocabulary] if vocabulary.is_file() else paths:
         key.update(repr((path.suffixes, path.stat().st_size)).encode())
         with path.open("rb") as content:

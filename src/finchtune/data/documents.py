@@ -1,7 +1,7 @@
 """Documents as one stream of token ids, where each ends, and which tokens count for the loss."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ import numpy as np
 
 from finchtune.data.binidx import BinIdx, exists, token_dtype
 from finchtune.data.inputs import find_inputs, read_blocks
-from finchtune.data.records import BadRecords
+from finchtune.data.records import Findings
 from finchtune.data.render import Layout
-from finchtune.data.templates import Piece
+from finchtune.data.templates import Piece, Template
 from finchtune.data.values import BadRecord
 from finchtune.errors import UserError
 from finchtune.tokenizer import Tokenizer
@@ -29,6 +29,7 @@ class Documents:
     `tokens` (n_tokens,) of an integer dtype, `offsets` (documents + 1,) int64, `trained`
     (n_tokens,) uint8, 1 where the token counts as a target; None where every token does.
     `source` names the data in messages; `skipped` counts bad records that were left out.
+    `template` is the one that some were made by; `unknown` counts characters without a token.
     """
 
     source: str
@@ -36,6 +37,8 @@ class Documents:
     offsets: np.ndarray
     trained: np.ndarray | None = None
     skipped: int = 0
+    template: Template | None = None
+    unknown: dict[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -64,37 +67,50 @@ class Encoded(NamedTuple):
         """`trained`, written out where it is None."""
         return np.ones(len(self.tokens), np.uint8) if self.trained is None else self.trained
 
+    def untrained(self) -> int:
+        """How many documents have no trained token."""
+        if self.trained is None or not len(self.sizes):
+            return 0
+        starts = (np.cumsum(self.sizes) - self.sizes)[self.sizes > 0]
+        return int((np.add.reduceat(self.trained, starts, dtype=np.int64) == 0).sum())
+
 
 def encode_records(
     records: Iterable[tuple[str, Any]],
     layout: Layout,
     tokenizer: Tokenizer,
-    bad: BadRecords,
+    found: Findings,
     dtype: np.dtype,
     end: bool = True,
 ) -> Encoded:
     """Tokenise records, each after its `file:line`.
 
     With `end`, token 0 closes each document, trained on where the last piece is. An empty plain
-    text gives no document. Bad records, or the BadRecord in their place, go to `bad`.
+    text gives no document. What is met, and bad records, goes to `found`.
     """
-    rows = [(where, _rendered(record, layout)) for where, record in records]
+    rows = [(where, _rendered(record, layout, found)) for where, record in records]
     try:
         encoded = _encode([pieces for _, pieces in rows], tokenizer, dtype, end)
     except UserError:  # of a text that the tokenizer cannot take; whose is it?
         rows = [(where, _encodable(pieces, tokenizer, dtype)) for where, pieces in rows]
+        tokenizer.take_unknown()
         encoded = _encode([pieces for _, pieces in rows], tokenizer, dtype, end)
     for where, pieces in rows:
         if isinstance(pieces, ValueError):
-            bad.add(where, str(pieces))
+            found.add(where, str(pieces))
+    found.unknown += tokenizer.take_unknown()
     return encoded
 
 
-def _rendered(record: Any, layout: Layout) -> Pieces:
+def _rendered(record: Any, layout: Layout, found: Findings) -> Pieces:
+    if isinstance(record, BadRecord):
+        return record
     try:
-        return record if isinstance(record, BadRecord) else layout.pieces(record)
+        pieces = layout.pieces(record)
     except BadRecord as error:
         return error
+    found.templated = found.templated or layout.is_templated(record)
+    return pieces
 
 
 def _encodable(pieces: Pieces, tokenizer: Tokenizer, dtype: np.dtype) -> Pieces:
@@ -124,10 +140,10 @@ def read_records(
     source: str, layout: Layout, tokenizer: Tokenizer, on_bad: str = "fail"
 ) -> Documents:
     """Tokenise a file, glob or folder of records into memory."""
-    bad = BadRecords(on_bad)
+    found = Findings(on_bad)
     dtype = token_dtype(tokenizer.vocab_size)
     blocks = [
-        encode_records(block.records(), layout, tokenizer, bad, dtype)
+        encode_records(block.records(), layout, tokenizer, found, dtype)
         for path in find_inputs([source])
         for block in read_blocks(path, layout.fields[0])
     ]
@@ -135,7 +151,10 @@ def read_records(
     trained = np.concatenate([np.empty(0, np.uint8), *(block.flags() for block in blocks)])
     sizes = np.concatenate([[0], *(block.sizes for block in blocks)])
     mask = None if trained.all() else trained
-    return Documents(source, tokens, np.cumsum(sizes), mask, bad.count)
+    template = layout.chosen_template if found.templated else None
+    return Documents(
+        source, tokens, np.cumsum(sizes), mask, found.count, template, dict(found.unknown)
+    )
 
 
 def is_held_out(ids: np.ndarray, fraction: float) -> bool:

@@ -1,7 +1,7 @@
-"""How many trained tokens the documents have, and what a row's length takes from them."""
+"""What is lost of the documents: trained tokens by a row's length, characters without a token."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -140,3 +140,11 @@ def _needed(documents: Documents, chosen: np.ndarray, targets: np.ndarray) -> np
     for i in np.flatnonzero((targets > 0) & (documents.trained[ends - 1] == 0)):
         needed[i] = np.flatnonzero(documents.trained[starts[i] : ends[i]])[-1]
     return needed
+
+
+def unknown_characters(unknown: Mapping[str, int]) -> str:
+    """A sentence about characters that have no token."""
+    most = sorted(unknown, key=lambda character: -unknown[character])[:5]
+    shown = ", ".join(f"{character!a} ({unknown[character]:,})" for character in most)
+    more = f" and {len(unknown) - len(most):,} others" if len(unknown) > len(most) else ""
+    return f"{sum(unknown.values()):,} characters have no token in this tokenizer: {shown}{more}"

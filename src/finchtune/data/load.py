@@ -1,120 +1,29 @@
 """`load_data`: a data file and its flags -> the batches of every step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from finchtune.data.batch import IGNORED, Batch, packed, padded, round_up
-from finchtune.data.binidx import exists, strip_extension
+from finchtune.data import templates
+from finchtune.data.binidx import exists, file_paths, require_file, strip_extension
 from finchtune.data.cache import read_cached
+from finchtune.data.dataset import Data
 from finchtune.data.documents import Documents, held_out, read_binidx, read_records
-from finchtune.data.labels import Labels
+from finchtune.data.inputs import find_inputs
 from finchtune.data.mixing import MixedRows, SourceRows, parse_sources
+from finchtune.data.provenance import read_provenance
 from finchtune.data.render import Layout
-from finchtune.data.sampling import DocumentRows, PackedRows, Rows, Segment, WindowRows
+from finchtune.data.sampling import DocumentRows, PackedRows, Rows, WindowRows
+from finchtune.data.speakers import parse_pairs
+from finchtune.data.templates import Template
 from finchtune.errors import UserError
 from finchtune.tokenizer import Tokenizer
 
 DATA_TYPES = ("binidx", "jsonl", "sft")
 DATALOADS = ("pad", "get", "pack", "only")
 LOSS_MASKS = ("none", "pad", "qa")
-
-
-class Data:
-    """The rows of a data set. Row i of a run depends on (seed, i) alone.
-
-    `n_rows` is their number in one epoch, `n_tokens` that of all tokens, `skipped` that of the
-    bad records left out; `validation` is the part held out, None where none is.
-    """
-
-    def __init__(self, rows: Rows, dataload: str, ctx_len: int, skipped: int):
-        self.validation: Data | None = None
-        self.dataload, self.ctx_len, self.skipped = dataload, ctx_len, skipped
-        self._rows, self._counts = rows, rows.counts()
-        self.n_rows = rows.n_rows
-        self.n_tokens = self._counts.tokens
-
-    def rows(
-        self, step: int, rank: int, world: int, micro_bsz: int, accumulate: int
-    ) -> list[Batch]:
-        """The `accumulate` micro batches of this rank in an optimizer step, counted from 0.
-
-        The rows of a step depend only on the step and on world * micro_bsz * accumulate.
-        """
-        return [
-            self._batch([self._rows.segments(index) for index in indices])
-            for indices in self._indices(step, rank, world, micro_bsz, accumulate)
-        ]
-
-    def every_row(self, rank: int, world: int, micro_bsz: int) -> Iterator[Batch]:
-        """Each row of one epoch once, over all ranks together.
-
-        Every rank gets as many batches; one that has no row left gets one that no label counts.
-        """
-        for first in range(0, self.n_rows, world * micro_bsz):
-            start = first + rank * micro_bsz
-            indices = range(start, min(start + micro_bsz, self.n_rows))
-            batch = self._batch([self._rows.segments(index) for index in indices or [0]])
-            unused = torch.full_like(batch.labels, IGNORED)
-            yield batch if indices else batch._replace(labels=unused)
-
-    def document_ids(
-        self, step: int, rank: int, world: int, micro_bsz: int, accumulate: int
-    ) -> list[int]:
-        """Numbers of the documents in what `rows` gives for the same arguments."""
-        return [
-            segment.document
-            for indices in self._indices(step, rank, world, micro_bsz, accumulate)
-            for index in indices
-            for segment in self._rows.segments(index)
-        ]
-
-    def _indices(
-        self, step: int, rank: int, world: int, micro_bsz: int, accumulate: int
-    ) -> list[range]:
-        assert step >= 0
-        assert 0 <= rank < world
-        if self.dataload == "only" and micro_bsz != 1:
-            raise UserError(f"--dataload only takes --micro_bsz 1, not {micro_bsz}")
-        first = step * world * micro_bsz * accumulate + rank * micro_bsz
-        starts = [first + i * world * micro_bsz for i in range(accumulate)]
-        return [range(start, start + micro_bsz) for start in starts]
-
-    def _batch(self, rows: list[list[Segment]]) -> Batch:
-        if self.dataload == "pack":
-            return packed([segment for row in rows for segment in row])
-        longest = max(len(row[0].ids) - 1 for row in rows)
-        if self.dataload == "pad":
-            longest = min(round_up(longest), self.ctx_len)
-        return padded([row[0] for row in rows], longest)
-
-    @cached_property
-    def labels(self) -> Labels:
-        """What becomes of the trained tokens of one epoch's documents."""
-        return self._rows.labels()
-
-    def describe(self) -> dict[str, Any]:
-        """Numbers about one epoch, for a log or a plan.
-
-        `trained_tokens` counts the targets; `padding_waste` is the share of the inputs that
-        would be padding if every row were ctx_len long.
-        """
-        counts = self._counts
-        places = counts.inputs if self.dataload == "only" else self.n_rows * self.ctx_len
-        return {
-            "documents": counts.documents,
-            "tokens": counts.tokens,
-            "rows": self.n_rows,
-            "trained_tokens": counts.targets,
-            **self.labels.numbers(),
-            "padding_waste": 1 - counts.inputs / places,
-            "skipped_records": self.skipped,
-        }
 
 
 def load_data(
@@ -130,6 +39,8 @@ def load_data(
     on_bad: str = "fail",
     val_split: float = 0.0,
     cache_dir: str | Path | None = None,
+    template: str = "",
+    speakers: Sequence[str] = (),
 ) -> Data:
     """Read a data set and prepare its rows.
 
@@ -139,18 +50,19 @@ def load_data(
     answers and their end alone; none and pad on every token. `val_split` is the share of the
     documents to hold out, chosen by their hash: they are the result's `validation`. `cache_dir`
     keeps what was tokenised for the next time, in a file that all processes share; the call is
-    then a collective one.
+    then a collective one. `template` is a name or file (data.templates), `speakers` the pairs of
+    plain text (data.speakers); a prepared pair brings its own, and refuses another.
     Raises UserError for flags that do not fit together, bad data, and data without a target.
     """
     _check_choices(data_type=data_type, dataload=dataload, loss_mask=loss_mask)
     _check_numbers(ctx_len, val_split, dataload)
-    layout = _layout(data_type, sft_field, loss_mask)
+    layout = _layout(data_type, sft_field, loss_mask, template, speakers)
     _check_tokenizer(tokenizer, data_type, vocab_size)
     sources = parse_sources(data_file)
 
     def read(path: str) -> Documents:
         if data_type == "binidx":
-            return _read_pair(path, vocab_size, loss_mask)
+            return _read_pair(path, vocab_size, loss_mask, tokenizer, layout.template)
         assert tokenizer is not None
         if cache_dir:
             return read_cached(path, layout, tokenizer, on_bad, cache_dir)
@@ -170,8 +82,9 @@ def load_data(
                 f"{data_file}: --loss_mask {loss_mask} leaves no token to train on within "
                 f"--ctx_len {ctx_len}; raise --ctx_len or choose another mask"
             )
-        return Data(rows, dataload, ctx_len, sum(documents.skipped for documents in sets))
+        return Data(rows, dataload, ctx_len, sets, chosen_template)
 
+    chosen_template = _common_template(data_file, sets, layout.template)
     data = part(0)
     data.validation = part(1) if val_split else None
     return data
@@ -200,7 +113,13 @@ def _check_numbers(ctx_len: int, val_split: float, dataload: str) -> None:
         )
 
 
-def _layout(data_type: str, sft_field: Sequence[str] | None, loss_mask: str) -> Layout:
+def _layout(
+    data_type: str,
+    sft_field: Sequence[str] | None,
+    loss_mask: str,
+    template: str,
+    speakers: Sequence[str],
+) -> Layout:
     if data_type == "sft" and (sft_field is None or len(sft_field) not in (2, 3)):
         raise UserError(
             "--data_type sft needs --sft_field with two names (question answer) or three "
@@ -208,7 +127,39 @@ def _layout(data_type: str, sft_field: Sequence[str] | None, loss_mask: str) -> 
         )
     if data_type != "sft" and sft_field:
         raise UserError(f"--sft_field belongs to --data_type sft, not {data_type}")
-    return Layout(tuple(sft_field or ("text",)), qa=loss_mask == "qa")
+    if speakers and (data_type != "jsonl" or loss_mask != "qa"):
+        raise UserError("--speakers goes with --data_type jsonl and --loss_mask qa")
+    return Layout(
+        tuple(sft_field or ("text",)),
+        qa=loss_mask == "qa",
+        template=templates.get(template) if template else None,
+        speakers=parse_pairs(list(speakers)),
+    )
+
+
+def _common_template(
+    data_file: str, sets: Sequence[Documents], given: Template | None
+) -> Template | None:
+    """The template of all data sets that have one; else the one that is given, or None."""
+    found = {documents.template for documents in sets if documents.template}
+    if len(found) > 1:
+        names = ", ".join(sorted(template.name for template in found))
+        raise UserError(
+            f"--data_file {data_file}: the data sets have different templates ({names}), so a "
+            "model could not be asked as it was trained; prepare them with one"
+        )
+    return next(iter(found), given)
+
+
+def require_sources(data_file: str, data_type: str) -> None:
+    """UserError unless every data set that `data_file` names is there. Reads none of them."""
+    for path, _ in parse_sources(data_file):
+        if data_type == "binidx":
+            _refuse_text(path)
+            for file in file_paths(strip_extension(path)):
+                require_file(file, strip_extension(path))
+        else:
+            find_inputs([path])
 
 
 def _check_tokenizer(tokenizer: Tokenizer | None, data_type: str, vocab_size: int) -> None:
@@ -221,13 +172,28 @@ def _check_tokenizer(tokenizer: Tokenizer | None, data_type: str, vocab_size: in
         )
 
 
-def _read_pair(data_file: str, vocab_size: int, loss_mask: str) -> Documents:
+def _refuse_text(data_file: str) -> None:
     if Path(data_file).is_file() and not exists(data_file):
         raise UserError(
             f"--data_file {data_file} is no .bin/.idx pair; read it with --data_type jsonl or "
             "sft, or make a pair of it with scripts/prepare_data.py"
         )
-    return read_binidx(strip_extension(data_file), vocab_size, loss_mask)
+
+
+def _read_pair(
+    data_file: str,
+    vocab_size: int,
+    loss_mask: str,
+    tokenizer: Tokenizer | None,
+    template: Template | None,
+) -> Documents:
+    _refuse_text(data_file)
+    documents = read_binidx(strip_extension(data_file), vocab_size, loss_mask)
+    made = read_provenance(documents.source, len(documents), documents.n_tokens)
+    if made is None:
+        return documents
+    made.check(documents.source, tokenizer, template)
+    return replace(documents, template=made.template)
 
 
 def _split(documents: Documents, val_split: float) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,11 @@ class NotUTF8(BadRecord):
     """A line in another encoding."""
 
 
-class BadRecords:
-    """What happens to bad records: `fail` stops at the first, `skip` counts them."""
+class Findings:
+    """What was met among records. Of bad ones, `fail` stops at the first, and `skip` counts them.
+
+    `templated`: some document was made by a template. `unknown`: characters without a token.
+    """
 
     def __init__(self, policy: str = "fail"):
         if policy not in ("fail", "skip"):
@@ -28,6 +32,8 @@ class BadRecords:
         self.policy = policy
         self.count = 0
         self.first = ""
+        self.templated = False
+        self.unknown: Counter[str] = Counter()
 
     def add(self, where: str, reason: str) -> None:
         """Count a bad record; UserError under `fail`."""

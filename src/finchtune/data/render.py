@@ -40,20 +40,15 @@ class Layout:
         if not isinstance(record, dict):
             raise BadRecord(f"a JSON object is needed, but this is {kind(record)}")
         if len(self.fields) > 1:
-            return self.template_for_questions.turns(self._exchange(record))
+            return self.chosen_template.turns(self._exchange(record))
         if key := self._chat_key(record):
-            return self.template_for_chats.turns(messages_of(record, key))
+            return self.chosen_template.turns(messages_of(record, key))
         return self._plain(_text(record, self.fields[0]))
 
     @property
-    def template_for_questions(self) -> Template:
-        """How a question and its answer are put."""
-        return self.template or templates.get("metamath")
-
-    @property
-    def template_for_chats(self) -> Template:
-        """How a chat is put."""
-        return self.template or templates.get("chat")
+    def chosen_template(self) -> Template:
+        """How questions or chats are put, whichever these fields hold."""
+        return self.template or templates.get("metamath" if len(self.fields) > 1 else "chat")
 
     def is_templated(self, record: Any) -> bool:
         """Whether a record's document is made by a template."""

@@ -1,5 +1,7 @@
 """What every tokenizer offers, and the one of raw bytes."""
 
+import hashlib
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -61,6 +63,15 @@ class Tokenizer:
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    @property
+    def sha256(self) -> str:
+        """Of the vocabulary, in hexadecimal; equal where all texts have the same ids."""
+        return hashlib.sha256(self.name.encode()).hexdigest()
+
+    def take_unknown(self) -> Counter[str]:
+        """The characters without a token in what was encoded since the last call."""
+        return Counter()
 
     def last_cut(self, raw: bytes) -> int:
         """The last place inside UTF-8 text at which no token and no character is divided, whatever

@@ -1,13 +1,27 @@
 """Tokenizers of the Hugging Face `tokenizers` library, such as the Pile's."""
 
+import json
+import time
+from collections import Counter
 from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
 
 from finchtune.errors import UserError
+from finchtune.files import sha256
 from finchtune.tokenizer.base import END_OF_DOCUMENT, Tokenizer
+
+# A pattern that searches for ever does so in what repeats itself; a sound one takes microseconds.
+PROBES = tuple(part * 200 + "!" for part in ("a", " ", "0", "\n", "a ", "aA", "é", "-", "三"))
+PROBE_SECONDS = 2.0
 
 
 class HFTokenizer(Tokenizer):
-    """A tokenizer.json of the Hugging Face `tokenizers` library, such as the Pile's."""
+    """A tokenizer.json of the Hugging Face `tokenizers` library, such as the Pile's.
+
+    Truncation, padding and dropout that the file asks for are switched off: a document is to be
+    tokenised whole, without additions, and always alike.
+    """
 
     separate = False
 
@@ -19,6 +33,10 @@ class HFTokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_file(path)
         except Exception as error:  # the library raises nothing narrower
             raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
         self.vocab_size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)
         end = self._tokenizer.get_added_tokens_decoder().get(END_OF_DOCUMENT)
         if end is None or not end.special:
@@ -27,10 +45,74 @@ class HFTokenizer(Tokenizer):
                 f"{path}: token {END_OF_DOCUMENT} must be a special token, since RWKV models end "
                 f"every document with it, but it is {token!r}"
             )
+        self._unknown: Counter[str] = Counter()
+        self._has_token: dict[str, bool] = {}
+        self._probe()
+
+    @cached_property
+    def sha256(self) -> str:  # type: ignore[override]
+        """As in the base class: of the whole file."""
+        return sha256(self.name)
+
+    def take_unknown(self) -> Counter[str]:
+        """As in the base class."""
+        taken, self._unknown = self._unknown, Counter()
+        return taken
 
     def _encode(self, text: str) -> list[int]:
         text.encode()  # the library raises a TypeError that does not say where
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        encoding = self._run(text)
+        if self._unknown_id is not None:
+            if self._unknown_id in encoding.ids:
+                self._count_unknown(text, encoding)
+        elif self._drops:
+            self._count_dropped(text)
+        return encoding.ids
+
+    def _run(self, text: str) -> Any:
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, which derives from no Exception
+                raise
+            raise UserError(f"{self.name}: its pattern gives up on a text: {error}") from None
+
+    def _probe(self) -> None:
+        """UserError for a pattern that takes very long."""
+        for text in PROBES:
+            began = time.perf_counter()
+            self._run(text)
+            seconds = time.perf_counter() - began
+            if seconds > PROBE_SECONDS:
+                raise UserError(
+                    f"{self.name}: its pattern takes {seconds:.0f} s for {len(text)} characters; "
+                    "it would take for ever on a corpus"
+                )
+
+    @cached_property
+    def _unknown_id(self) -> int | None:
+        model = self._tokenizer.model
+        token = getattr(model, "unk_token", None)
+        if token is not None:
+            return self._tokenizer.token_to_id(token)
+        return json.loads(self._tokenizer.to_str())["model"].get("unk_id")  # Unigram's
+
+    @cached_property
+    def _drops(self) -> bool:
+        """Whether the model leaves out what it does not know."""
+        return not getattr(self._tokenizer.model, "byte_fallback", False)
+
+    def _count_unknown(self, text: str, encoding: Any) -> None:
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        self._unknown.update(text[a:b] for id, (a, b) in pairs if id == self._unknown_id)
+
+    def _count_dropped(self, text: str) -> None:
+        """Count characters that alone have no token at all, blanks aside."""
+        for character in set(text):
+            if character not in self._has_token:
+                self._has_token[character] = character.isspace() or bool(self._run(character).ids)
+            if not self._has_token[character]:
+                self._unknown[character] += text.count(character)
 
     def id_bytes(self, id: int) -> bytes:
         return self.decode([id]).encode()

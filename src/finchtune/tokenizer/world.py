@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from finchtune.errors import UserError
+from finchtune.files import sha256
 from finchtune.tokenizer.base import Tokenizer, encoded
 from finchtune.tokenizer.world_trie import WorldTrie, kept_states, load_library
 
@@ -76,6 +77,11 @@ class WorldTokenizer(Tokenizer):
         for token in self._bytes_of:
             held[_pairs(token)] = True
         return held
+
+    @cached_property
+    def sha256(self) -> str:
+        """As in the base class."""
+        return sha256(self.vocab_file)
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:

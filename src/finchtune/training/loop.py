@@ -24,6 +24,7 @@ from finchtune.training.setup import (
     build_model,
     describe_parameters,
     open_data,
+    require_data,
     start_from_data,
 )
 from finchtune.training.validation import Validation
@@ -35,6 +36,7 @@ def train(config: TrainConfig) -> int:
     device = distributed.pick_device(config.accelerator)
     distributed.init_process_group(device, config.timeout_minutes)
     checkpoint = choose_checkpoint(config)
+    require_data(config)
 
     # The model, and what of it is trained.
     dtype = choose_precision(config, device.type)
@@ -57,7 +59,7 @@ def train(config: TrainConfig) -> int:
         f"data: {data.n_rows:,} rows, {data.n_tokens:,} tokens; "
         f"{total:,} steps of {saver.global_batch} rows"
     )
-    for name, text in data.labels.lines():
+    for name, text in data.report():
         distributed.print_rank_zero(f"  {name}: {text}")
 
     start = 0

@@ -152,7 +152,7 @@ def visit_lines(data: Data, drawn: int) -> Iterator[str]:
     else:
         visited = len(set(data.document_ids(0, 0, 1, 1, min(drawn, data.n_rows))))
         yield f"never read   {found['documents'] - visited:,} documents"
-    yield from (f"{name:<13}{text}" for name, text in data.labels.lines())
+    yield from (f"{name:<13}{text}" for name, text in data.report())
     yield f"padding      at most {found['padding_waste']:.1%} of the positions"
 
 

@@ -69,6 +69,7 @@ class Saver:
             "config": dataclasses.asdict(self.config),
             "global_batch": self.global_batch,
             "data": self.data,
+            "template": self.data["template"],
         }
 
     @property

@@ -8,7 +8,8 @@ from torch import Tensor
 from finchtune import distributed
 from finchtune.adapters import adapted_layers, attach, start_from_gradients
 from finchtune.config import TrainConfig
-from finchtune.data import Data, load_data
+from finchtune.data import Data, load_data, templates
+from finchtune.data.load import require_sources
 from finchtune.errors import UserError
 from finchtune.memory.estimate import ModelPlan
 from finchtune.models import LanguageModel, ModelSizes, generation_of_sizes, meta_model
@@ -145,6 +146,15 @@ def check_sizes(config: TrainConfig, sizes: ModelSizes) -> None:
             )
 
 
+def require_data(config: TrainConfig) -> None:
+    """Raise UserError unless the data and the template are there: before the model is built."""
+    if config.template:
+        templates.get(config.template)
+    data_type = "sft" if config.sft_field else config.data_type
+    for data_file in filter(None, (config.data_file, config.val_file)):
+        require_sources(data_file, data_type)
+
+
 def open_data(config: TrainConfig, vocab_size: int) -> Data:
     """The rows that a run trains on, with what it holds out as their `validation`.
 
@@ -168,6 +178,8 @@ def open_data(config: TrainConfig, vocab_size: int) -> Data:
             on_bad=config.on_bad,
             val_split=val_split,
             cache_dir=cache_dir,
+            template=config.template,
+            speakers=config.speakers,
         )
 
     data = load(config.data_file, config.val_split)
