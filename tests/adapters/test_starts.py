@@ -122,12 +122,24 @@ def test_dora_moves_the_length_of_rows_and_refuses_empty_ones():
     adapter = start("dora", W, r=2)
     torch.testing.assert_close(adapter.magnitude.detach(), W.norm(dim=1))
     with torch.no_grad():
-        adapter.magnitude.mul_(3)
+        adapter.magnitude_change.copy_(2 * W.norm(dim=1))
         torch.nn.init.normal_(adapter.lora_B)
     torch.testing.assert_close(adapter.merged(W).norm(dim=1), 3 * W.norm(dim=1))
     W[3] = 0
     with pytest.raises(UserError, match="row"):
         start("dora", W, r=2)
+
+
+def test_dora_starts_as_the_base_in_bf16_and_keeps_small_changes():
+    W = torch.randn(64, 96).bfloat16()
+    adapter = start("dora", W, r=2).bfloat16()
+    assert adapter.init_magnitude.dtype == torch.float32
+    x = torch.randn(5, 96).bfloat16()
+    assert torch.equal(adapter(x, W), x @ W.T)
+    with torch.no_grad():
+        adapter.magnitude_change.copy_(W.float().norm(dim=1) / 2**10)
+    error = adapter.merged(W) / W.float() - (1 + 2**-10)
+    assert error.abs().max() < 2**-17
 
 
 def test_general_disha_contains_bone():

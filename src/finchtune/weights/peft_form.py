@@ -21,7 +21,7 @@ PREFIX = "base_model.model."
 SUFFIXES = {
     "lora_A": "lora_A.weight",
     "lora_B": "lora_B.weight",
-    "magnitude": "lora_magnitude_vector",
+    "init_magnitude": "lora_magnitude_vector",
     "bone": "miss_block",
 }
 RESIDUAL = ("pissa", "olora", "lora_ga")
@@ -59,6 +59,8 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
         raise UserError(f"{folder} exists already; choose another name")
     if adapter.spec["method"] in RESIDUAL:
         adapter = as_plain_lora(adapter)
+    if adapter.spec["method"] == "dora":
+        adapter = with_whole_magnitudes(adapter)
     config = peft_config(adapter.spec)
     tensors, layers = {}, set()
     for key, tensor in adapter.tensors.items():
@@ -94,6 +96,17 @@ def as_plain_lora(adapter: PeftAdapter) -> PeftAdapter:
         elif kind not in ("lora_B", "init_lora_A", "init_lora_B"):
             plain[key] = A
     return PeftAdapter(plain, {"method": "lora", "r": 2 * r, "alpha": 2 * r * scale})
+
+
+def with_whole_magnitudes(adapter: PeftAdapter) -> PeftAdapter:
+    """DoRA's magnitudes as one tensor, in the place of their start; the changes are left out."""
+    changed = {
+        key: tensor + adapter.tensors[key.replace("init_magnitude", "magnitude_change")]
+        for key, tensor in adapter.tensors.items()
+        if key.endswith(".init_magnitude")
+    }
+    kept = {k: t for k, t in adapter.tensors.items() if not k.endswith(".magnitude_change")}
+    return adapter._replace(tensors=kept | changed)
 
 
 def peft_config(spec: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +158,8 @@ def read_peft(folder: str | Path) -> PeftAdapter:
         if spec["method"] == "disha":
             own, tensor = "shard", tensor.T.contiguous()
         tensors[f"{layer}.{own}"] = tensor
+        if own == "init_magnitude":
+            tensors[f"{layer}.magnitude_change"] = torch.zeros_like(tensor)
     return PeftAdapter(tensors, spec)
 
 

@@ -1,6 +1,7 @@
 """DoRA: LoRA for the direction of each row of W, and one trainable number for its length."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,12 @@ class DoRA(Adapter):
     DoRA (arXiv 2402.09353), equation 5; the norm counts as a constant in backward (section
     4.3). m (d) starts at the norms of W's rows. V is never built: its norms follow from thin
     products.
+
+    What is trained is m's difference from its start, which is zero at first: in bf16 a change of
+    m itself by less than 1/256 of it would be lost. The start stays in float32.
     """
+
+    init_magnitude: Tensor
 
     name = "dora"
     flags = {"r": "lora_r", "alpha": "lora_alpha"}
@@ -34,7 +40,21 @@ class DoRA(Adapter):
         self.scale = alpha / r
         self.lora_A = nn.Parameter(torch.zeros(r, in_features))
         self.lora_B = nn.Parameter(torch.zeros(out_features, r))
-        self.magnitude = nn.Parameter(torch.zeros(out_features))
+        self.magnitude_change = nn.Parameter(torch.zeros(out_features))
+        self.register_buffer("init_magnitude", torch.zeros(out_features))
+
+    @property
+    def magnitude(self) -> Tensor:
+        """m (d), in float32 (float64 if the start is)."""
+        return self.init_magnitude + self.magnitude_change.to(self.init_magnitude.dtype)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DoRA":
+        before = self.init_magnitude
+        super()._apply(fn, recurse)
+        after = self.init_magnitude
+        if torch.finfo(after.dtype).bits < torch.finfo(before.dtype).bits:
+            self.init_magnitude = before.to(after.device)
+        return self
 
     @torch.no_grad()
     def init(self, W: Tensor) -> None:
@@ -43,11 +63,14 @@ class DoRA(Adapter):
         norms = self.row_norms(W)
         if W.device.type != "meta" and not norms.all():
             raise UserError("dora divides by the norm of each row of a weight, and one is zero")
-        self.magnitude.copy_(norms)
+        nn.init.zeros_(self.magnitude_change)
+        self.init_magnitude.copy_(norms)
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         y = low_rank_linear(x, W, self.lora_A, self.lora_B, self.scale)
-        return y * (self.magnitude / self.row_norms(W)).to(y.dtype)
+        norms = self.row_norms(W)
+        # The factor is close to one: its distance from one is what has to survive rounding.
+        return y + y * ((self.magnitude - norms) / norms).to(y.dtype)
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
