@@ -64,7 +64,7 @@ def test_files_of_other_software_are_converted_when_alpha_is_given(base, tmp_pat
     status, _, error = run(*words)
     assert status == 2
     assert "give --lora_alpha" in error
-    assert run(*words, "--lora_alpha", 12)[0] == 0
+    assert run(*words, "--lora_alpha", 12, "--rslora", 0, "--quant", "none")[0] == 0
     config = read_json(tmp_path / "peft" / "adapter_config.json")
     assert (config["r"], config["lora_alpha"]) == (4, 12)
 

@@ -139,11 +139,13 @@ def test_training_goes_on_from_what_the_file_means(base, form):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_merging_gives_what_the_file_means(base, form):
-    method, suffix, flags = FORMS[form]
+    method, suffix, _ = FORMS[form]
     path, initial, weights = write_incumbent(base, method, suffix, extra=("time", "ln"))
+    stated = {"alpha": ALPHA, "rslora": False} if method == "lora" else {}
+    stated |= {"mode": "row"} if method == "bat" else {}
     counts = merge_files(
         *(base, path, base.with_name("merged.pth")),
-        alpha=flags.get("lora_alpha"),
+        stated={"quant": "none", **stated},
         initial=initial.get("pissa_init"),
     )
     merged = torch.load(base.with_name("merged.pth"))

@@ -19,9 +19,13 @@ from helpers.support import (
 from finchtune.adapters import merge
 from finchtune.errors import UserError
 from finchtune.files import sha256
+from finchtune.models import meta_model
+from finchtune.models.rwkv6 import ModelConfig
 from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files
 from finchtune.weights.tensors import write_tensors
+
+PLAIN = {"quant": "none"}  # said of files without a record
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -49,7 +53,8 @@ def test_keys_keep_the_base_file_order_and_dtype(tmp_path):
     write_tensors(weights, tmp_path / "base.pth")
     key = "blocks.0.att.key.bone"
     write_tensors({key: torch.randn(8, 64)}, tmp_path / "rwkv-0.pth")
-    merge_files(tmp_path / "base.pth", tmp_path / "rwkv-0.pth", tmp_path / "merged.pth")
+    paths = (tmp_path / f"{name}.pth" for name in ("base", "rwkv-0", "merged"))
+    merge_files(*paths, stated=PLAIN)
     merged = torch.load(tmp_path / "merged.pth")
     assert list(merged) == list(weights)
     changed = [name for name in merged if not torch.equal(merged[name], weights[name])]
@@ -62,7 +67,8 @@ def test_files_of_other_software_carry_no_json(tmp_path, method, suffix):
     base, model, adapter = make_adapter(tmp_path, method, METHODS[method], record=False)
     tensors = torch.load(adapter)
     write_tensors({k.replace(".bone", suffix): t for k, t in tensors.items()}, adapter)
-    merge_files(base, adapter, tmp_path / "merged.pth")
+    stated = PLAIN | ({"mode": "row"} if method == "bat" else {})
+    merge_files(base, adapter, tmp_path / "merged.pth", stated=stated)
     found = load_model(tmp_path / "merged.pth").state_dict()
     expected = merge(model).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -74,7 +80,8 @@ def test_pissa_of_other_software_has_a_second_file(tmp_path):
     initial = {f"model.{k}": t for k, t in tensors.items() if "init_" in k}
     write_tensors(initial, tmp_path / "init.pth")
     write_tensors({k: t for k, t in tensors.items() if "init_" not in k}, adapter)
-    merge_files(base, adapter, tmp_path / "merged.pth", initial=tmp_path / "init.pth")
+    initial = tmp_path / "init.pth"
+    merge_files(base, adapter, tmp_path / "merged.pth", stated=PLAIN, initial=initial)
     found = load_model(tmp_path / "merged.pth").state_dict()
     expected = merge(model).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -84,7 +91,8 @@ def test_lora_without_json_needs_its_alpha(tmp_path):
     base, model, adapter = make_adapter(tmp_path, "lora", METHODS["lora"], record=False)
     with pytest.raises(UserError, match="give --lora_alpha"):
         merge_files(base, adapter, tmp_path / "merged.pth")
-    merge_files(base, adapter, tmp_path / "merged.pth", alpha=16)
+    stated = PLAIN | {"alpha": 16.0, "rslora": False}
+    merge_files(base, adapter, tmp_path / "merged.pth", stated=stated)
     found = load_model(tmp_path / "merged.pth").state_dict()
     expected = merge(model).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -94,7 +102,7 @@ def test_extra_trained_tensors_replace_the_base(tmp_path):
     base, _, adapter = make_adapter(tmp_path, "bone", {"r": 8}, record=False)
     trained = torch.randn(64)
     write_tensors(torch.load(adapter) | {"ln_out.weight": trained}, adapter)
-    counts = merge_files(base, adapter, tmp_path / "merged.pth")
+    counts = merge_files(base, adapter, tmp_path / "merged.pth", stated=PLAIN)
     assert torch.equal(torch.load(tmp_path / "merged.pth")["ln_out.weight"], trained)
     assert counts["merged"] == 16
     assert counts["replaced"] == 1
@@ -118,12 +126,15 @@ def test_wrong_bases_are_refused_and_nothing_is_written(tmp_path):
     with pytest.raises(UserError, match=r"other.pth is not the base of .*trained on base.pth"):
         merge_files(other, adapter, tmp_path / "merged.pth")
     adapter.with_suffix(".json").unlink()
+    with pytest.raises(UserError, match=r"other.pth is not the base of"):
+        merge_files(other, adapter, tmp_path / "merged.pth")
+    write_tensors(torch.load(adapter), adapter)  # without its record
     shallow = save_model(small_model(n_layer=1), tmp_path / "shallow.pth")
     with pytest.raises(UserError, match="belongs to no tensor of the base; wrong base model"):
-        merge_files(shallow, adapter, tmp_path / "merged.pth")
+        merge_files(shallow, adapter, tmp_path / "merged.pth", stated=PLAIN)
     wide = save_model(small_model(n_embd=128), tmp_path / "wide.pth")
     with pytest.raises(UserError, match=r"the adapter holds .* bone needs"):
-        merge_files(wide, adapter, tmp_path / "merged.pth")
+        merge_files(wide, adapter, tmp_path / "merged.pth", stated=PLAIN)
     assert not (tmp_path / "merged.pth").exists()
 
 
@@ -132,11 +143,18 @@ def test_leftover_keys_and_nan_are_refused(tmp_path):
     tensors = torch.load(adapter)
     write_tensors(tensors | {"blocks.0.att.key.lora_A": torch.zeros(4, 64)}, adapter)
     with pytest.raises(UserError, match="bone needs"):
-        merge_files(base, adapter, tmp_path / "merged.pth")
+        merge_files(base, adapter, tmp_path / "merged.pth", stated=PLAIN)
     tensors["blocks.0.att.key.bone"][0, 0] = torch.nan
     write_tensors(tensors, adapter)
+    with pytest.raises(UserError, match=r"rwkv-0.pth: blocks.0.att.key.bone holds NaN"):
+        merge_files(base, adapter, tmp_path / "merged.pth", stated=PLAIN)
+    tensors["blocks.0.att.key.bone"][0, 0] = 3e38
+    weights = torch.load(base)
+    weights["blocks.0.att.key.weight"][0, 0] = 3e38
+    write_tensors(weights, base)
+    write_tensors(tensors, adapter)
     with pytest.raises(UserError, match=r"blocks.0.att.key.weight would hold NaN"):
-        merge_files(base, adapter, tmp_path / "merged.pth")
+        merge_files(base, adapter, tmp_path / "merged.pth", stated=PLAIN)
     assert not (tmp_path / "merged.pth").exists()
 
 
@@ -176,7 +194,7 @@ from pathlib import Path
 import torch
 from finchtune.weights.pth import write_pth
 from finchtune.cli.merge import verify
-from finchtune.weights.merging import merge_files, unmerge_files
+from finchtune.weights.merging import merge_files
 
 def anonymous():
     status = Path("/proc/self/status").read_text()
@@ -188,11 +206,13 @@ def watch():
         peak = max(peak, anonymous())
 
 base, adapter, output = sys.argv[1:]
-merge_files(base, adapter, output)  # libraries keep some memory from their first use on
+stated = {"quant": "none"} | ({"method": "pissa"} if "pissa" in adapter else {})
+# Libraries keep some memory from their first use on.
+merge_files(base, adapter, output, stated=stated)
 done, peak, before = threading.Event(), 0, anonymous()
 thread = threading.Thread(target=watch)
 thread.start()
-merge_files(base, adapter, output)
+merge_files(base, adapter, output, stated=stated)
 done.set()
 thread.join()
 print(peak - before)
@@ -203,19 +223,24 @@ print(peak - before)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("method", ["bone", "pissa"])
 def test_merging_needs_the_memory_of_a_few_tensors(tmp_path, method):
-    """200 MB of bfloat16 weights in 12 tensors of 16.8 MB, each 33.6 MB in float32."""
-    names = [f"blocks.{i}.ffn.key" for i in range(12)]
-    weight = torch.randn(2048, 4096).bfloat16()
-    write_tensors({f"{name}.weight": weight for name in names}, tmp_path / "base.pth")
+    """250 MB of bfloat16 weights, the largest of 16.8 MB, each 33.6 MB in float32."""
+    sizes = ModelConfig(3, 2048, 256, dim_ffn=4096)
+    weights = {
+        name: torch.randn(tensor.shape).bfloat16()
+        for name, tensor in meta_model(sizes).state_dict().items()
+    }
+    write_tensors(weights, tmp_path / "base.pth")
+    names = [f"blocks.{i}.ffn.key" for i in range(3)]
+    weight = weights[f"{names[-1]}.weight"]
     parts = {
-        "bone": {"bone": torch.randn(64, 2048)},
+        "bone": {"bone": torch.randn(64, 4096)},
         "bat": {"bone": torch.randn(64, 64, 64)},
-        "pissa": {k: torch.randn(32, 4096) for k in ("lora_A", "init_lora_A")}
-        | {k: torch.randn(2048, 32) for k in ("lora_B", "init_lora_B")},
+        "pissa": {k: torch.randn(32, 2048) for k in ("lora_A", "init_lora_A")}
+        | {k: torch.randn(4096, 32) for k in ("lora_B", "init_lora_B")},
     }[method]
     adapter = {f"{name}.{part}": t * 0.01 for name in names for part, t in parts.items()}
-    write_tensors(adapter, tmp_path / "adapter.pth")
-    paths = [str(tmp_path / f"{name}.pth") for name in ("base", "adapter", "merged")]
+    write_tensors(adapter, tmp_path / f"{method}.pth")
+    paths = [str(tmp_path / f"{name}.pth") for name in ("base", method, "merged")]
     done = subprocess.run([sys.executable, "-c", MEMORY, *paths], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     used = int(done.stdout) / (2048 * 4096 * 4)

@@ -58,7 +58,7 @@ def test_what_cannot_be_unmerged_is_refused(tmp_path):
         unmerge_files(merged, adapter, back)
     adapter.with_suffix(".json").unlink()
     write_tensors(torch.load(adapter) | {"ln_out.weight": torch.ones(64)}, adapter)
-    merge_files(base, adapter, merged)
+    merge_files(base, adapter, merged, stated={"quant": "none"})
     with pytest.raises(UserError, match=r"replaced ln_out.weight: the base's own is in neither"):
         unmerge_files(merged, adapter, back)
     assert not back.exists()
@@ -83,8 +83,10 @@ def test_verifying_compares_logits_and_undoes_what_is_wrong(tmp_path):
     assert "agrees at 100.0%" in line
     other = save_model(small_model(seed=7), tmp_path / "other.pth")
     adapter.with_suffix(".json").unlink()
+    write_tensors(torch.load(adapter), adapter)  # without its record
+    stated = {"mode": "row", "quant": "none"}
     with pytest.raises(UserError, match=r"logits differ .* too much for torch.float32"):
-        merge_files(other, adapter, tmp_path / "wrong.pth", check=check("Text"))
+        merge_files(other, adapter, tmp_path / "wrong.pth", stated=stated, check=check("Text"))
     assert not list(tmp_path.glob("*wrong*"))
 
 

@@ -10,11 +10,12 @@ its JSON. The numbers are copied, not computed: there and back gives the same bi
 import argparse
 from pathlib import Path
 
+from finchtune.cli.options import check_output
+from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.weights.adapter_files import FORMAT, adapter_record, read_adapter, save_adapter
 from finchtune.weights.base import read_base
-from finchtune.weights.merging import spec_without_record
 from finchtune.weights.peft_form import (
     PeftAdapter,
     from_hf_rwkv6,
@@ -23,6 +24,7 @@ from finchtune.weights.peft_form import (
     to_hf_rwkv6,
     write_peft,
 )
+from finchtune.weights.stated import spec_of
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -46,16 +48,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         default="plain",
         help="names of peft's side: as in the .pth, or as in RWKV-6's Hugging Face conversions",
     )
-    parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
-    parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
+    add_stated_flags(parser)
     return parser.parse_args(arguments)
 
 
 def to_peft(given: argparse.Namespace) -> None:
     tensors, record = read_adapter(given.input, given.lora_init), adapter_record(given.input)
-    spec = record["adapter"] if record else spec_without_record(
-        tensors, given.lora_alpha, given.input
-    )  # fmt: skip
+    spec = spec_of(record, tensors, stated_of(given), given.input)
     if not spec:
         raise UserError(f"{given.input} is a fully fine-tuned model, not an adapter")
     adapter = PeftAdapter(tensors, spec)
@@ -65,6 +64,7 @@ def to_peft(given: argparse.Namespace) -> None:
 
 
 def from_peft(given: argparse.Namespace) -> None:
+    check_output(given.output, given.base_model)
     if not given.base_model:
         raise UserError("give --base_model, on which the adapter stands; its hash is recorded")
     adapter = read_peft(given.input)

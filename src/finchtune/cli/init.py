@@ -4,6 +4,7 @@ import argparse
 
 import torch
 
+from finchtune.cli.options import check_output
 from finchtune.models import generations
 from finchtune.weights.tensors import write_tensors
 
@@ -21,6 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = {one.number: one for one in generations().values()}
     parser.add_argument("--generation", type=int, choices=numbers, default=6, help="of RWKV [6]")
     given = parser.parse_args(arguments)
+    check_output(given.output)
     generation = numbers[given.generation]
     sizes = generation.sizes(
         n_layer=given.n_layer,

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.cli.options import refuse_overwriting
+from finchtune.cli.options import check_output
+from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import UserError
 from finchtune.tokenizer import load_tokenizer
 from finchtune.weights.adapter_files import adapted_model, read_adapter
 from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files, receipt_path
 
+RWKV_PEFT = {"rslora": False, "mode": "row", "quant": "none"}
+"""What the scripts for one method take for granted, as RWKV-PEFT's of the same names do."""
 VERIFY_TOKENS = 512
 VERIFY_LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """By the dtype that merged weights are rounded to: what their logits may differ by."""
@@ -30,9 +33,8 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         required=True,
         help="the .pth of the adapter or of the initial states",
     )
-    parser.add_argument("--output", required=True, help="the merged .pth to write")
-    parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
-    parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
+    parser.add_argument("--output", required=True, help="the merged .pth or .safetensors to write")
+    add_stated_flags(parser)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
     parser.add_argument(
         "--verify",
@@ -41,7 +43,8 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         "loaded whole, one after the other",
     )
     given = parser.parse_args(arguments)
-    refuse_overwriting(given.output, given.base_model, given.peft_checkpoint)
+    inputs = (given.base_model, given.peft_checkpoint, given.lora_init)
+    check_output(given.output, *inputs, suffixes=(".pth", ".safetensors"))
 
     def check(merged: Path, spec: dict[str, Any]) -> None:
         tensors = read_adapter(given.peft_checkpoint, given.lora_init)
@@ -52,7 +55,8 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         given.peft_checkpoint,
         given.output,
         methods=methods,
-        alpha=given.lora_alpha,
+        stated=stated_of(given),
+        defaults=RWKV_PEFT if methods else {},
         initial=given.lora_init,
         device=given.device,
         check=check if given.verify else None,

@@ -9,6 +9,7 @@ RUN is a --proj_dir of train.py. Unfinished and damaged runs are shown as far as
 import argparse
 from pathlib import Path
 
+from finchtune.cli.options import check_output
 from finchtune.errors import UserError
 from finchtune.report import write_report
 
@@ -20,6 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", default="report.html", help="file to write [report.html]")
     given = parser.parse_args(arguments)
+    check_output(given.output, suffixes=(".html",))
     for folder in given.runs:
         if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such folder; give the --proj_dir of a run")

@@ -2,7 +2,8 @@
 
 import argparse
 
-from finchtune.cli.options import refuse_overwriting
+from finchtune.cli.options import check_output
+from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.weights.merging import unmerge_files
 
 
@@ -12,9 +13,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peft_checkpoint", required=True, help="the adapter's .pth")
     parser.add_argument("--output", required=True, help="the base .pth to write")
     parser.add_argument("--base_model", help="also compare with this file")
+    add_stated_flags(parser)
     given = parser.parse_args(arguments)
-    refuse_overwriting(given.output, given.merged_model, given.peft_checkpoint, given.base_model)
-    found = unmerge_files(given.merged_model, given.peft_checkpoint, given.output, given.base_model)
+    inputs = (given.merged_model, given.peft_checkpoint, given.base_model)
+    check_output(given.output, *inputs, suffixes=(".pth", ".safetensors"))
+    found = unmerge_files(
+        *(given.merged_model, given.peft_checkpoint, given.output, given.base_model),
+        stated_of(given),
+    )
     hashes = {
         True: "it is the base, bit for bit",
         False: "it is the base up to rounding, not bit for bit",

@@ -6,6 +6,7 @@ import unicodedata
 
 import torch
 
+from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.data import templates
 from finchtune.data.templates import Template
 from finchtune.errors import UserError
@@ -21,8 +22,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--model", required=required, help="weights, a plain .pth")
-    parser.add_argument("--lora_alpha", type=float, help="only for LoRA files without a JSON")
-    parser.add_argument("--lora_init", help="only for PiSSA files without a JSON: initial A and B")
+    add_stated_flags(parser)
     parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -88,7 +88,7 @@ def open_model(given: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
         given.peft_checkpoint,
         DTYPES.get(given.dtype),
         device,
-        given.lora_alpha,
+        stated_of(given),
         given.lora_init,
     )
     return model, load_tokenizer(given.tokenizer, model.config.vocab_size)

@@ -3,13 +3,14 @@
 from finchtune.files.content import (
     cache_folder,
     check_sums,
+    json_text,
     read_json,
     sha256,
     sums_text,
     write_json,
     write_text,
 )
-from finchtune.files.places import is_disk_full, require_space
+from finchtune.files.places import check_target, is_disk_full, require_space
 from finchtune.files.publish import FileSet, atomic_folder, atomic_path
 from finchtune.files.temporary import discard, finish_interrupted, remove, remove_leftovers
 
@@ -19,9 +20,11 @@ __all__ = [
     "atomic_path",
     "cache_folder",
     "check_sums",
+    "check_target",
     "discard",
     "finish_interrupted",
     "is_disk_full",
+    "json_text",
     "read_json",
     "remove",
     "remove_leftovers",

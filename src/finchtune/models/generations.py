@@ -68,6 +68,13 @@ def standard_form(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def sizes_of(weights: Mapping[str, Tensor]) -> ModelSizes:
     """The sizes of the model in a weight file. Raises UserError if they cannot be read off."""
+    layers = {match[1] for name in weights if (match := re.match(r"blocks\.([^.]*)\.", name))}
+    odd = sorted(layers - {str(number) for number in range(len(layers))})
+    if odd:
+        raise UserError(
+            f"has {len(layers)} layers, one of them numbered {odd[0][:20]!r}; they must be "
+            "numbered from 0 without a gap"
+        )
     return generation_of(weights).sizes.from_weights(weights)
 
 

@@ -17,6 +17,7 @@ from finchtune.weights.adapter_files import (
     load_adapter,
     read_adapter,
 )
+from finchtune.weights.stated import possible_methods
 
 PARTS = ("time", "ln", "emb", "head")  # words that --train_parts takes in RWKV-PEFT's scripts
 FREE_HYPERPARAMETERS = {"targets", "dropout", "svd_niter", "gamma"}
@@ -33,7 +34,10 @@ def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
     tensors, record = read_adapter(path, initial), adapter_record(path)
     if record:
         distributed.run_on_rank_zero(lambda: check_base(record, config.load_model, path))
-    check_method(config, record["adapter"] if record else detect_spec(tensors))
+    found = record["adapter"] if record else detect_spec(tensors)
+    if not record and config.peft in possible_methods(tensors):
+        found["method"] = config.peft  # the tensors would be the same
+    check_method(config, found)
     check_parts(model, set(tensors), path)
     load_adapter(model, path, initial)
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from finchtune.adapters import attach, load_adapter_state
 from finchtune.adapters.state import file_key, is_adapter_tensor
 from finchtune.errors import UserError
-from finchtune.files import read_json, sha256, write_json
+from finchtune.files import FileSet, json_text, read_json, sha256
 from finchtune.models import INITIAL_STATE, LanguageModel
 from finchtune.weights.base import load_model
-from finchtune.weights.tensors import check_shapes, finite, read_tensors, write_tensors
+from finchtune.weights.pth import check_members, read_record, write_pth
+from finchtune.weights.tensors import check_finite, check_shapes, finite, read_tensors, unwrapped
 
-FORMAT = "finchtune 1"  # of the JSON beside an adapter file
+FORMAT = "finchtune 1"  # of an adapter file's record
 
 
 def adapter_keys(model: LanguageModel) -> dict[str, str]:
@@ -33,15 +34,15 @@ def adapter_keys(model: LanguageModel) -> dict[str, str]:
 def read_adapter(path: str | Path, initial: str | Path | None = None) -> dict[str, Tensor]:
     """An adapter file's tensors by plain key; `initial` is PiSSA's separate file of first A, B.
 
-    Other software's spellings are understood: a `model.` prefix, and `.disha` for `.bone`.
+    Other software's spellings are understood: prefixes of wrappers, and `.disha` for `.bone`.
+    Raises UserError for NaN and infinity.
     """
-    tensors = read_tensors(path)
-    if initial:
-        tensors = tensors | read_tensors(initial)
-    return {
-        re.sub(r"\.disha$", ".bone", name.removeprefix("model.")): tensor
-        for name, tensor in tensors.items()
-    }
+    found: dict[str, Tensor] = {}
+    for file in (path, *([initial] if initial else [])):
+        tensors = unwrapped(read_tensors(file))
+        check_finite(tensors, file)
+        found |= {re.sub(r"\.disha$", ".bone", name): t for name, t in tensors.items()}
+    return found
 
 
 def load_adapter(model: LanguageModel, path: str | Path, initial: str | Path | None = None) -> None:
@@ -65,29 +66,66 @@ def save_adapter(
     path: str | Path,
     stream: Iterable[Tensor] | None = None,
 ) -> None:
-    """Write `path` (.pth) and, beside it, `record` as .json with the sha256 of what was written.
+    """Write `path` (.pth) with its record in it, and beside it the record and its sha256 as .json.
 
-    `stream` as in `write_tensors`. Raises UserError, and leaves what was there, if a tensor holds
-    NaN or infinity.
+    They appear together. `stream` as in `write_tensors`. Raises UserError, and leaves what was
+    there, if a tensor holds NaN or infinity, or if the .json there is none of ours.
     """
-    path = Path(path)
+    path, beside = Path(path), Path(path).with_suffix(".json")
+    require_ours(beside)
     good = finite(tensors, tensors.values() if stream is None else stream, path)
-    digest = write_tensors(tensors, path, good)
-    write_json(path.with_suffix(".json"), record | {"sha256": digest})
+    with FileSet() as files:
+        digest = write_pth(tensors, good, files.add(path), record)
+        files.add(beside).write_text(json_text(record | {"sha256": digest}))
+
+
+def require_ours(path: Path) -> None:
+    """Raise UserError if a JSON is there that finchtune has not written, and must not replace."""
+    if not path.exists():
+        return
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"sha256", "output"} & set(content):
+        raise UserError(f"{path} was not written by finchtune; choose another name for the output")
 
 
 def adapter_record(path: str | Path) -> dict[str, Any] | None:
-    """The JSON beside an adapter file, or None if there is none (files of other software).
+    """The record in an adapter file or in the JSON beside it; None for files of other software.
 
-    Raises UserError if the file is not the one that the JSON was written for.
+    Raises UserError if the file is not what it was when the record was written, or if the two
+    records differ.
     """
     path = Path(path)
     beside = path.with_suffix(".json")
-    record = read_json(beside) if beside.exists() else None
-    if record and path.exists() and record.get("sha256") not in (None, sha256(path)):
+    if not path.exists():
+        return None
+    inside = read_record(path)
+    if not beside.exists():
+        if inside is None:
+            return None
+        check_members(path)
+        return check_record(inside, path)
+    record = check_record(read_json(beside), beside)
+    if record.get("sha256") not in (None, sha256(path)):
         raise UserError(
             f"{path} ({path.stat().st_size:,} bytes) does not match its checksum in "
             f"{beside.name}; copy both again, or take the JSON away if you changed the file"
+        )
+    if inside is not None and inside != {k: v for k, v in record.items() if k != "sha256"}:
+        raise UserError(f"{beside} differs from the record in {path.name} itself; take it away")
+    return record
+
+
+def check_record(record: Any, path: Path) -> dict[str, Any]:
+    """The record. Raises UserError if it is none, or one of a newer finchtune."""
+    spec = record.get("adapter") if isinstance(record, dict) else None
+    base = record.get("base", {"sha256": ""}) if isinstance(record, dict) else None
+    sound = isinstance(spec, dict) and isinstance(spec.get("method", ""), str)
+    if not sound or not isinstance(base, dict) or not isinstance(base.get("sha256"), str):
+        raise UserError(f"{path}: is no record of an adapter; take it away if it belongs elsewhere")
+    if record.get("format", FORMAT) != FORMAT:
+        raise UserError(
+            f"{path}: the record's format is {record['format']!r}, but only {FORMAT!r} is known "
+            "here; use the finchtune that wrote it"
         )
     return record
 
@@ -96,11 +134,11 @@ def check_base(record: dict[str, Any], base: str | Path, adapter: str | Path) ->
     """Raise UserError unless `base` is the file that the adapter was trained on."""
     if not Path(base).is_file():
         raise UserError(f"{base}: no such file")
-    expected = record["base"]["sha256"]
-    if sha256(base) != expected:
+    known = record.get("base", {})
+    if sha256(base) != known.get("sha256"):
         raise UserError(
             f"{base} is not the base of {adapter}, which was trained on "
-            f"{record['base']['file']} (sha256 {expected[:12]}...)"
+            f"{known.get('file')} (sha256 {str(known.get('sha256'))[:12]}...)"
         )
 
 

@@ -21,10 +21,9 @@ from finchtune.models import (
 from finchtune.weights.forms import form_of
 from finchtune.weights.lazy import LazyTensors, layout_of
 from finchtune.weights.pth import write_pth
-from finchtune.weights.tensors import check_shapes, read_tensors
+from finchtune.weights.tensors import check_finite, check_shapes, read_tensors, unwrapped
 
 T = TypeVar("T")
-WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def read_base(path: str | Path) -> Mapping[str, Tensor]:
@@ -41,14 +40,6 @@ def read_base(path: str | Path) -> Mapping[str, Tensor]:
     return _told_of(path, standard_form, unwrapped(weights))
 
 
-def unwrapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors without a wrapper's prefix, which stands before all of their names."""
-    for prefix in WRAPPERS:
-        if all(name.startswith(prefix) for name in weights):
-            return unwrapped({name.removeprefix(prefix): t for name, t in weights.items()})
-    return weights
-
-
 def load_model(
     path: str | Path,
     dtype: torch.dtype | None = None,
@@ -60,19 +51,34 @@ def load_model(
 
     `dtype` defaults to the file's own, `device` to the CPU. With `shared` all processes of the run
     load the same file, a collective call, and those of a machine hold one copy of it on the host.
-    Raises UserError listing every missing, extra or misshapen tensor.
+    Raises UserError listing every missing, extra or misshapen tensor, and naming one that holds
+    NaN or infinity.
     """
     weights = read_base(path)
-    model = meta_model(_told_of(path, sizes_of, layout_of(weights)), grad_checkpoint)
-    if any(name.endswith(INITIAL_STATE) for name in weights):
-        model.add_initial_state()
-    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-    check_shapes({n: tuple(t.shape) for n, t in layout_of(weights).items()}, expected, path)
+    model = fitting_model(weights, path, grad_checkpoint)
     dtype = dtype or layout_of(weights)["emb.weight"].dtype
     if shared:
         weights = converted_once(weights, dtype)
     model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(device=device, dtype=dtype)
+    model.to(device=device, dtype=dtype)
+    check_finite(model.state_dict(), path)
+    return model
+
+
+def fitting_model(
+    weights: Mapping[str, Tensor], path: str | Path, grad_checkpoint: int = 0
+) -> LanguageModel:
+    """The model, on the meta device, that these weights are of.
+
+    Raises UserError listing every missing, extra or misshapen tensor.
+    """
+    layout = layout_of(weights)
+    model = meta_model(_told_of(path, sizes_of, layout), grad_checkpoint)
+    if any(name.endswith(INITIAL_STATE) for name in layout):
+        model.add_initial_state()
+    expected = {name: tuple(p.shape) for name, p in model.state_dict().items()}
+    check_shapes({name: tuple(t.shape) for name, t in layout.items()}, expected, path)
+    return model
 
 
 def converted_once(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Mapping[str, Tensor]:

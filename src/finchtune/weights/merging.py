@@ -13,13 +13,15 @@ from torch import Tensor
 
 from finchtune.adapters import Adapter, QuantisedWeight, get_method, hyperparameters_of
 from finchtune.errors import UserError
-from finchtune.files import atomic_path, read_json, sha256, write_json
+from finchtune.files import FileSet, atomic_path, json_text, read_json, sha256
 from finchtune.models import INITIAL_STATE, sizes_of
-from finchtune.weights.adapter_files import adapter_record, check_base, detect_spec, read_adapter
-from finchtune.weights.base import read_base
+from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter, require_ours
+from finchtune.weights.base import fitting_model, read_base
+from finchtune.weights.forms.safetensors import write_safetensors
 from finchtune.weights.lazy import LazyTensors, layout_of
 from finchtune.weights.pth import write_pth
-from finchtune.weights.tensors import check_shapes
+from finchtune.weights.stated import spec_of
+from finchtune.weights.tensors import check_finite, check_shapes
 
 CHUNK = 2**18  # elements compared at a time
 
@@ -33,15 +35,17 @@ def merge_files(
     output: str | Path,
     *,
     methods: Collection[str] | None = None,
-    alpha: float | None = None,
+    stated: Mapping[str, Any] | None = None,
+    defaults: Mapping[str, Any] | None = None,
     initial: str | Path | None = None,
     device: str = "cpu",
     check: Callable[[Path, dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Merge an adapter file into a base file and write `output` in the base's dtype and key order.
 
-    The JSON beside the adapter says how; files of other software have none, their method is
-    read off the tensors, LoRA's `alpha` must be given, and `initial` is PiSSA's second file.
+    The adapter's record says how. Files of other software have none: their method and sizes are
+    read off the tensors, what these do not tell has to be `stated` where it has no `defaults`, and
+    `initial` is PiSSA's second file.
     `methods` restricts what is accepted. Weights are computed on `device`. `check(path, spec)` is
     called with the written file before it gets its name; what it raises undoes everything.
 
@@ -49,16 +53,20 @@ def merge_files(
     output, the method, the largest change of each tensor, and counts of the tensors merged,
     replaced and kept.
 
-    Raises UserError for a wrong base, tensors left over, or NaN or infinity in the result;
-    `output` is then not written.
+    Raises UserError for a wrong base, one that would not load, tensors left over, or NaN or
+    infinity; `output` is then not written.
     """
     record = adapter_record(adapter)
     if record:
         check_base(record, base, adapter)
-    tensors = read_adapter(adapter, initial)
-    weights = with_initial_states(read_base(base), tensors, base)
+    tensors, weights = read_adapter(adapter, initial), read_base(base)
+    fitting_model(weights, base)
+    weights = with_initial_states(weights, tensors, base)
     changes = group_by_weight(tensors, weights, adapter)
-    spec = record["adapter"] if record else spec_without_record(tensors, alpha, adapter)
+    told = {**({} if record else defaults or {}), **(stated or {})}
+    if initial:
+        told.setdefault("method", "pissa")
+    spec = spec_of(record, tensors, told, adapter)
     method = spec.get("method", "state" if all(map(is_state, tensors)) else "none")
     if methods and method not in methods:
         found = "a fully fine-tuned model" if method == "none" else method
@@ -72,30 +80,35 @@ def merge_files(
             seen = QuantisedWeight(seen, spec["quant"]).dense(torch.float32)
         return moved.merged(seen).to(weight.dtype).cpu()
 
-    with atomic_path(output) as temporary:
-        largest = write_changed(weights, changes, merged, temporary)
+    replaced = sum("" in change for change in changes.values())
+    require_ours(receipt_path(output))
+    with FileSet() as files:
+        temporary = files.add(output)
+        largest = write_changed(weights, changes, merged, (temporary, output), base)
         if check:
             check(temporary, spec)
-        digest = sha256(temporary)
-    replaced = sum("" in change for change in changes.values())
-    receipt = {
-        "format": "finchtune merge 1",
-        "method": method,
-        "adapter_spec": spec,
-        "base": {"file": Path(base).name, "sha256": record_hash(record) or sha256(base)},
-        "adapter": {"file": Path(adapter).name, "sha256": sha256(adapter)},
-        "output": {"file": Path(output).name, "sha256": digest},
-        "merged": len(changes) - replaced,
-        "replaced": replaced,
-        "kept": len(weights) - len(changes),
-        "largest_change": {name: largest[name] for name in changes},
-    }
-    write_json(receipt_path(output), receipt)
+        receipt = {
+            "format": "finchtune merge 1",
+            "method": method,
+            "adapter_spec": spec,
+            "base": {"file": Path(base).name, "sha256": record_hash(record) or sha256(base)},
+            "adapter": {"file": Path(adapter).name, "sha256": sha256(adapter)},
+            "output": {"file": Path(output).name, "sha256": sha256(temporary)},
+            "merged": len(changes) - replaced,
+            "replaced": replaced,
+            "kept": len(weights) - len(changes),
+            "largest_change": {name: largest[name] for name in changes},
+        }
+        files.add(receipt_path(output)).write_text(json_text(receipt))
     return receipt
 
 
 def unmerge_files(
-    merged: str | Path, adapter: str | Path, output: str | Path, base: str | Path | None = None
+    merged: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    stated: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Take an adapter off merged weights again and write the base to `output`.
 
@@ -107,10 +120,10 @@ def unmerge_files(
     Raises UserError where the base is not to be had from the two files.
     """
     tensors, weights = read_adapter(adapter), read_base(merged)
+    fitting_model(weights, merged)
     record, receipt = adapter_record(adapter), read_receipt(merged)
-    spec = (record or {}).get("adapter") or receipt.get("adapter_spec") or detect_spec(tensors)
-    if spec.get("method") == "lora" and "alpha" not in spec:
-        raise UserError(f"neither {adapter} nor {merged} has the JSON that tells LoRA's alpha")
+    known = record or ({"adapter": receipt["adapter_spec"]} if receipt else None)
+    spec = spec_of(known, tensors, stated or {}, adapter)
     if "quant" in spec:
         raise UserError(f"{merged} was made of a quantised base: the weights themselves are lost")
     if receipt and receipt["adapter"]["sha256"] != sha256(adapter):
@@ -124,9 +137,9 @@ def unmerge_files(
         return filled_adapter(name, weight, change, spec).unmerged(weight).to(weight.dtype)
 
     with atomic_path(output) as temporary:
-        write_changed(weights, changes, unmerged, temporary)
-    wanted = record_hash(record) or receipt.get("base", {}).get("sha256")
-    exact = sha256(output) == wanted if wanted else None
+        write_changed(weights, changes, unmerged, (temporary, output), merged)
+        wanted = record_hash(record) or receipt.get("base", {}).get("sha256")
+        exact = sha256(temporary) == wanted if wanted else None
     return {
         "base_sha256": wanted,
         "exact": exact,
@@ -138,9 +151,15 @@ def write_changed(
     weights: Mapping[str, Tensor],
     changes: Changes,
     change_weight: Callable[[str, Tensor, dict[str, Tensor]], Tensor],
-    path: Path,
+    paths: tuple[Path, str | Path],
+    source: str | Path,
 ) -> dict[str, float]:
-    """Write `weights` with `changes` made; returns the largest change of each tensor."""
+    """Write `weights`, read from `source`, with `changes` made; returns each one's largest change.
+
+    `paths`: where to, and the name that it gets, whose ending says in which form.
+
+    Raises UserError for a tensor that holds, or would hold, NaN or infinity.
+    """
     largest = {}
 
     @torch.no_grad()
@@ -149,10 +168,15 @@ def write_changed(
         new = old if change is None else change_weight(name, old, change)
         largest[name] = largest_gap(new, old)
         if not largest[name] < float("inf"):
+            check_finite({name: old}, source)
             raise UserError(f"{name} would hold NaN or infinity; nothing is written")
         return new
 
-    write_pth(weights, map(tensor_of, weights), path)
+    path, name = paths
+    if Path(name).suffix == ".safetensors":
+        write_safetensors(LazyTensors(layout_of(weights), tensor_of), path)
+    else:
+        write_pth(weights, map(tensor_of, weights), path)
     return largest
 
 
@@ -180,10 +204,18 @@ def read_receipt(merged: str | Path) -> dict[str, Any]:
     """The receipt beside a merged file; {} if there is none. Raises UserError if it is of
     another file.
     """
-    if not receipt_path(merged).exists():
+    path = receipt_path(merged)
+    if not path.exists():
         return {}
-    receipt = read_json(receipt_path(merged))
-    if receipt["output"]["sha256"] != sha256(merged):
+    receipt = read_json(path)
+    try:
+        output, _ = receipt["output"]["sha256"], receipt["adapter"]["sha256"]
+        sound = isinstance(receipt["adapter_spec"], dict) and isinstance(receipt["base"], dict)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is no receipt of a merge; take it away if it belongs elsewhere")
+    if output != sha256(merged):
         raise UserError(f"{merged} is not the file that {receipt_path(merged)} tells of")
     return receipt
 
@@ -217,7 +249,7 @@ def with_initial_states(
 
 def record_hash(record: dict[str, Any] | None) -> str | None:
     """The base's sha256 in an adapter's JSON."""
-    return record["base"]["sha256"] if record else None
+    return record.get("base", {}).get("sha256") if record else None
 
 
 def group_by_weight(
@@ -232,21 +264,6 @@ def group_by_weight(
             raise UserError(f"{adapter}: {key} belongs to no tensor of the base; wrong base model?")
         changes.setdefault(name, {})[part] = tensor
     return changes
-
-
-def spec_without_record(
-    tensors: dict[str, Tensor], alpha: float | None, adapter: str | Path
-) -> dict[str, Any]:
-    """Method and hyperparameters of an adapter file that carries no JSON."""
-    spec = detect_spec(tensors)
-    if spec.get("method") != "lora":
-        return spec
-    if alpha is None:
-        raise UserError(
-            f"{adapter} has no JSON beside it that tells LoRA's alpha; give --lora_alpha (the one "
-            "used in training), or for PiSSA the file of initial tensors as --lora_init"
-        )
-    return spec | {"alpha": alpha}
 
 
 def replaced_weight(name: str, weight: Tensor, trained: Tensor) -> Tensor:

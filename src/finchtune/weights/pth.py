@@ -1,5 +1,6 @@
 """Writing a .pth tensor by tensor, so that never more than one need be in memory."""
 
+import json
 import struct
 import zipfile
 import zlib
@@ -11,41 +12,89 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from finchtune.errors import UserError
 from finchtune.weights.hashing import HashingWriter
 
 LOCAL_HEADER = struct.Struct("<26xHH")  # the lengths of the name and of the extra field
 CRC_PLACE = 16  # where in a directory entry the checksum stands
 AFTER_CRC = struct.Struct("<8xHHH12x")  # of the entry: lengths of name, extra field and comment
 DESCRIPTOR_MARK = b"PK\x07\x08"
+RECORD = "extra/finchtune.json"  # beside torch's own members, which alone other readers look at
+LARGEST_RECORD = 1 << 24  # bytes
+
+UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplementedError, EOFError)
 
 
-def write_pth(layout: Mapping[str, Any], tensors: Iterable[Tensor], path: Path) -> str:
+def write_pth(
+    layout: Mapping[str, Any],
+    tensors: Iterable[Tensor],
+    path: Path,
+    record: Mapping[str, Any] | None = None,
+) -> str:
     """Write a dict of tensors as torch.save would, taking one after another; return its sha256.
 
     `layout` is the dict, which may hold plain values and further dicts; of its tensors only names,
     shapes and dtypes count. `tensors` yields those with the numbers, in the same order. Each is
     stored by itself, contiguous. torch lays the file out without the numbers (skip_data), which
-    then go to their places, with the checksums that a zip file has of them.
+    then go to their places, with the checksums that a zip file has of them. `record` is put into
+    the file as JSON, where `read_record` finds it and other readers do not look.
     """
     with FakeTensorMode():
         blank = without_numbers(layout)
     # Given its path instead of the open file, torch would write the file's name into it.
     with torch.serialization.skip_data(materialize_fake_tensors=True), path.open("wb") as file:
         torch.save(blank, file)
+    if record is not None:
+        add_record(path, record)
     with zipfile.ZipFile(path) as archive:
-        directory, records = archive.start_dir, archive.infolist()
+        directory, entries = archive.start_dir, archive.infolist()
     checksums = {}
     with HashingWriter(path.open("r+b")) as written:
-        places = [r.header_offset for r in records if r.filename.partition("/")[2][:5] == "data/"]
+        places = [e.header_offset for e in entries if e.filename.partition("/")[2][:5] == "data/"]
         for place, like, tensor in zip(places, tensors_of(layout), tensors, strict=True):
             assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
             written.keep(place - written.file.tell())
             checksums[place] = fill(written, bytes_of(tensor))
         written.keep(directory - written.file.tell())
-        for record in records:
-            fix_directory_entry(written, checksums.get(record.header_offset))
+        for entry in entries:
+            fix_directory_entry(written, checksums.get(entry.header_offset))
         written.keep()
         return written.sha256()
+
+
+def add_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Put a record into a .pth as a member of its own."""
+    with zipfile.ZipFile(path, "a") as archive:
+        folder = archive.namelist()[0].partition("/")[0]
+        # Without a date of its own, so that the same content gives the same file.
+        archive.writestr(zipfile.ZipInfo(f"{folder}/{RECORD}"), json.dumps(record, indent=2))
+
+
+def read_record(path: Path) -> Any:
+    """The record in a .pth, None if it has none. Raises UserError if it cannot be read."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return None
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.partition("/")[2] == RECORD]
+            if not names:
+                return None
+            if len(names) > 1 or archive.getinfo(names[0]).file_size > LARGEST_RECORD:
+                raise UserError(f"{path}: its record is damaged; download or copy it again")
+            return json.loads(archive.read(names[0]))
+    except (*UNREADABLE, RecursionError) as error:
+        raise UserError(f"{path}: its record is damaged ({error}); copy it again") from error
+
+
+def check_members(path: Path) -> None:
+    """Raise UserError unless all of a .pth matches the checksums that a zip file has of it."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except UNREADABLE as error:
+        damaged = str(error)
+    if damaged:
+        raise UserError(f"{path}: does not match its checksums ({damaged}); copy it again")
 
 
 def tensors_of(layout: Mapping[str, Any]) -> Iterator[Tensor]:

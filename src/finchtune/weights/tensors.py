@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from finchtune.errors import NotFinite, UserError
-from finchtune.files import atomic_path
+from finchtune.files import atomic_path, finish_interrupted
 from finchtune.weights.pth import write_pth
 
-WRAPPERS = ("state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model", "module")  # keys of what a trainer saves around the weights
+PREFIXES = ("module.", "_orig_mod.", "model.")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -23,6 +25,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     or holds anything but named tensors.
     """
     path = Path(path)
+    finish_interrupted(path.parent)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     size = f"{path.stat().st_size:,} bytes"
@@ -49,7 +52,30 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
                 f"{path}: entry {name!r} is a {type(tensor).__name__}; expected a flat dict of "
                 "tensors, the form that RWKV weights are released in"
             )
-    return content
+    return separate(content, path)
+
+
+def separate(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The same numbers, contiguous, each tensor with memory of its own.
+
+    Files may hold transposed and expanded tensors and one under two names, none of which can be
+    trained in place. Raises UserError for what is no plain tensor of floating-point numbers.
+    """
+    places: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {name} is a {'' if tensor.layout is torch.strided else 'sparse '}"
+                f"tensor of {kind}, not of floating-point numbers; weights are fp32, bf16 or fp16"
+            )
+        tensor = tensor.detach().contiguous()
+        if tensor.numel() and tensor.data_ptr() in places:
+            tensor = tensor.clone()
+        places.add(tensor.data_ptr())
+        found[name] = tensor
+    return found
 
 
 def inner(content: Any) -> Any:
@@ -58,6 +84,14 @@ def inner(content: Any) -> Any:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
             return content[name]
     return content
+
+
+def unwrapped(weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors without a wrapper's prefix, which stands before all of their names."""
+    for prefix in PREFIXES:
+        if all(name.startswith(prefix) for name in weights):
+            return unwrapped({name.removeprefix(prefix): t for name, t in weights.items()})
+    return weights
 
 
 def write_tensors(
@@ -86,11 +120,27 @@ def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], path: str 
         raise UserError(f"{path} does not fit: {'; '.join(problems[:5])}{more}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity."""
+    # Its extremes show NaN too, and take no memory, as a mask of a large tensor would.
+    return not tensor.numel() or all(map(torch.isfinite, torch.aminmax(tensor.detach())))
+
+
+def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Raise UserError, naming it, for a tensor of the file `path` that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{path}: {name} holds NaN or infinity (as {dtype}); the file is damaged, or its "
+                "numbers do not fit this precision"
+            )
+
+
 def finite(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> Iterator[Tensor]:
     """The same tensors. Raises NotFinite, naming it, at one that holds NaN or infinity."""
     for name, tensor in zip(names, tensors, strict=True):
-        # Their extremes show NaN too, and take no memory, as a mask of a large tensor would.
-        if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
+        if not is_finite(tensor):
             raise NotFinite(
                 f"{name} holds NaN or infinity; {path} is not written, earlier files stay; a run "
                 "goes on from an earlier checkpoint, with a lower --lr_init or --grad_clip"

@@ -1,6 +1,8 @@
 """A model for writing text, from a base file and perhaps an adapter file, which stays unmerged."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from finchtune.weights.adapter_files import (
     read_adapter,
 )
 from finchtune.weights.base import load_model
-from finchtune.weights.merging import spec_without_record
+from finchtune.weights.stated import spec_of
 
 
 def writing_model(
@@ -21,14 +23,14 @@ def writing_model(
     adapter: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
-    alpha: float | None = None,
+    stated: Mapping[str, Any] | None = None,
     initial: str | Path | None = None,
 ) -> LanguageModel:
     """The model in evaluation mode, its base quantised if the adapter was trained so.
 
-    `dtype` defaults to float32 on a CPU, elsewhere to the base file's own. `alpha` and `initial`
-    are for files of other software: LoRA's, and PiSSA's second file. Raises UserError for files
-    that are none or do not belong together, and for a device that is not there.
+    `dtype` defaults to float32 on a CPU, elsewhere to the base file's own. `stated` says what an
+    adapter without a record does not, and `initial` is PiSSA's second file. Raises UserError for
+    files that are none or do not belong together, and for a device that is not there.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; give --device cpu")
@@ -39,7 +41,7 @@ def writing_model(
     record, tensors = adapter_record(adapter), read_adapter(adapter, initial)
     if record:
         check_base(record, base, adapter)
-    spec = record["adapter"] if record else spec_without_record(tensors, alpha, adapter)
+    spec = spec_of(record, tensors, stated or {}, adapter)
     model = adapted_model(base, tensors, spec)
     return model.to(device=device, dtype=dtype or model.emb.weight.dtype)
 
