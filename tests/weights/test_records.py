@@ -83,7 +83,7 @@ def test_a_json_that_is_no_record_is_refused(tmp_path, change, message):
 
 
 OPEN = {
-    "olora": ({"r": 4, "alpha": 64}, "method, alpha, quant; give --method pissa|olora|lora_ga"),
+    "olora": ({"r": 4, "alpha": 64}, "method, alpha, quant; give --method lora_ga|olora|pissa"),
     "lora_ga": ({"r": 4, "alpha": 64}, "method, alpha, quant"),
     "pissa": ({"r": 4}, "method, alpha, quant"),
     "lora": ({"r": 4, "alpha": 64, "rslora": True}, "alpha, rslora, quant; give --lora_alpha"),

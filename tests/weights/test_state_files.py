@@ -114,6 +114,6 @@ def test_the_script(files):
     done = run_script("merge/merge_state.py", *flags, "--state_checkpoint", path)
     assert done.returncode == 0, done.stderr
     assert len(load_model(merged).initial_states()) == 2
-    flags = ("--base_model", base, "--output", f"{merged}.2")
+    flags = ("--base_model", base, "--output", merged.with_name("other.pth"))
     done = run_script("merge/merge_state.py", *flags, "--state_checkpoint", base)
     assert_one_error_line(done, "not state")
