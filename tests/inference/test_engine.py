@@ -69,6 +69,35 @@ def test_a_row_is_the_same_whenever_it_arrives(max_rows):
         assert [rows[index].tokens for index in range(12)] == alone
 
 
+def test_a_long_prompt_keeps_no_short_one_waiting():
+    model = small_model()
+    engine = Engine(model, prompt_tokens=128)
+    long = engine.submit(Request(some_prompts(1)[0] * 200, 1, stop_tokens=()))
+    engine.step()
+    short = engine.submit(Request([5], 3, stop_tokens=()))
+    for _ in range(3):
+        engine.step()
+    assert short.finish_reason == "length"
+    assert long.tokens == []
+    finish(engine)
+    assert [long.tokens, short.tokens] == [
+        generate_batch(model, [row.request.prompt], row.request.max_tokens, stop_tokens=())[0]
+        for row in (long, short)
+    ]
+
+
+@pytest.mark.parametrize("sizes", [[10], [500], [40] * 20, [1000, 3, 70], [64, 65], [129, 128]])
+def test_pieces_fill_the_room_and_no_more(sizes):
+    engine = Engine(small_model(), prompt_tokens=256)
+    rows = [engine.submit(Request([1] * size, 1)) for size in sizes]
+    engine.reading = rows
+    pieces = engine._next_pieces()
+    total = sum(n for _, n in pieces)
+    assert total <= 256
+    assert total > min(256, sum(sizes)) - 64, "room for another chunk was left"
+    assert all(n == len(row.unread) or n % 64 == 0 for row, n in pieces)
+
+
 def test_a_seed_fixes_a_row_among_others():
     model, prompts = small_model(), some_prompts(6)
     settings = {"temperature": 1.0, "top_p": 0.9, "frequency_penalty": 0.5, "penalty_decay": 0.9}

@@ -47,6 +47,22 @@ def test_it_computes_what_the_model_does(sizes, dtype, tolerance):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("trained", [False, True])
+def test_only_the_first_sequences_may_have_a_state(trained):
+    model = small_model()
+    if trained:
+        model.add_initial_state()
+        for parameter in model.initial_states().values():
+            torch.nn.init.normal_(parameter)
+    _, state = model.advance(torch.randint(0, 256, (2, 5)))
+    tokens = torch.randint(0, 256, (1, 40))
+    found, states = compiled(model).advance(tokens, state, CU_SEQLENS)
+    expected, others = model.advance(tokens, state, CU_SEQLENS)
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(states[-1].wkv, others[-1].wkv) < 1e-5
+
+
+@torch.no_grad()
 def test_a_sequence_depends_on_no_other():
     """To the last bit, in prompts packed with others and in steps with others."""
     form = compiled(small_model(n_embd=128, head_size=64))

@@ -184,20 +184,23 @@ class Engine:
     def _next_pieces(self) -> list[tuple[Row, int]]:
         """Rows that read, and how many tokens of their prompts, within the bound in sum.
 
-        Only rows that begin anew, or only rows that go on from a state, share a call.
+        Each has an equal share, so that a long prompt keeps no short one waiting; what the short
+        ones leave goes to those that came first. Rows that go on from a state come first.
         """
-        pieces: list[tuple[Row, int]] = []
+        share = max(CHUNK, self.prompt_tokens // max(1, len(self.reading)) // CHUNK * CHUNK)
+        sizes: dict[Row, int] = {}
         room = self.prompt_tokens
-        with_state = bool(self.reading) and self.reading[0].state is not None
-        for row in self.reading:
-            if (row.state is not None) != with_state:
-                continue
-            n = len(row.unread) if len(row.unread) <= room else room // CHUNK * CHUNK
-            if n == 0:
-                break
-            pieces.append((row, n))
-            room -= n
-        return pieces
+        for most in (share, self.prompt_tokens):
+            for row in self.reading:
+                had = sizes.get(row, 0)
+                n = min(len(row.unread), most, had + room)
+                if n < len(row.unread):
+                    n = max(had, n // CHUNK * CHUNK)
+                sizes[row] = n
+                room -= n - had
+        with_state = [row for row in self.reading if row.state is not None]
+        fresh = [row for row in self.reading if row.state is None]
+        return [(row, sizes[row]) for row in with_state + fresh if sizes[row]]
 
     @staticmethod
     def _packed_state(rows: list[Row]) -> State | None:

@@ -100,17 +100,22 @@ class Sampler:
         ids = None
         if 0 < settings.top_k < len(logits):
             logits, ids = logits.topk(settings.top_k)
-        # In float64, so that a low temperature does not overflow; the largest becomes 0.
-        scaled = (logits.double() - logits.max()) / settings.temperature
-        probabilities = scaled.softmax(-1)
-        # Tokens below this share together miss less than 1 - top_p, so none of them is needed.
-        kept = (probabilities >= (1 - settings.top_p) / len(probabilities)).nonzero().squeeze(1)
-        ordered, index = probabilities[kept].sort(descending=True, stable=True)
-        cumulative = ordered.cumsum(0)
-        n_kept = (
-            1 + int((cumulative < settings.top_p).sum()) if settings.top_p < 1 else len(ordered)
-        )
+        weights = ((logits - logits.max()) / settings.temperature).exp_()
+        if settings.top_p < 1:
+            weights, places = nucleus(weights, settings.top_p)
+            ids = places if ids is None else ids[places]
+        cumulative = weights.double().cumsum(0)
         drawn = torch.rand((), generator=self.generator, dtype=torch.float64)
-        place = torch.searchsorted(cumulative[:n_kept], drawn * cumulative[:n_kept][-1], right=True)
-        token = kept[index[min(int(place), len(cumulative[:n_kept]) - 1)]]
-        return int(token if ids is None else ids[token])
+        place = int(torch.searchsorted(cumulative, drawn * cumulative[-1], right=True))
+        place = min(place, len(cumulative) - 1)
+        return place if ids is None else int(ids[place])
+
+
+def nucleus(weights: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """The fewest of `weights` (V) whose sum reaches `top_p` of the whole, and their places."""
+    total = float(weights.double().sum())
+    # Those below this share are together less than 1 - top_p, so that none of them is needed.
+    large = (weights >= (1 - top_p) * total / len(weights)).nonzero().squeeze(1)
+    ordered, index = weights[large].sort(descending=True, stable=True)
+    n = 1 + int((ordered.double().cumsum(0) < top_p * total).sum())
+    return ordered[:n], large[index[:n]]

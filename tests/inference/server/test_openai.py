@@ -206,3 +206,7 @@ def test_http_mistakes_are_told(address):
     messages = [{"role": "wizard", "content": "a"}]
     chat = httpx.post(f"{address}/chat/completions", json={"messages": messages})
     assert "the role 'wizard' is none of" in chat.json()["error"]["message"]
+    for body in ({}, {"messages": []}):
+        chat = httpx.post(f"{address}/chat/completions", json=body)
+        assert chat.status_code == 400
+        assert "must be a list of messages" in chat.json()["error"]["message"]

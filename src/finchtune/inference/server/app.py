@@ -14,6 +14,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from finchtune.errors import UserError
 from finchtune.inference.conversation import AnswerText
@@ -68,9 +69,7 @@ class Server:
         inbox = Inbox()
         tickets = self.worker.submit(asked.model, requests, inbox)
         answer = Answer(self.worker, asked, served, inbox, tickets)
-        if asked.stream:
-            return StreamingResponse(answer.events(), media_type="text/event-stream")
-        return await answer.whole(request)
+        return EventStream(answer) if asked.stream else await answer.whole(request)
 
 
 class Answer:
@@ -85,26 +84,30 @@ class Answer:
         self.rows: list[Any] = [None] * len(tickets)
 
     async def pieces(self) -> AsyncIterator[News]:
-        """News until every text is done. Raises the first error. Closing it drops the rest."""
-        try:
-            while not all(self.rows):
-                news = await self.inbox.queue.get()
-                if news.error is not None:
-                    raise news.error
-                self.rows[news.index] = news.row
-                yield news
-        finally:
-            self.worker.close(self.tickets)
+        """News until every text is done. Raises the first error."""
+        while not all(self.rows):
+            news = await self.inbox.queue.get()
+            if news.error is not None:
+                raise news.error
+            self.rows[news.index] = news.row
+            yield news
+
+    def close(self) -> None:
+        """What is not written yet is not needed any more."""
+        self.worker.close(self.tickets)
 
     async def whole(self, request: HTTPRequest) -> Response:
         """One JSON object. Where the client has gone meanwhile, the rest is not written."""
         collected = asyncio.ensure_future(self._collect())
         gone = asyncio.ensure_future(_disconnected(request))
-        await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
-        gone.cancel()
-        if not collected.done():
+        try:
+            await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not collected.done():
+                return Response(status_code=499)  # nobody reads it
+        finally:
+            gone.cancel()
             collected.cancel()
-            return Response(status_code=499)  # nobody reads it
+            self.close()
         choices = [
             self.asked.choice(i, text, row.finish_reason)
             for i, (text, row) in enumerate(zip(collected.result(), self.rows, strict=True))
@@ -144,6 +147,20 @@ class Answer:
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> str:
         return f"data: {json.dumps(self.asked.envelope(choices, chunk=True) | more)}\n\n"
+
+
+class EventStream(StreamingResponse):
+    """An answer as server-sent events. However it ends, even before it began, nothing is left."""
+
+    def __init__(self, answer: Answer):
+        super().__init__(answer.events(), media_type="text/event-stream")
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.close()
 
 
 def application(worker: Worker, max_tokens: int, hosts: list[str] | None = None) -> Starlette:

@@ -177,7 +177,7 @@ def _check_field(key: str, value: Any, fields: dict[str, tuple[type, ...]]) -> N
 
 def _messages(given: dict[str, Any]) -> list[dict[str, Any]]:
     try:
-        return messages_of(given, "messages") if "messages" in given else []
+        return messages_of({"messages": given.get("messages", [])}, "messages")
     except BadRecord as error:
         raise UserError(str(error)) from error
 

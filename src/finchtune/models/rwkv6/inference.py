@@ -11,7 +11,15 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from finchtune.models.rwkv6.model import RWKV6, Block, BlockState, ChannelMix, State, TimeMix
+from finchtune.models.rwkv6.model import (
+    RWKV6,
+    Block,
+    BlockState,
+    ChannelMix,
+    State,
+    TimeMix,
+    filled,
+)
 from finchtune.ops.kernels import fits_cpu
 
 NONE, TANH, SQUARED_RELU = range(3)  # activations of the operator `products`
@@ -83,6 +91,7 @@ class CompiledBlock:
     ) -> tuple[Tensor, BlockState]:
         block = self.block
         att_shift, wkv, ffn_shift = state or (None, None, None)
+        att_shift, ffn_shift = filled(att_shift, rows.count), filled(ffn_shift, rows.count)
         if block.first:
             x = block.ln0(x)
         normed = block.ln1(x)
@@ -140,10 +149,10 @@ class CompiledTimeMix:
     ) -> tuple[Tensor, Tensor]:
         """The recurrence over rows (rows, C)."""
         H, N = self.config.n_head, self.config.head_size
-        if state is None:
-            fresh = self.att.starting_state(None, rows.count)
+        if state is None or len(state) < rows.count:
+            state = self.att.starting_state(state, rows.count)
             # Of its own memory: a step writes to it.
-            state = torch.zeros(rows.count, H, N, N) if fresh is None else fresh.contiguous()
+            state = torch.zeros(rows.count, H, N, N) if state is None else state.contiguous()
         if rows.cu_seqlens is None:
             return torch.ops.finchtune.wkv6_step_(r, k, v, w, self.u, state), state
         heads = [x.view(1, -1, H, N) for x in (r, k, v, w)]
