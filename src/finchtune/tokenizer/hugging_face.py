@@ -62,12 +62,13 @@ class HFTokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         text.encode()  # the library raises a TypeError that does not say where
         encoding = self._run(text)
+        ids = encoding.ids
         if self._unknown_id is not None:
-            if self._unknown_id in encoding.ids:
-                self._count_unknown(text, encoding)
+            if self._unknown_id in ids:
+                self._count_unknown(text, ids, encoding.offsets)
         elif self._drops:
             self._count_dropped(text)
-        return encoding.ids
+        return ids
 
     def _run(self, text: str) -> Any:
         try:
@@ -102,8 +103,8 @@ class HFTokenizer(Tokenizer):
         """Whether the model leaves out what it does not know."""
         return not getattr(self._tokenizer.model, "byte_fallback", False)
 
-    def _count_unknown(self, text: str, encoding: Any) -> None:
-        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+    def _count_unknown(self, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> None:
+        pairs = zip(ids, offsets, strict=True)
         self._unknown.update(text[a:b] for id, (a, b) in pairs if id == self._unknown_id)
 
     def _count_dropped(self, text: str) -> None:
