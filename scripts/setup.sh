@@ -10,8 +10,9 @@ fi
 stamp=".venv/$1.sha256"
 wanted=$(cat requirements*.txt pyproject.toml | sha256sum)
 if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
-    echo "Installing $1 (about a minute)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$1"
+    echo "Installing $1 (a few minutes, mostly downloads)"
+    .venv/bin/python -m pip install --disable-pip-version-check -r "$1" |
+        grep --line-buffered -v "already satisfied"
     echo "$wanted" > "$stamp"
 fi
 source .venv/bin/activate

@@ -6,6 +6,8 @@ The public names are imported when first used, so that `import finchtune` costs 
 from importlib import import_module
 from typing import Any
 
+__version__ = "0.2.0"
+
 _HOMES = {
     "attach": "finchtune.adapters",
     "generate_batch": "finchtune.inference.generate",

@@ -1,5 +1,6 @@
 """A user's mistake, told in one line."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -89,6 +90,9 @@ def run_cli(
         status = main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except UserError as error:
         report(error)
         sys.exit(error.status)

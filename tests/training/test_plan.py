@@ -5,7 +5,7 @@ import math
 import re
 
 import pytest
-from helpers.support import run_script, save_model, small_model
+from helpers.support import assert_one_error_line, run_script, save_model, small_model
 
 from finchtune.cli.flags import parse_train_flags
 from finchtune.errors import UserError
@@ -101,3 +101,26 @@ def test_a_gpus_figures_are_those_of_the_plain_forms(capsys, kernels):
         said = planned(capsys, *flags, "--accelerator", accelerator)
         kept.append(int(re.search(r"att ([\d,]+)", said)[1].replace(",", "")))
     assert kept[1] >= kept[0] + 2 * 2048
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--peft bone --bone_r 8 --train_parts nonsense",
+        "--peft bat --bat_r 8 --train_parts att.key",
+        "--precision fp16 --accelerator cpu",
+        "--peft bat --bat_r 7",
+        "--n_embd 65",
+    ],
+)
+def test_a_plan_refuses_what_training_refuses(words, tmp_path):
+    save_model(small_model(), tmp_path / "base.pth")
+    (tmp_path / "d.jsonl").write_text('{"text": "some words"}\n')
+    flags = ("--load_model", tmp_path / "base.pth", "--data_file", tmp_path / "d.jsonl")
+    common = ("--data_type", "jsonl", "--tokenizer", "bytes", "--proj_dir", tmp_path / "out")
+    trained, planned = (
+        run_script("train.py", *flags, *common, *words.split(), *more) for more in ((), ("--plan",))
+    )
+    assert_one_error_line(trained)
+    assert planned.returncode == trained.returncode
+    assert planned.stderr == trained.stderr

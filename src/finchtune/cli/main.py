@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any, NoReturn
 
+import finchtune
 from finchtune.errors import UserError, print_error, run_cli
 
 VERBS = {
@@ -35,6 +36,8 @@ def main() -> None:
     if verb in VERBS:
         sys.argv[0] = f"finchtune {verb}"  # for usage lines
         run(verb)
+    if verb == "--version":
+        run_cli(lambda: print(f"finchtune {finchtune.__version__}"))
     run_cli(print_help if verb in ("-h", "--help") else lambda: refuse(verb))
 
 

@@ -20,7 +20,10 @@ import torch
 from finchtune.files import cache_folder
 from finchtune.ops.kernels.toolkit import BuildError, Toolkit, find_toolkit
 
-SOURCE_FOLDER = Path(__file__).parents[4] / "cuda"
+PACKAGED = Path(__file__).parents[2] / "cuda"
+SOURCE_FOLDER = PACKAGED if PACKAGED.is_dir() else Path(__file__).parents[4] / "cuda"
+"""The kernels' sources: in an installed package its own, in a clone the folder at its top."""
+
 C_FLAGS = ["-O3", "-fopenmp"]
 NEEDS = "install g++ and ninja (apt install g++; pip install ninja)"
 
@@ -162,7 +165,7 @@ def load_part(part: Part, toolkit: Toolkit | None, cache: Path) -> None:
         BuildError: no sources, no compiler, or a compiler that fails (its output is shown).
     """
     if not all(path.exists() for path in source_files(part)):
-        raise BuildError(f"no kernel sources in {SOURCE_FOLDER}: install from a clone, pip -e")
+        raise BuildError(f"no kernel sources in {SOURCE_FOLDER}: install finchtune anew")
     with scripts_on_path():
         compiler = compiler_version(os.environ.get("CXX", "c++"))
         if toolkit is not None:
