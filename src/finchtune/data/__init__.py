@@ -10,15 +10,13 @@ if TYPE_CHECKING:
     from finchtune.data.batch import Batch
     from finchtune.data.dataset import Data
     from finchtune.data.load import load_data
-    from finchtune.data.render import PROMPT
 
 _HOMES = {
-    "PROMPT": "render",
     "Batch": "batch",
     "Data": "dataset",
     "load_data": "load",
 }
-__all__ = ["PROMPT", "Batch", "Data", "load_data"]
+__all__ = ["Batch", "Data", "load_data"]
 
 
 def __getattr__(name: str) -> Any:

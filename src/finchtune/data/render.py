@@ -16,7 +16,6 @@ from finchtune.data.values import BadRecord, kind, text_of
 
 CHAT_KEYS = ("messages", "conversations")
 ALPACA = ("instruction", "input", "output")
-PROMPT = templates.get("metamath").prompt("{question}")
 
 
 @dataclass(frozen=True)

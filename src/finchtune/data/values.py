@@ -32,7 +32,7 @@ def text_of(record: dict[str, Any], name: str) -> str:
         return value
     if isinstance(value, Number):
         return value.written
-    if isinstance(value, bool | int | float):
+    if isinstance(value, bool | int | float) and value == value:  # NaN, of a table, is no text
         return json.dumps(value)
     remedy = "; choose one of its values, or join them" if isinstance(value, list) else ""
     raise BadRecord(f"the field {name!r} must be a string, but it is {kind(value)}{remedy}")
