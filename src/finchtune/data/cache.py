@@ -5,13 +5,14 @@ from hashlib import blake2b
 from pathlib import Path
 
 from finchtune import distributed
-from finchtune.data.binidx import token_dtype
-from finchtune.data.documents import Documents, read_binidx
+from finchtune.data.binidx import file_paths, token_dtype
+from finchtune.data.documents import MASK_SUFFIX, Documents, read_binidx
 from finchtune.data.inputs import find_inputs
 from finchtune.data.prepare import Recipe, prepare
+from finchtune.data.provenance import info_path
 from finchtune.data.render import Layout
 from finchtune.errors import UserError
-from finchtune.files import read_json, write_json
+from finchtune.files import FileSet, check_sums, json_text, read_json, sha256, sums_text
 from finchtune.tokenizer import Tokenizer
 
 
@@ -20,8 +21,9 @@ def read_cached(
 ) -> Documents:
     """The documents of a file, glob or folder of records, tokenised at most once.
 
-    The entry's name holds a hash of the content and of all that the tokens depend on. A
-    collective call: rank 0 makes the entry, and the others only where they do not see its disk.
+    The entry's name holds a hash of the content and of all that the tokens depend on. Once per run
+    and machine its own content is checked too, and a damaged one made again. A collective call:
+    rank 0 makes the entry, and the others only where they do not see its disk.
     """
     recipe = Recipe(layout, tokenizer.name, token_dtype(tokenizer.vocab_size).str, on_bad=on_bad)
     paths = find_inputs([source])
@@ -29,17 +31,42 @@ def read_cached(
 
     def make() -> None:
         try:
+            _check(prefix)
             _read(source, prefix, recipe, tokenizer.vocab_size)
         except UserError:  # missing or damaged
-            write_json(_note(prefix), asdict(prepare([source], str(prefix), recipe)))
+            _make(source, prefix, recipe)
 
     distributed.run_on_rank_zero(make)
-    make()
+    if distributed.local_rank() == 0 and distributed.rank() != 0:
+        make()
+    distributed.barrier()
     return _read(source, prefix, recipe, tokenizer.vocab_size)
 
 
+def _make(source: str, prefix: Path, recipe: Recipe) -> None:
+    """Tokenise: the entry, its note and the sha256 of all its files appear together."""
+    with FileSet() as files:
+        totals = prepare([source], str(prefix), recipe, files=files)
+        files.add(_note(prefix)).write_text(json_text(asdict(totals)))
+        digests = {name: sha256(path) for name, path in files.written().items()}
+        files.add(_sums(prefix)).write_text(sums_text(digests))
+
+
+def _check(prefix: Path) -> None:
+    """Raise UserError unless every file of an entry holds what was written."""
+    totals = read_json(_note(prefix))
+    paths = [*file_paths(prefix), info_path(prefix), _note(prefix)]
+    if isinstance(totals, dict) and totals.get("masked_tokens"):
+        paths += file_paths(f"{prefix}{MASK_SUFFIX}")
+    check_sums(_sums(prefix), {path.name for path in paths})
+
+
+def _sums(prefix: Path) -> Path:
+    return prefix.with_name(prefix.name + ".sha256")
+
+
 def _read(source: str, prefix: Path, recipe: Recipe, vocab_size: int) -> Documents:
-    """UserError unless the entry, whose note is written last, is whole."""
+    """The documents of an entry. UserError unless it is whole."""
     totals = read_json(_note(prefix))
     masked = bool(totals["masked_tokens"])
     documents = read_binidx(prefix, vocab_size, "qa" if masked else "none")

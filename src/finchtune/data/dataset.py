@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any
 
 import torch
@@ -35,9 +36,21 @@ class Data:
         self.dataload, self.ctx_len, self.template = dataload, ctx_len, template
         self.skipped = sum(documents.skipped for documents in sets)
         self.unknown = sum((Counter(documents.unknown) for documents in sets), Counter())
-        self._rows, self._counts = rows, rows.counts()
+        self._rows, self._counts, self._sets = rows, rows.counts(), sets
         self.n_rows = rows.n_rows
         self.n_tokens = self._counts.tokens
+
+    def content(self) -> str:
+        """A hash of all that the rows are made of: documents in their order, and shares of sets.
+
+        Reads everything, without holding Python's lock.
+        """
+        digest = blake2b(repr(getattr(self._rows, "shares", [])).encode(), digest_size=16)
+        for documents in self._sets:
+            digest.update(documents.digest())
+        if self.validation:
+            digest.update(b"validation" + self.validation.content().encode())
+        return digest.hexdigest()
 
     def rows(
         self, step: int, rank: int, world: int, micro_bsz: int, accumulate: int

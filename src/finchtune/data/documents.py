@@ -18,6 +18,7 @@ from finchtune.errors import UserError
 from finchtune.tokenizer import Tokenizer
 
 MASK_SUFFIX = ".mask"
+DIGEST_BLOCK = 1 << 24
 Pieces = list[Piece] | ValueError
 """A record's document, or why there is none (a BadRecord or UserError)."""
 
@@ -51,6 +52,16 @@ class Documents:
     def sizes(self) -> np.ndarray:
         """Tokens of each document, (documents,) int64."""
         return np.diff(self.offsets)
+
+    def digest(self) -> bytes:
+        """A hash of the tokens, where documents end, and what is trained on. Reads everything."""
+        digest = blake2b(str(self.tokens.dtype).encode(), digest_size=16)
+        for part in (self.offsets, self.tokens, self.trained):
+            content = b"all" if part is None else np.ascontiguousarray(part).data.cast("B")
+            digest.update(len(content).to_bytes(8, "little"))
+            for start in range(0, len(content), DIGEST_BLOCK):
+                digest.update(content[start : start + DIGEST_BLOCK])
+        return digest.digest()
 
 
 class Encoded(NamedTuple):

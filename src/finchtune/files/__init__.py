@@ -10,7 +10,13 @@ from finchtune.files.content import (
     write_json,
     write_text,
 )
-from finchtune.files.places import check_target, is_disk_full, require_space
+from finchtune.files.places import (
+    check_target,
+    is_disk_full,
+    missing_parents,
+    remove_empty,
+    require_space,
+)
 from finchtune.files.publish import FileSet, atomic_folder, atomic_path
 from finchtune.files.temporary import discard, finish_interrupted, remove, remove_leftovers
 
@@ -25,8 +31,10 @@ __all__ = [
     "finish_interrupted",
     "is_disk_full",
     "json_text",
+    "missing_parents",
     "read_json",
     "remove",
+    "remove_empty",
     "remove_leftovers",
     "require_space",
     "sha256",

@@ -71,6 +71,10 @@ class FileSet:
         """Have a file that an older set had removed, when this set appears."""
         self._obsolete.append(path)
 
+    def written(self) -> dict[str, Path]:
+        """The names to be -> where each of them is written now."""
+        return {pending.target.name: pending.temporary for pending in self._pending}
+
     def __enter__(self) -> "FileSet":
         return self
 

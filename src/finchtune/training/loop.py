@@ -4,6 +4,7 @@ What a step does, in order: draw its rows, forward, backward, update, log, save.
 """
 
 import time
+from pathlib import Path
 
 import torch
 
@@ -16,7 +17,7 @@ from finchtune.report import plot_loss, write_report
 from finchtune.training.batch_size import resolve_batch_size
 from finchtune.training.engine import Engine
 from finchtune.training.precision import choose_precision, set_matrix_precision
-from finchtune.training.run_folder import choose_checkpoint
+from finchtune.training.run_folder import check_flags, choose_checkpoint, locked
 from finchtune.training.samples import Samples
 from finchtune.training.saver import Saver, restore_tensors
 from finchtune.training.schedule import Schedule
@@ -35,7 +36,15 @@ def train(config: TrainConfig) -> int:
     """This process's part of a run, from the flags to the files; returns the exit status."""
     device = distributed.pick_device(config.accelerator)
     distributed.init_process_group(device, config.timeout_minutes)
+    with locked(Path(config.proj_dir)):
+        return run(config, device)
+
+
+def run(config: TrainConfig, device: torch.device) -> int:
+    """A run in a folder that is its own."""
     checkpoint = choose_checkpoint(config)
+    if checkpoint:
+        distributed.run_on_rank_zero(lambda: check_flags(checkpoint, config))
     require_data(config)
 
     # The model, and what of it is trained.
@@ -52,7 +61,7 @@ def train(config: TrainConfig) -> int:
     if not checkpoint:
         start_from_data(model, config, data, device)
     engine = Engine(model, config, device)
-    saver = Saver(config, engine, data.describe(), manifest)
+    saver = Saver(config, engine, data, manifest)
     schedule = Schedule(config, saver.global_batch, data.n_rows)
     total = schedule.total
     distributed.print_rank_zero(

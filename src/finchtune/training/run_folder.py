@@ -1,13 +1,25 @@
 """A run's folder: what may start in it, and what it may go on from."""
 
+import dataclasses
+import fcntl
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
-from finchtune.files import remove, remove_leftovers
-from finchtune.training.checkpoints import checkpoint_problem, checkpoints, newest_checkpoint
+from finchtune.files import missing_parents, remove, remove_empty, remove_leftovers
+from finchtune.training.checkpoints import (
+    checkpoint_problem,
+    checkpoints,
+    newest_checkpoint,
+    read_manifest,
+)
 
+LOCK = ".lock"
 # What a run writes. wandb's folder is its own affair.
 RUN_FILES = (
     *("rwkv-*.pth", "rwkv-*.json", "config.yaml", "metrics.jsonl", "skipped.jsonl"),
@@ -32,7 +44,7 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
     folder = Path(config.proj_dir)
     check_folder(folder)
     if config.resume == "auto":
-        return _newest(folder / "checkpoints")
+        return _newest(folder)
     if config.resume:
         path = Path(config.resume)
         if not path.is_dir():
@@ -42,9 +54,10 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
             raise UserError(f"--resume {path}: {problem}; use --resume auto or an earlier one")
         return path
     if run_files(folder) and not config.overwrite:
+        go_on = "go on with --resume auto, " if checkpoints(folder / "checkpoints") else ""
         raise UserError(
-            f"--proj_dir {folder} already holds a run; go on with --resume auto, throw it away "
-            "with --overwrite 1, or choose another folder"
+            f"--proj_dir {folder} already holds a run; {go_on}throw it away with --overwrite 1, or "
+            "choose another folder"
         )
     if foreign_files(folder) and not config.overwrite:
         raise UserError(
@@ -55,7 +68,8 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
     return None
 
 
-def _newest(folder: Path) -> Path | None:
+def _newest(proj_dir: Path) -> Path | None:
+    folder = proj_dir / "checkpoints"
     checkpoint, skipped = newest_checkpoint(folder)
     for line in skipped:
         distributed.print_rank_zero(f"warning: {line}")
@@ -64,11 +78,80 @@ def _newest(folder: Path) -> Path | None:
             f"--resume auto: no checkpoint in {folder} is intact; start the run anew with "
             "--overwrite 1 instead"
         )
+    saved = sorted(proj_dir.glob("rwkv-*.pth"))
+    if checkpoint is None and saved:
+        raise UserError(
+            f"--resume auto: {proj_dir} holds {saved[0].name} of a run without checkpoints, which "
+            "cannot be gone on with and would be written over; choose another --proj_dir, or throw "
+            "it away with --overwrite 1 instead"
+        )
     if checkpoint is None:
         distributed.print_rank_zero(
             f"--resume auto: there is no checkpoint in {folder}; starting anew"
         )
     return checkpoint
+
+
+def check_flags(checkpoint: Path, config: TrainConfig) -> None:
+    """Raise UserError, naming them, for flags that a resumed run may not change but does.
+
+    Before anything is built by them: what they change need not fit the checkpoint's tensors.
+    """
+    old, new = read_manifest(checkpoint).get("config"), dataclasses.asdict(config)
+    if not isinstance(old, dict):
+        raise UserError(f"--resume {checkpoint}: its manifest holds no configuration")
+    free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
+    changed = [k for k in new if k not in free and old.get(k) != new[k]]
+    if changed:
+        told = "; ".join(f"--{k} {old.get(k)} -> {new[k]}" for k in changed)
+        raise UserError(f"cannot resume with another configuration: {told}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep every other run out of a folder. The lock ends with the process, however it ends.
+
+    Raises UserError where another run holds it. A collective call: rank 0 takes the lock.
+    """
+    path, missing = folder / LOCK, missing_parents(folder / LOCK)
+    descriptor = distributed.run_on_rank_zero(lambda: lock(path))
+    try:
+        yield
+    finally:
+        if distributed.rank() == 0:
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
+            remove_empty(missing)
+
+
+def lock(path: Path) -> int:
+    """A descriptor that holds the lock of a run's folder. Raises UserError where it is taken."""
+    check_folder(path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode())
+                return descriptor
+            os.close(descriptor)  # the run that had it has just ended
+    except BlockingIOError as error:
+        raise UserError(
+            f"--proj_dir {path.parent}: another run is writing there ({holder(path)}); wait for "
+            "it to end, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise UserError(f"--proj_dir {path.parent}: cannot be written: {error.strerror}") from error
+
+
+def holder(path: Path) -> str:
+    """Who says that it holds a lock."""
+    try:
+        return path.read_text(errors="replace")[:100].strip() or "which has just begun"
+    except OSError:
+        return "which is about to end"
 
 
 def check_folder(folder: Path) -> None:

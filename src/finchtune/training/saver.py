@@ -11,6 +11,7 @@ from torch import Tensor
 
 from finchtune import distributed
 from finchtune.config import TrainConfig, config_yaml
+from finchtune.data import Data
 from finchtune.errors import UserError
 from finchtune.files import sha256, write_text
 from finchtune.models import LanguageModel
@@ -24,20 +25,21 @@ from finchtune.weights.adapter_files import FORMAT, adapter_keys, save_adapter
 class Saver:
     """Saves what a run makes: adapter or model files by epoch, checkpoints that resume."""
 
-    def __init__(
-        self, config: TrainConfig, engine: Engine, data: dict[str, Any], manifest: dict[str, Any]
-    ):
+    def __init__(self, config: TrainConfig, engine: Engine, data: Data, manifest: dict[str, Any]):
         """`manifest` is that of the checkpoint to go on from, empty for a new run.
 
         A collective call. Raises UserError if the checkpoint is another run's.
         """
-        self.config, self.engine, self.data = config, engine, data
+        self.config, self.engine, self.data = config, engine, data.describe()
+        self.data_changes: list[dict[str, Any]] = manifest.get("data_changes", [])
         self.folder = Path(config.proj_dir)
         self.base_dtype = next(engine.model.parameters()).dtype
-        # Hashing a large base takes a while, and nobody needs it before the first save.
+        # Hashing a large base or data set takes a while, and nobody needs it before the first save.
         self._base_sha256: Future[str] | None = None
+        self._content: Future[str] | None = None
         if distributed.rank() == 0:
             self._base_sha256 = ThreadPoolExecutor(1).submit(sha256, config.load_model)
+            self._content = ThreadPoolExecutor(1).submit(data.content)
         distributed.run_on_rank_zero(lambda: self._prepare_folder(manifest))
 
     def _prepare_folder(self, manifest: dict[str, Any]) -> None:
@@ -50,6 +52,11 @@ class Saver:
         """sha256 of the base weights, on rank 0 alone; waits for it if need be."""
         assert self._base_sha256 is not None, "only rank 0 knows the base's hash"
         return self._base_sha256.result()
+
+    def content(self) -> str:
+        """A hash of the data, on rank 0 alone; waits for it if need be."""
+        assert self._content is not None, "only rank 0 knows the data's hash"
+        return self._content.result()
 
     def open_metrics(self, total: int, start: int) -> Metrics | None:
         """Where rank 0 reports the steps from `start` to `total`; None on the other ranks."""
@@ -69,6 +76,8 @@ class Saver:
             "config": dataclasses.asdict(self.config),
             "global_batch": self.global_batch,
             "data": self.data,
+            "content": self.content(),
+            "data_changes": self.data_changes,
             "template": self.data["template"],
         }
 
@@ -134,23 +143,36 @@ class Saver:
         distributed.stream_to_rank_zero(tensors, write)
 
     def check_resumable(self, manifest: dict[str, Any]) -> None:
-        """Raise UserError, naming what differs, unless the checkpoint continues this very run."""
-        old, new = manifest["config"], dataclasses.asdict(self.config)
-        free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
-        changed = [k for k in new if k not in free and old.get(k) != new[k]]
-        differing = [f"--{k} {old.get(k)} -> {new[k]}" for k in changed]
+        """Raise UserError, naming what differs, unless the checkpoint continues this very run.
+
+        Flags are compared before, by `check_flags`.
+        """
+        differing = []
         if manifest["global_batch"] != self.global_batch:
             differing.append(
                 f"global_batch {manifest['global_batch']} -> {self.global_batch}: choose "
                 "--micro_bsz and --accumulate_grad_batches so that their product, times "
                 f"{distributed.world_size()} processes, is {manifest['global_batch']} again"
             )
-        if manifest["data"] != self.data:
-            differing.append(f"data {manifest['data']} -> {self.data}")
+        if (manifest["data"], manifest["content"]) != (self.data, self.content()):
+            differing += self._changed_data(manifest)
         if manifest["base"]["sha256"] != self.base_sha256():
             differing.append(f"--load_model is not the same file as {manifest['base']['file']}")
         if differing:
             raise UserError(f"cannot resume with another configuration: {'; '.join(differing)}")
+
+    def _changed_data(self, manifest: dict[str, Any]) -> list[str]:
+        """What to say of data that are not the checkpoint's; nothing where a flag accepts it."""
+        if self.config.data_changed:
+            change = {"step": manifest["step"], "from": manifest["content"], "to": self.content()}
+            self.data_changes = [*self.data_changes, change]
+            return []
+        counts = manifest["data"]
+        told = [f"{k} {counts.get(k)} -> {v}" for k, v in self.data.items() if counts.get(k) != v]
+        return [
+            f"the data were edited or reordered ({', '.join(told) or 'of the same sizes'}); take "
+            "the old ones, or go on with these by --data_changed 1"
+        ]
 
 
 def restore_tensors(
