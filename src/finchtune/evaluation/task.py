@@ -37,7 +37,7 @@ class Choices:
 
 
 class Task:
-    """Questions of one kind. A subclass has a file of its own and an entry in `TASKS`."""
+    """Questions of one kind. A subclass has a file of its own in tasks/, with the task's name."""
 
     default_template: str | None = "metamath"
     """None: the record's own text is the prompt."""

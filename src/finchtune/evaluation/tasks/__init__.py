@@ -1,20 +1,17 @@
-"""The tasks by name. A new one is its own file and one entry here."""
+"""The tasks by name. A new one is a file here, named as the task, with its class."""
+
+import pkgutil
+from importlib import import_module
 
 from finchtune.evaluation.task import Task
-from finchtune.evaluation.tasks.exact import Exact
-from finchtune.evaluation.tasks.gsm8k import GSM8K
-from finchtune.evaluation.tasks.humaneval import HumanEval
-from finchtune.evaluation.tasks.loss import Loss
-from finchtune.evaluation.tasks.math import MATH
-from finchtune.evaluation.tasks.mbpp import MBPP
-from finchtune.evaluation.tasks.mtbench import MTBench
 
-TASKS: dict[str, type[Task]] = {
-    "gsm8k": GSM8K,
-    "math": MATH,
-    "humaneval": HumanEval,
-    "mbpp": MBPP,
-    "mtbench": MTBench,
-    "exact": Exact,
-    "loss": Loss,
-}
+
+def load_task(name: str) -> type[Task]:
+    """The task that a file here defines."""
+    module = import_module(f"{__name__}.{name}")
+    own = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Task)]
+    (task,) = (c for c in own if c.__module__ == module.__name__)
+    return task
+
+
+TASKS = {name: load_task(name) for _, name, _ in pkgutil.iter_modules(__path__)}
