@@ -11,7 +11,7 @@ from finchtune.errors import ConfigurationError
 from finchtune.methods import flag_methods, method_files, method_flags
 
 METHODS = ("none", *method_files())
-QUANT = ("none", "nf4", "int8", "fp8")
+QUANT = ("none", "nf4", "fp4", "int8", "fp8")
 STAGES = {
     "auto": 1,
     "ddp": 1,
@@ -143,6 +143,11 @@ class StepFlags:
     decay_adapters: bool = flag(False, "apply --weight_decay to adapter matrices too")
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 = no clipping")
     l2wrap: float = flag(0.0, "L2Wrap: pull on each token's largest logit; RWKV-LM's is 1e-4")
+    loss_mean: str = flag(
+        "tokens",
+        "mean over a step's unmasked tokens, or first within each micro batch",
+        ("tokens", "micro_batches"),
+    )
     max_skips: int = flag(3, "stop after so many steps in a row with NaN or infinity", free=True)
     random_seed: int = flag(42, "fixes initialisation, data order and dropout")
 

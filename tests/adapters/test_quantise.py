@@ -7,11 +7,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from finchtune.adapters import METHODS, AdaptedLinear, QuantisedWeight, attach, merge
-from finchtune.adapters.quantise import NF4
+from finchtune.adapters.quantise import TABLES
 from finchtune.errors import UserError
 
-KINDS = ("nf4", "int8", "fp8")
-BITS = {"nf4": 4.5, "int8": 8.5, "fp8": 8.5}
+KINDS = ("nf4", "fp4", "int8", "fp8")
+BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8.5, "fp8": 8.5}
 METHOD_CASES = [
     ("bone", {"r": 4}),
     ("bat", {"r": 4}),
@@ -26,8 +26,8 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 def values(kind: str) -> torch.Tensor:
     """Every value that a code can stand for."""
-    if kind == "nf4":
-        return torch.tensor(NF4)
+    if kind in TABLES:
+        return torch.tensor(TABLES[kind]).unique()
     if kind == "int8":
         return torch.arange(-127.0, 128)
     every = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
@@ -59,7 +59,7 @@ def test_values_of_the_table_come_back_exactly(kind):
 
 
 def test_nf4_has_two_codes_in_a_byte_the_first_above():
-    W = torch.tensor(NF4).repeat(4).view(1, 64)
+    W = torch.tensor(TABLES["nf4"]).repeat(4).view(1, 64)
     weight = QuantisedWeight(W, "nf4")
     assert weight.codes[0, :8].tolist() == [0x01, 0x23, 0x45, 0x67, 0x89, 0xAB, 0xCD, 0xEF]
 
@@ -169,5 +169,8 @@ def test_a_quantised_layer_compiles_as_one_graph(name, settings):
 
 def test_the_error_grows_as_the_bits_shrink():
     W = torch.randn(64, 256)
-    errors = [F.mse_loss(QuantisedWeight(W, kind).dense(torch.float32), W).sqrt() for kind in KINDS]
-    assert errors[1] < errors[2] < errors[0] < 0.11
+    errors = {
+        kind: F.mse_loss(QuantisedWeight(W, kind).dense(torch.float32), W).sqrt() for kind in KINDS
+    }
+    assert errors["int8"] < errors["fp8"] < errors["nf4"] < 0.11
+    assert errors["nf4"] < errors["fp4"] < 0.13

@@ -47,6 +47,15 @@ def test_bf16_is_as_near_to_the_truth_as_torch():
         assert (mine.double() - true).norm() <= 2 * (other.double() - true).norm()
 
 
+def test_the_loss_scale_is_not_rounded_to_bf16():
+    hidden = torch.randn(6, 16).bfloat16().requires_grad_()
+    weight, labels = torch.randn(32, 16).bfloat16(), torch.randint(0, 32, (6,))
+    (whole,) = torch.autograd.grad(cross_entropy_sum(hidden, weight, labels), hidden)
+    scale = 1 + 2**-8 + 2**-9  # bf16 would make 1 or 1 + 2^-7 of it
+    (scaled,) = torch.autograd.grad(cross_entropy_sum(hidden, weight, labels) * scale, hidden)
+    assert torch.equal(scaled, (whole.float() * scale).bfloat16())
+
+
 def test_all_masked_is_zero_with_zero_gradient():
     hidden = torch.randn(2, 5, 8, requires_grad=True)
     weight = torch.randn(20, 8, requires_grad=True)

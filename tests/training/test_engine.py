@@ -1,5 +1,6 @@
 """DeepSpeed's step against a plain torch loop, and its whole state out and in, in one process."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -85,6 +86,43 @@ def test_equals_a_plain_loop(stage, peft):
     assert [r.loss for r in results] == pytest.approx(losses, rel=3e-5)
     assert [r.grad_norm for r in results] == pytest.approx(norms, rel=1e-3)
     assert losses[-1] < losses[0]
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_means_of_micro_batches_are_averaged(stage):
+    model = small_model()
+    reference = small_model()
+    (micro,) = batches(1, accumulate=3)
+    config = settings(strategy=f"deepspeed_stage_{stage}", accumulate_grad_batches=3, grad_clip=0)
+    engine = Engine(model, dataclasses.replace(config, loss_mean="micro_batches"), CPU)
+    result = engine.step(micro, 1e-2)
+    engine.close()
+    loss = sum(reference.loss(*batch)[0] / (batch.labels != -100).sum() for batch in micro) / 3
+    loss.backward()
+    norm = torch.stack([p.grad.norm() for p in reference.parameters()]).norm()
+    assert math.isclose(result.loss, loss.item(), rel_tol=1e-5)
+    assert math.isclose(result.grad_norm, norm.item(), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "strategy", ["deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3",
+                 "deepspeed_stage_2_offload", "deepspeed_stage_3_offload"],
+)  # fmt: skip
+def test_under_bf16_there_are_fp32_master_weights(strategy):
+    """Updates far below bf16's resolution add up."""
+    model = attach(small_model().bfloat16(), "bone", r=8).bfloat16()
+    engine = Engine(model, settings(strategy=strategy, peft="bone", grad_clip=0), CPU)
+    name, parameter = next(iter(engine.trained.items()))
+    before = engine.full_parameter(parameter)
+    assert before.dtype == torch.float32
+    steps = batches(4)
+    for micro in steps:
+        engine.step(micro, 1e-5)
+    after = engine.full_parameter(parameter)
+    moved = (after - before).abs()
+    assert 0 < moved.max() <= 4.5e-5
+    assert not torch.equal(after, after.bfloat16().float()), f"{name} was rounded to bf16"
     engine.close()
 
 

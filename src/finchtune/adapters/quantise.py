@@ -18,7 +18,12 @@ NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-LARGEST = {"nf4": 1.0, "int8": 127.0, "fp8": 448.0}
+# bitsandbytes' 4-bit floats: a sign, two bits of exponent and one of mantissa, over the largest.
+FP4_HALF = (1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
+FP4 = (*(-value for value in reversed(FP4_HALF)), 0.0, *FP4_HALF, 1.0)
+TABLES = {"nf4": NF4, "fp4": FP4}
+"""The 16 values of each 4-bit form, rising; fp4 has one of them twice and never uses the last."""
+LARGEST = {"nf4": 1.0, "fp4": 1.0, "int8": 127.0, "fp8": 448.0}
 """The value that each form gives the largest element of a block; its keys are the forms."""
 
 Form = tuple[str, torch.Size]
@@ -29,9 +34,10 @@ class QuantisedWeight(nn.Module):
     """A frozen weight (out, in) as codes and one float32 scale for each block of 64.
 
     An element is its code's value times the scale of its block: for "nf4" one of 16 values (two
-    codes in a byte, the first in the upper half), for "int8" a whole number up to 127, for "fp8"
-    an e4m3 number up to 448. The scale is the block's largest magnitude over the largest value;
-    codes are the nearest value, a tie in nf4 the lower and otherwise the even one.
+    codes in a byte, the first in the upper half), for "fp4" one of 15 in the same way, for "int8" a
+    whole number up to 127, for "fp8" an e4m3 number up to 448. The scale is the block's largest
+    magnitude over the largest value; codes are the nearest value, a tie in nf4 and fp4 the lower
+    and otherwise the even one.
 
     The buffers are no floating-point tensors, so that a change of the model's dtype leaves them.
     Raises UserError for a weight with NaN or infinity.
@@ -61,7 +67,7 @@ class QuantisedWeight(nn.Module):
 
 
 def quantise(W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """W (out, in) -> codes (blocks, 32 bytes for nf4, else 64), scales (blocks) float32."""
+    """W (out, in) -> codes (blocks, 32 bytes for 4-bit forms, else 64), scales (blocks) float32."""
     flat = W.reshape(-1)
     whole = len(flat) // BLOCK * BLOCK
     codes, scales = [], []
@@ -84,7 +90,7 @@ def encode(values: Tensor, kind: str) -> Tensor:
         return values.round().clamp(-127, 127).to(torch.int8)
     if kind == "fp8":
         return values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
-    table = torch.tensor(NF4, device=values.device)
+    table = torch.tensor(TABLES[kind], device=values.device)
     codes = torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
     return codes[:, 0::2] * 16 + codes[:, 1::2]
 
@@ -106,6 +112,6 @@ def decode(codes: Tensor, kind: str) -> Tensor:
         return codes.float()
     if kind == "fp8":
         return codes.view(torch.float8_e4m3fn).float()
-    table = torch.tensor(NF4, device=codes.device)
+    table = torch.tensor(TABLES[kind], device=codes.device)
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # of each byte
     return pairs.index_select(0, codes.flatten().int()).view(-1, BLOCK)

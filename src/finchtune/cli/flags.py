@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from finchtune.cli import spellings
-from finchtune.cli.values import convert, is_list, type_of
+from finchtune.cli.spellings import rwkv_peft
+from finchtune.cli.spellings.compat import COMPAT, as_rwkv_peft, differences
+from finchtune.cli.spellings.json_flags import JSON_FLAGS, PEFT_CONFIG, spread_json
+from finchtune.cli.spellings.other_tools import OURS, unknown_flag
+from finchtune.cli.values import check_choice, convert, is_list, type_of
 from finchtune.config import GROUPS, TrainConfig
 from finchtune.errors import (
     INTERRUPTED,
@@ -44,6 +47,18 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Shows every flag with one value; how many there are is checked with all other mistakes."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=HELP_WIDTH)
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        if isinstance(action.metavar, str):
+            return action.metavar
+        return super()._format_args(action, default_metavar)
+
+
 class Mistakes(list[str]):
     """Messages of UserErrors, collected instead of raised."""
 
@@ -63,17 +78,27 @@ def parse_train_flags(arguments: list[str] | None = None) -> TrainConfig:
 
     Raises ConfigurationError with every mistake that was found.
     """
+    return parse_command_line(arguments)[0]
+
+
+def parse_command_line(arguments: list[str] | None = None) -> tuple[TrainConfig, list[str]]:
+    """As `parse_train_flags`, and what to tell of spellings that only RWKV-PEFT has."""
     known, unknown = build_parser().parse_known_args(arguments)
-    given = {name: value for name, value in vars(known).items() if value is not None}
+    given = {name: words for name, words in vars(known).items() if words is not None}
     mistakes = Mistakes()
     words = [word for i, word in enumerate(unknown) if word.startswith("--") or not i]
-    known_flags = [*FIELDS, *spellings.JSON_FLAGS]
-    mistakes += [spellings.unknown_flag(word, known_flags) for word in words]
-    for name in spellings.REFUSED:
-        message = spellings.refused(name, given.pop(name)) if name in given else None
-        mistakes += [message] if message else []
+    known_flags = [*FIELDS, *rwkv_peft.ONLY_THEIRS]
+    mistakes += [unknown_flag(word, known_flags) for word in words]
+    theirs = rwkv_peft.ONLY_THEIRS & given.keys() - FIELDS.keys() or given.get("peft") == ["miss"]
+    compat = given.pop("compat", None)
+    given, notes = rwkv_peft.translate(given, FIELDS, mistakes.collected)
     values = given_values(given, mistakes)
-    config = TrainConfig(**values)
+    meant = values
+    if compat is not None:
+        with mistakes.collected():
+            check_choice("compat", " ".join(compat), COMPAT)
+            meant = as_rwkv_peft(values)
+    config = TrainConfig(**meant)
     if mistakes:  # what follows from words that were not understood is left out
         raise ConfigurationError(*mistakes)
     with mistakes.collected():
@@ -81,26 +106,66 @@ def parse_train_flags(arguments: list[str] | None = None) -> TrainConfig:
     mistakes += [*unused_flags(config, values), *guessed_alpha(config, values)]
     if mistakes:
         raise ConfigurationError(*mistakes)
-    return config
+    return config, told(config, values, notes, bool(compat)) if theirs or compat else []
 
 
-def given_values(given: dict[str, Any], mistakes: Mistakes) -> dict[str, Any]:
+def told(config: TrainConfig, values: dict[str, Any], notes: list[str], compat: bool) -> list[str]:
+    """What a command line in RWKV-PEFT's spelling does otherwise than there."""
+    if compat:
+        return ["RWKV-PEFT's meanings and defaults (docs/rwkv-peft.md):", *indented(notes)]
+    try:
+        lines = [*notes, *differences(config, values)]
+    except UserError as error:
+        lines = [*notes, f"there: {error.line}"]
+    if not lines:
+        return []
+    head = "otherwise than in RWKV-PEFT (--compat rwkv-peft takes its meanings; docs/rwkv-peft.md):"
+    return [head, *indented(lines)]
+
+
+def indented(lines: list[str]) -> list[str]:
+    """The lines of a block."""
+    return [f"  {line}" for line in lines]
+
+
+def given_values(given: dict[str, list[str]], mistakes: Mistakes) -> dict[str, Any]:
     """The values of all flags that were given: in the file of --config, and as words."""
     values: dict[str, Any] = {}
     with mistakes.collected():
-        values = read_config_file(given.pop("config", None), mistakes)
-    json_texts = {name: given.pop(name) for name in spellings.JSON_FLAGS if name in given}
-    for name, value in given.items():
+        values = read_config_file(single("config", given.pop("config", None)), mistakes)
+    json_texts = {
+        name: " ".join(given.pop(name)) for name in (*JSON_FLAGS, PEFT_CONFIG) if name in given
+    }
+    for name, words in given.items():
         if name in FIELDS:
             with mistakes.collected():
-                values[name] = convert(FIELDS[name], value)
+                values[name] = convert(FIELDS[name], own_value(name, words))
     for flag, text in json_texts.items():
         with mistakes.collected():
-            for name, value in spellings.spread_json(flag, text, given.get("peft")).items():
+            for name, value in spread_json(
+                flag, text, "".join(given.get("peft", [])) or None
+            ).items():
                 if name in given and name != "peft":
                     raise UserError(f"--{name} is given twice: as a flag and in --{flag}")
                 values[name] = convert(FIELDS[name], value)
     return values
+
+
+def own_value(name: str, words: list[str]) -> Any:
+    """The words of one of our flags: as they are for a list, else the only one."""
+    if is_list(FIELDS[name]):
+        return words
+    if not words and type_of(FIELDS[name]) is bool:  # --plan alone means --plan 1
+        return "1"
+    return single(name, words)
+
+
+def single(name: str, words: list[str] | None) -> str | None:
+    """The one word of a flag. Raises UserError for none and for several."""
+    if words is not None and len(words) != 1:
+        what = f"takes one value, not {' '.join(words)!r}" if words else "needs a value"
+        raise UserError(f"--{name} {what}")
+    return words[0] if words else None
 
 
 def read_config_file(path: str | None, mistakes: Mistakes) -> dict[str, Any]:
@@ -119,7 +184,7 @@ def read_config_file(path: str | None, mistakes: Mistakes) -> dict[str, Any]:
     for name, value in content.items():
         if name not in FIELDS:
             near = difflib.get_close_matches(str(name), FIELDS, n=1)
-            ours = spellings.OURS.get(str(name)) or (near[0] if near else None)
+            ours = OURS.get(str(name)) or (near[0] if near else None)
             hint = f"did you mean {ours}?" if ours else "see --help"
             mistakes.append(f"--config {path}: unknown key {name!r}; {hint}")
         elif value is not None:
@@ -135,22 +200,31 @@ def build_parser() -> argparse.ArgumentParser:
         description="Fine-tune an RWKV model, or train it from scratch.",
         epilog=EXIT_STATUSES,
         allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(
-            prog, max_help_position=26, width=HELP_WIDTH
-        ),
+        formatter_class=_Formatter,
     )
-    parser.add_argument(
-        "--config", metavar="FILE", help="YAML file of flags by name; the command line wins"
+    add = parser.add_argument
+    add(
+        "--config",
+        nargs="*",
+        metavar="FILE",
+        help="YAML file of flags by name; the command line wins",
+    )
+    add(
+        "--compat",
+        nargs="*",
+        metavar="WORD",
+        help="take that software's meanings and defaults for the flags that it shares (rwkv-peft)",
     )
     for group in GROUPS:
         section = parser.add_argument_group((group.__doc__ or "").rstrip("."))
         for name in group.__annotations__:
             add_flag(section, FIELDS[name])
     section = parser.add_argument_group("As in RWKV-PEFT")
-    for name in spellings.JSON_FLAGS:
-        section.add_argument(f"--{name}", metavar="JSON", help="an adapter's flags")
-    for name in spellings.REFUSED:
-        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
+    for name in (*JSON_FLAGS, PEFT_CONFIG):
+        section.add_argument(f"--{name}", nargs="*", metavar="JSON", help="an adapter's flags")
+    for name in rwkv_peft.FLAGS:
+        if name not in FIELDS:
+            parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     # The deepspeed launcher adds this; the environment says the same.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     return parser
@@ -163,12 +237,10 @@ def add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field) -> None
     shown = "" if default in (None, "", []) else f" [{default}]"
     text = field.metadata["help"] + (f" ({choices})" if choices else "") + shown
     kind = type_of(field)
-    options: dict[str, Any] = {"metavar": METAVARS.get(kind, "WORD")}
-    if kind is bool:  # --plan alone means --plan 1
-        options |= {"nargs": "?", "const": "1"}
-    elif is_list(field):
-        options["nargs"] = "*"
-    section.add_argument(f"--{field.name}", help=text.replace("%", "%%"), **options)
+    metavar = METAVARS.get(kind, "WORD")
+    section.add_argument(
+        f"--{field.name}", nargs="*", metavar=metavar, help=text.replace("%", "%%")
+    )
 
 
 def unused_flags(config: TrainConfig, values: dict[str, Any]) -> Iterator[str]:

@@ -9,7 +9,11 @@ from typing import Any, get_args, get_origin
 from finchtune.errors import UserError
 
 LIST_HINT = "words, or a JSON list"
-NEARLY = {("quant", "4bit"): "nf4 is the 4-bit form"}
+NEARLY = {
+    ("quant", "4bit"): "nf4 and fp4 have 4 bits; in bitsandbytes 4bit is fp4",
+    ("loss_mask", "se"): "for other marks than Assistant: and User: give --sft_field, or write the "
+    "mask with prepare_data.py",
+}
 
 
 def is_list(field: dataclasses.Field) -> bool:

@@ -58,7 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         (d_total,) = grad_outputs
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
-            d_hidden = d_hidden * d_total.to(d_hidden.dtype)
+            # The scale rounded to bf16 would be wrong by up to 0.4 % in every gradient below.
+            d_hidden = d_hidden.to(d_total.dtype).mul_(d_total).to(d_hidden.dtype)
         if d_weight is not None:
             d_weight = (d_weight * d_total).to(ctx.weight_dtype)
         return d_hidden, d_weight, None, None, None

@@ -26,15 +26,18 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
 
 
 class SummedLoss(nn.Module):
-    """What DeepSpeed wraps: a micro batch -> the sum of the unmasked tokens' losses."""
+    """What DeepSpeed wraps: a micro batch -> the sum of the unmasked tokens' losses.
 
-    def __init__(self, model: LanguageModel, l2wrap: float):
+    With `mean`, in training, their mean.
+    """
+
+    def __init__(self, model: LanguageModel, l2wrap: float, mean: bool = False):
         super().__init__()
-        self.model, self.l2wrap = model, l2wrap
+        self.model, self.l2wrap, self.mean = model, l2wrap, mean
 
     def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
         loss, _ = self.model.loss(tokens, labels, cu_seqlens, l2wrap=self.l2wrap)
-        return loss
+        return loss / (labels != IGNORE).sum().clamp_min(1) if self.mean and self.training else loss
 
 
 @dataclass
@@ -83,7 +86,8 @@ class Engine:
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.accumulate = config.accumulate_grad_batches
         self.stage = config.stage
-        module = SummedLoss(model, config.l2wrap)
+        self.means = config.loss_mean == "micro_batches"
+        module = SummedLoss(model, config.l2wrap, self.means)
         timeout = timedelta(minutes=config.timeout_minutes)
         self.ds = start_deepspeed(module, optimizer, self._ds_config(config), device, timeout)
         self._make_moments()
@@ -120,15 +124,18 @@ class Engine:
     def step(self, micro_batches: list[Batch], lr: float, stop: bool = False) -> StepResult:
         """One optimizer step over this rank's micro batches.
 
-        The loss is the mean over the unmasked tokens of all ranks and micro batches together.
+        The loss is the mean over the unmasked tokens of all ranks and micro batches together, or,
+        where --loss_mean asks for it, the mean of the micro batches' means.
         Where it or the gradient's norm is not finite on any rank, no rank updates anything.
         `stop`: this rank wants to stop; the result tells every rank whether one does.
         """
         world = distributed.world_size()
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches)
         (targets,) = distributed.all_sum([valid], self.device)
-        # DeepSpeed averages over ranks and micro batches; this turns its mean into our sum.
-        scale = world * self.accumulate / max(1.0, targets)
+        # DeepSpeed averages over ranks and micro batches. That is the mean of their means, and
+        # from their sums this makes the mean over all tokens.
+        count = world * self.accumulate if self.means else max(1.0, targets)
+        scale = world * self.accumulate / count
         set_learning_rate(self.ds.optimizer.param_groups, lr)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for batch in micro_batches:
@@ -145,7 +152,7 @@ class Engine:
         fed = sum(batch.tokens.numel() for batch in micro_batches)
         sums = distributed.all_sum([loss_sum.item(), fed, stop], self.device)
         return StepResult(
-            loss=sums[0] / max(1.0, targets),
+            loss=sums[0] / count,
             grad_norm=float(self.ds.get_global_grad_norm()),
             tokens=int(sums[1]),
             targets=int(targets),
