@@ -99,7 +99,7 @@ def trie_speed(corpus: Path) -> tuple[float, float]:
 
 def prepare(corpus: Path, prefix: Path, workers: int) -> tuple[float, int]:
     """Run prepare_data.py; its seconds from start to end, and the peak of its resident bytes."""
-    flags = ["--input", corpus, "--output", prefix, "--workers", workers]
+    flags = ["--input", corpus, "--output", prefix, "--workers", workers, "--overwrite"]
     began = time.perf_counter()
     command = [sys.executable, str(PREPARE), *map(str, flags)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

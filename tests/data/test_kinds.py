@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import subprocess
+import sys
 import tracemalloc
 
 import pytest
@@ -106,3 +108,29 @@ def test_text_that_repeats_itself_may_become_small(tmp_path):
     path = write(tmp_path / "a.jsonl.gz", gzip.compress(line * 100_000))
     assert path.stat().st_size * 100 < len(line) * 100_000
     assert len(records_of(path)) == 100_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["world", "bytes"])
+@pytest.mark.parametrize("fields", [("text",), ("question", "answer")])
+def test_one_long_record_takes_at_most_four_times_its_size(tmp_path, tokenizer, fields):
+    """Peak resident memory of prepare_data.py, above that for a short record."""
+
+    def peak(size: int) -> int:
+        text = "".join(random.Random(1).choices("今天天气很好, and more words. ", k=1 << 20)) * size
+        record = dict.fromkeys(fields, "q") | {fields[-1]: text or "a"}
+        path = tmp_path / f"{size}.jsonl"
+        path.write_text(json.dumps(record, ensure_ascii=False))
+        words = ["--input", path, "--output", tmp_path / "out", "--tokenizer", tokenizer]
+        words += ["--workers", 2, "--overwrite", *(["--sft_field", *fields] if fields[1:] else [])]
+        code = (
+            "import resource, sys; from finchtune.cli.prepare import main; main(sys.argv[1:]);"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        )
+        command = [sys.executable, "-c", code, *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout.split()[-1])
+
+    size = 20
+    above = peak(size) - peak(0)
+    assert above < 4.2 * (tmp_path / f"{size}.jsonl").stat().st_size

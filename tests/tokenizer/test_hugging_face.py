@@ -1,16 +1,18 @@
 """What a tokenizer.json may ask for and does not get, and what its model does not know."""
 
 import json
+import random
 
+import numpy as np
 import pytest
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from finchtune.data import load_data
 from finchtune.data.prepare import prepare
 from finchtune.data.render import Layout
 from finchtune.data.workers import Recipe
 from finchtune.errors import UserError
-from finchtune.tokenizer import load_tokenizer
+from finchtune.tokenizer import hugging_face, load_tokenizer
 
 VOCABULARY = {"<end>": 0, "a": 1, "b": 2, "ab": 3, "c": 4}
 
@@ -96,3 +98,23 @@ def test_a_file_that_is_no_tokenizer_is_told(tmp_path):
     path.write_text(json.dumps({"model": {"type": "BPE"}}))
     with pytest.raises(UserError, match=r"not a tokenizer\.json"):
         load_tokenizer(str(path))
+
+
+def test_a_long_text_in_pieces_has_the_ids_of_the_whole(tmp_path, monkeypatch):
+    words = ["the", "quick", "brown", "fox's", "1234", "über", "...", "\n\n", "  ", "x" * 300, "三"]
+    drawn = random.Random(1)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )  # fmt: skip
+    tokenizer.train_from_iterator([" ".join(words)] * 9, trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(hugging_face, "PIECE", 500)
+    text = " ".join(drawn.choices(words, k=3000))
+    assert len(list(loaded._parts(text))) > 20
+    assert loaded.encode(text) == tokenizer.encode(text).ids
+    assert loaded.encode_array(text, np.dtype("<u2")).tolist() == tokenizer.encode(text).ids
+    assert loaded.encode("x" * 5000) == tokenizer.encode("x" * 5000).ids

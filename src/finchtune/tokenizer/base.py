@@ -42,7 +42,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, with nothing added. UserError if it holds a lone surrogate."""
         try:
-            return self._encode(text)
+            return [id for part in self._parts(text) for id in self._encode(part)]
         except UnicodeEncodeError as error:
             raise lone_surrogate(error) from None
 
@@ -54,15 +54,23 @@ class Tokenizer:
         self, texts: Sequence[str], closed: Sequence[bool], dtype: np.dtype
     ) -> tuple[np.ndarray, np.ndarray]:
         """All texts' ids end to end, token 0 after those that are `closed`; how many each has."""
-        arrays = []
-        for text, close in zip(texts, closed, strict=True):
-            ids = self.encode(text) + [END_OF_DOCUMENT] * close
-            arrays.append(np.fromiter(ids, dtype, len(ids)))
-        sizes = np.array([len(array) for array in arrays], np.int64)
-        return np.concatenate([np.empty(0, dtype), *arrays]), sizes
+        arrays, sizes = [np.empty(0, dtype)], np.zeros(len(texts), np.int64)
+        for i, (text, close) in enumerate(zip(texts, closed, strict=True)):
+            try:
+                parts = [np.array(self._encode(part), dtype) for part in self._parts(text)]
+            except UnicodeEncodeError as error:
+                raise lone_surrogate(error) from None
+            parts += [np.array([END_OF_DOCUMENT], dtype)] * close
+            arrays += parts
+            sizes[i] = sum(map(len, parts))
+        return np.concatenate(arrays), sizes
 
     def _encode(self, text: str) -> list[int]:
         raise NotImplementedError
+
+    def _parts(self, text: str) -> Iterable[str]:
+        """The text in pieces that have the ids that it has as a whole."""
+        return (text,)
 
     @property
     def sha256(self) -> str:

@@ -1,10 +1,12 @@
 """Tokenizers of the Hugging Face `tokenizers` library, such as the Pile's."""
 
 import json
+import re
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from finchtune.errors import UserError
@@ -14,6 +16,11 @@ from finchtune.tokenizer.base import END_OF_DOCUMENT, Tokenizer
 # A pattern that searches for ever does so in what repeats itself; a sound one takes microseconds.
 PROBES = tuple(part * 200 + "!" for part in ("a", " ", "0", "\n", "a ", "aA", "é", "-", "三"))
 PROBE_SECONDS = 2.0
+# Long texts are tokenised in pieces of so many characters, cut where that changes nothing.
+PIECE = 1 << 16
+AROUND = 200
+CUTS_TRIED = 1000
+BLANK = re.compile(r"\S\s")
 
 
 class HFTokenizer(Tokenizer):
@@ -59,8 +66,29 @@ class HFTokenizer(Tokenizer):
         taken, self._unknown = self._unknown, Counter()
         return taken
 
-    def _encode(self, text: str) -> list[int]:
+    def _parts(self, text: str) -> Iterator[str]:
+        """As in the base class: the library takes a hundred bytes and more for each of a text."""
         text.encode()  # the library raises a TypeError that does not say where
+        start = 0
+        while len(text) - start > 2 * PIECE:
+            cut = self._safe_cut(text, start + PIECE)
+            yield text[start:cut]
+            start = cut
+        yield text[start:]
+
+    def _safe_cut(self, text: str, place: int) -> int:
+        """The next place before a blank around which both sides have the ids that they have
+        together; the end of the text where none of the next ones is such a place.
+        """
+        blanks = islice(BLANK.finditer(text, place), CUTS_TRIED)
+        for cut in (match.start() + 1 for match in blanks):
+            before, behind = text[cut - AROUND : cut], text[cut : cut + AROUND]
+            apart = self._run(before).ids + self._run(behind).ids
+            if self._run(before + behind).ids == apart:
+                return cut
+        return len(text)
+
+    def _encode(self, text: str) -> list[int]:
         encoding = self._run(text)
         ids = encoding.ids
         if self._unknown_id is not None:
