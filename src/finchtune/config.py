@@ -10,7 +10,10 @@ from typing import Any
 from finchtune.errors import ConfigurationError
 from finchtune.methods import flag_methods, method_files, method_flags
 
-METHODS = ("none", *method_files())
+METHODS = ("none", "state", *method_files())
+LR, STATE_LR = 2e-5, 0.1
+"""Default learning rates: of weights and adapters, and of states."""
+DESTRUCTIVE_LR = 0.05  # of all weights
 QUANT = ("none", "nf4", "fp4", "int8", "fp8")
 STAGES = {
     "auto": 1,
@@ -22,13 +25,21 @@ STAGES = {
     "deepspeed_stage_3_offload": 3,
 }
 AT_LEAST_ONE = {
+    *("chunk_ctx", "context_parallel"),
     *("ctx_len", "accumulate_grad_batches", "lora_ga_batches"),
     *("epoch_count", "epoch_save", "devices", "num_nodes", "sample_tokens", "max_skips"),
     *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
     *(name for name, flag in method_flags().items() if flag.at_least_one),
 }
 BELOW_ONE = {"beta1", "beta2", "lora_dropout", "val_split"}
-ABOVE_ZERO = {"lr_init", "lora_alpha", "lora_plus_ratio", "lora_ga_gamma", "timeout_minutes"}
+ABOVE_ZERO = {
+    "lr_init",
+    "lr_state",
+    "lora_alpha",
+    "lora_plus_ratio",
+    "lora_ga_gamma",
+    "timeout_minutes",
+}
 
 
 def flag(default: Any, text: str, choices: tuple = (), free: bool = False) -> Any:
@@ -102,6 +113,29 @@ class DataFlags:
 
 
 @dataclass
+class ContextFlags:
+    """Trained states, and long contexts."""
+
+    train_type: str = flag(
+        "none",
+        "state = the state that documents begin from (also --peft state; alone, or beside an "
+        "adapter); infctx = contexts of any length, in chunks",
+        ("none", "state", "infctx"),
+    )
+    lr_state: float | None = flag(
+        None, f"learning rate of states beside an adapter; default {STATE_LR:g}"
+    )
+    chunk_ctx: int = flag(1024, "infctx: tokens in a chunk")
+    bptt: str = flag(
+        "exact",
+        "infctx: gradients through the whole context, or within chunks",
+        ("exact", "truncated"),
+    )
+    infctx_offload: bool = flag(False, "infctx: keep states between chunks on the host", free=True)
+    context_parallel: int = flag(1, "processes that share one context, each a part", free=True)
+
+
+@dataclass
 class HeldOutFlags:
     """Held-out data, and text to watch."""
 
@@ -129,7 +163,9 @@ class StepFlags:
     epoch_count: int = flag(1, "epochs to train")
     epoch_begin: int = flag(0, "number of the first saved file")
     epoch_save: int = flag(1, "save rwkv-N.pth every so many epochs", free=True)
-    lr_init: float = flag(2e-5, "learning rate after warm-up")
+    lr_init: float = flag(
+        None, f"learning rate after warm-up; default {LR:g}, of states alone {STATE_LR:g}"
+    )
     lr_final: float | None = flag(None, "learning rate of the last step; default lr_init")
     lr_schedule: str = flag(
         "cos", "way from lr_init to lr_final", ("cos", "exp", "linear", "constant", "wsd")
@@ -191,18 +227,66 @@ class RecordFlags:
     tensorboard: bool = flag(False, "log to proj_dir/tensorboard too", free=True)
 
 
-GROUPS = (ModelFlags, MethodFlags, DataFlags, HeldOutFlags, StepFlags, MachineFlags, RecordFlags)
+GROUPS = (
+    *(ModelFlags, MethodFlags, DataFlags, ContextFlags, HeldOutFlags),
+    *(StepFlags, MachineFlags, RecordFlags),
+)
 
 
 @dataclass
 class TrainConfig(
-    RecordFlags, MachineFlags, StepFlags, HeldOutFlags, DataFlags, MethodFlags, ModelFlags
+    RecordFlags,
+    MachineFlags,
+    StepFlags,
+    HeldOutFlags,
+    ContextFlags,
+    DataFlags,
+    MethodFlags,
+    ModelFlags,
 ):
     """What one training run does. Field names are flag names."""
+
+    def __post_init__(self) -> None:
+        if self.lr_init is None:
+            self.lr_init = STATE_LR if self.trains_state and self.adapter == "none" else LR
+
+    @property
+    def adapter(self) -> str:
+        """The adapter's method, none if there is no adapter."""
+        return "none" if self.peft == "state" else self.peft
+
+    @property
+    def trains_state(self) -> bool:
+        """Whether the state that documents begin from is trained."""
+        return "state" in (self.peft, self.train_type)
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether every parameter is trained."""
+        return self.adapter == "none" and not self.trains_state
+
+    @property
+    def state_lr(self) -> float:
+        """Learning rate of trained states."""
+        return self.lr_init if self.adapter == "none" else self.lr_state or STATE_LR
+
+    @property
+    def chunked(self) -> bool:
+        """Whether contexts are read in chunks."""
+        return self.train_type == "infctx"
+
+    def readers(self, world: int) -> int:
+        """How many of `world` processes, or groups that share contexts, read rows of their own."""
+        return world // self.context_parallel
 
     @property
     def stage(self) -> int:
         return STAGES[self.strategy]
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of several backwards are summed in a step."""
+        return self.accumulate_grad_batches > 1 or self.chunked
 
     @property
     def offload(self) -> bool:
@@ -251,6 +335,7 @@ class TrainConfig(
 
     def _contradictions(self) -> Iterator[str]:
         yield from self._contradictions_of_method()
+        yield from self._contradictions_of_contexts()
         if self.lr_schedule == "exp" and self.lr_final == 0:
             yield "--lr_schedule exp cannot reach --lr_final 0; give a small number"
         if self.lr_schedule == "constant" and self.lr_final not in (None, self.lr_init):
@@ -273,16 +358,37 @@ class TrainConfig(
     def _contradictions_of_method(self) -> Iterator[str]:
         if self.pissa_init and not (self.peft == "pissa" and self.peft_load):
             yield "--pissa_init goes with --peft pissa and --peft_load"
-        if self.peft == "none" and (self.train_parts or self.peft_load):
+        if self.trains_all and (self.train_parts or self.peft_load):
             yield "--train_parts and --peft_load need --peft; without it all is trained"
-        if self.peft == "none" and self.quant != "none":
+        if self.adapter == "none" and self.quant != "none":
             yield "--quant needs --peft: a quantised weight cannot be trained itself"
-        if self.decay_adapters and not (self.weight_decay and self.peft != "none"):
+        if self.decay_adapters and not (self.weight_decay and self.adapter != "none"):
             yield "--decay_adapters goes with --weight_decay and --peft"
-        if self.weight_decay and self.peft != "none" and not self.decay_adapters:
+        if self.weight_decay and not self.trains_all and not self.decay_adapters:
             yield (
                 f"--weight_decay {self.weight_decay:g} would act on nothing: adapter matrices are "
                 "not decayed unless --decay_adapters 1 is given"
+            )
+
+    def _contradictions_of_contexts(self) -> Iterator[str]:
+        if self.trains_all and self.lr_init >= DESTRUCTIVE_LR:
+            yield (
+                f"--lr_init {self.lr_init:g} would destroy a model whose every weight is trained; "
+                "give --train_type state if it is for states, else a lower rate"
+            )
+        if self.lr_state and not (self.trains_state and self.adapter != "none"):
+            yield "--lr_state goes with --train_type state and an adapter; else give --lr_init"
+        changed = [
+            *(["chunk_ctx"] if self.chunk_ctx != ContextFlags.chunk_ctx else []),
+            *(["bptt"] if self.bptt != ContextFlags.bptt else []),
+            *(["infctx_offload"] if self.infctx_offload else []),
+        ]
+        if changed and not self.chunked:
+            yield f"--{changed[0]} goes with --train_type infctx"
+        if self.chunked and self.chunk_ctx % self.context_parallel:
+            yield (
+                f"--context_parallel {self.context_parallel} must divide --chunk_ctx "
+                f"{self.chunk_ctx}"
             )
 
 

@@ -9,7 +9,7 @@ from finchtune.adapters import METHODS, get_method, hyperparameters_of
 from finchtune.cli.flags import FIELDS, parse_train_flags
 from finchtune.cli.spellings.other_tools import OURS
 from finchtune.config import METHODS as CHOICES
-from finchtune.config import config_yaml
+from finchtune.config import STATE_LR, config_yaml
 from finchtune.errors import ConfigurationError, UserError
 from finchtune.methods import method_files
 
@@ -114,7 +114,7 @@ def test_mistakes_are_named(words, message):
 
 
 def test_every_method_and_hyperparameter_has_a_flag():
-    assert set(CHOICES) == {"none", *METHODS}
+    assert set(CHOICES) == {"none", "state", *METHODS}
     for name in METHODS:
         config = parse("--peft", name)
         reachable = {own.hyperparameter for own in method_files()[name].flags.values()}
@@ -140,6 +140,43 @@ def test_quantised_bases_are_asked_for_as_in_the_incumbent(kind):
     quant = {} if kind == "none" else {"quant": kind}
     config = parse("--peft", "bone", "--quant", kind)
     assert config.adapter_hyperparameters == {"r": 64} | quant
+
+
+@pytest.mark.parametrize(
+    ("words", "adapter", "state", "everything", "rate"),
+    [
+        ("", "none", False, True, 2e-5),
+        ("--train_type none", "none", False, True, 2e-5),
+        ("--train_type state", "none", True, False, STATE_LR),
+        ("--peft state", "none", True, False, STATE_LR),
+        ("--peft state --train_type infctx --chunk_ctx 512", "none", True, False, STATE_LR),
+        ("--peft bone --train_type state", "bone", True, False, 2e-5),
+        ("--train_type state --lr_init 1 --lr_final 0.01", "none", True, False, 1.0),
+        ("--peft bone --train_type infctx --bptt truncated", "bone", False, False, 2e-5),
+    ],
+)
+def test_what_is_trained(words, adapter, state, everything, rate):
+    config = parse(*words.split())
+    found = config.adapter, config.trains_state, config.trains_all, config.lr_init
+    assert found == (adapter, state, everything, rate)
+    assert config.state_lr == (rate if adapter == "none" else STATE_LR)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--lr_init 1", "would destroy a model .* --train_type state"),
+        ("--chunk_ctx 512", "--chunk_ctx goes with --train_type infctx"),
+        ("--bptt truncated --train_type state", "--bptt goes with --train_type infctx"),
+        ("--train_type stat", "did you mean state"),
+        ("--train_type state --lr_state 1", "--lr_state goes with --train_type state and an adap"),
+        ("--train_type infctx --chunk_ctx 512 --context_parallel 3", "must divide --chunk_ctx 512"),
+        ("--train_type infctx --chunk_ctx 0", "--chunk_ctx must be at least 1"),
+    ],
+)
+def test_flags_of_states_and_contexts_that_do_not_go_together(words, message):
+    with pytest.raises(UserError, match=message):
+        parse(*words.split())
 
 
 def test_data_flags_of_the_incumbent():

@@ -71,6 +71,18 @@ RUNS = {
         [*BONE, *SFT, "--train_parts", "[]", "--data_shuffle", "0", "--wandb", ""],
         {"data_type": "sft", "sft_field": ["query", "response"], "train_parts": []},
     ),
+    "states of 2024": (
+        [*OLD, "--state_tune", "--lr_init", "1", "--lr_final", "1e-2"],
+        {"train_type": "state", "peft": "none", "lr_init": 1.0, "trains_all": False},
+    ),
+    "states": (
+        [*SFT, "--train_type", "state", "--lr_init", "1", "--dataload", "only", "--micro_bsz", "1"],
+        {"train_type": "state", "trains_state": True, "adapter": "none"},
+    ),
+    "infctx": (
+        [*OLD, *BONE, "--train_type", "infctx", "--chunk_ctx", "512", "--ctx_len", "16384"],
+        {"train_type": "infctx", "chunk_ctx": 512, "peft": "bone", "bptt": "exact"},
+    ),
     "harmless": (
         [*BONE, "--fla", "--op", "fla", "--ds_bucket_mb", "200", "--enable_progress_bar", "False",
          "--my_pile_edecay", "0", "--magic_prime", "2926181", "--my_exit_tokens", "1498226207",

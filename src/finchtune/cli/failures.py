@@ -90,8 +90,10 @@ def flags_that_lower_memory(config: TrainConfig) -> list[str]:
         flags.append("--precision bf16")
     if not config.offload:
         flags.append("--strategy deepspeed_stage_3_offload")
-    if config.peft == "none":
+    if config.trains_all:
         flags.append("--peft bone")
+    if not config.chunked and config.ctx_len > 1024:
+        flags.append("--train_type infctx")
     flags.append(f"--ctx_len {max(16, config.ctx_len // 2)}")
     flags += ["more --devices under --strategy deepspeed_stage_3", "a smaller --load_model"]
     return flags[:5]

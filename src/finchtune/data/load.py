@@ -41,6 +41,7 @@ def load_data(
     cache_dir: str | Path | None = None,
     template: str = "",
     speakers: Sequence[str] = (),
+    whole: bool = False,
 ) -> Data:
     """Read a data set and prepare its rows.
 
@@ -52,6 +53,7 @@ def load_data(
     keeps what was tokenised for the next time, in a file that all processes share; the call is
     then a collective one. `template` is a name or file (data.templates), `speakers` the pairs of
     plain text (data.speakers); a prepared pair brings its own, and refuses another.
+    `whole`: documents longer than ctx_len are not cut.
     Raises UserError for flags that do not fit together, bad data, and data without a target.
     """
     _check_choices(data_type=data_type, dataload=dataload, loss_mask=loss_mask)
@@ -74,7 +76,10 @@ def load_data(
     chosen = [_split(documents, val_split) for documents in sets]
 
     def part(k: int) -> Data:
-        parts = [_rows(d, c[k], dataload, ctx_len, seed) for d, c in zip(sets, chosen, strict=True)]
+        parts = [
+            _rows(d, c[k], dataload, ctx_len, seed, whole)
+            for d, c in zip(sets, chosen, strict=True)
+        ]
         weights = [weight for _, weight in sources]
         rows: Rows = MixedRows(parts, weights, seed) if len(parts) > 1 else parts[0]
         if not rows.counts().targets:
@@ -82,7 +87,8 @@ def load_data(
                 f"{data_file}: --loss_mask {loss_mask} leaves no token to train on within "
                 f"--ctx_len {ctx_len}; raise --ctx_len or choose another mask"
             )
-        return Data(rows, dataload, ctx_len, sets, chosen_template)
+        longest = max(part.ctx_len for part in parts)
+        return Data(rows, dataload, longest, sets, chosen_template)
 
     chosen_template = _common_template(data_file, sets, layout.template)
     data = part(0)
@@ -213,7 +219,12 @@ def _split(documents: Documents, val_split: float) -> tuple[np.ndarray, np.ndarr
 
 
 def _rows(
-    documents: Documents, chosen: np.ndarray, dataload: str, ctx_len: int, seed: int
+    documents: Documents,
+    chosen: np.ndarray,
+    dataload: str,
+    ctx_len: int,
+    seed: int,
+    whole: bool = False,
 ) -> SourceRows:
     if dataload == "get":
         if documents.n_tokens <= ctx_len:
@@ -224,5 +235,7 @@ def _rows(
         return WindowRows(documents, ctx_len, seed)
     if len(chosen) == 0:
         raise UserError(f"{documents.source}: no document has two tokens, so there is no target")
-    kind = PackedRows if dataload == "pack" else DocumentRows
-    return kind(documents, chosen, ctx_len, seed)
+    longest = max(ctx_len, int(documents.sizes[chosen].max()) - 1) if whole else ctx_len
+    if dataload == "pack":
+        return PackedRows(documents, chosen, ctx_len, seed, longest)
+    return DocumentRows(documents, chosen, longest, seed)

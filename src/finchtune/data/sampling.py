@@ -85,10 +85,21 @@ class DocumentRows:
 
 
 class PackedRows:
-    """`pack`: documents fitted into rows of at most ctx_len inputs, the rows shuffled."""
+    """`pack`: documents fitted into rows of at most ctx_len inputs, the rows shuffled.
 
-    def __init__(self, documents: Documents, chosen: np.ndarray, ctx_len: int, seed: int):
-        self.documents, self.chosen, self.ctx_len = documents, chosen, ctx_len
+    With `longest` documents are cut after longest + 1 tokens instead; one above ctx_len has a row
+    of its own.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        chosen: np.ndarray,
+        ctx_len: int,
+        seed: int,
+        longest: int | None = None,
+    ):
+        self.documents, self.chosen, self.ctx_len = documents, chosen, longest or ctx_len
         shuffled = generator(seed).permutation(chosen)
         lengths = np.minimum(documents.sizes[shuffled] - 1, ctx_len)
         self.bins = [shuffled[members] for members in best_fit(lengths, ctx_len)]

@@ -66,7 +66,7 @@ class Activations:
 
     `kept` lives from the forward to the backward; `forward`, `loss` and `backward` come on top of
     it at the highest points of the blocks' forward, of the loss and of the backward. `by_part`
-    says what the parts of one block keep.
+    says what the parts of one block keep. `boundaries` of what is kept are states between chunks.
     """
 
     kept: int
@@ -74,6 +74,7 @@ class Activations:
     loss: int
     backward: int
     by_part: dict[str, int]
+    boundaries: int = 0
 
     @property
     def peak(self) -> int:
@@ -107,14 +108,18 @@ def activations(config: TrainConfig, plan: ModelPlan, device: str = "cpu") -> Ac
         small, large = getattr(two, name), getattr(three, name)
         return small + (large - small) * (plan.n_layer - 2)
 
-    return Activations(deep("kept"), deep("forward"), deep("loss"), deep("backward"), two.by_part)
+    return Activations(
+        *(deep("kept"), deep("forward"), deep("loss"), deep("backward")),
+        by_part=two.by_part,
+        boundaries=deep("boundaries"),
+    )
 
 
 def simulate(config: TrainConfig, model: LanguageModel, device: str = "cpu") -> Activations:
     """One forward and backward of a meta model, which is filled with fake tensors of `device`."""
     with FakeTensorMode(), torch.device(device):
         materialise(model)
-        tokens = torch.zeros(config.micro_bsz, config.ctx_len, dtype=torch.int64)
+        tokens = torch.zeros(config.micro_bsz, tokens_at_once(config), dtype=torch.int64)
         with StorageCount() as count, dropped_gradients(model):
             for tensor in [*model.parameters(), *model.buffers(), tokens]:
                 count.add(tensor)
@@ -122,11 +127,31 @@ def simulate(config: TrainConfig, model: LanguageModel, device: str = "cpu") -> 
             blocks: list[int] = []
             model.head.register_forward_pre_hook(lambda *_: blocks.append(count.restart_peak()))
             with growth(model.blocks[-1], count) as by_part:
-                loss = model.loss(tokens, tokens)[0]  # the new state is freed at once
+                loss, state = model.loss(tokens, tokens)
+                boundary = sum(leaf.nbytes for leaf in tree_leaves(state))
+                del state
             kept = count.live
             forward, head = blocks[0] - kept, count.restart_peak() - kept
             loss.backward()
-    return Activations(kept - static, forward, head, count.peak - kept, by_part)
+    boundaries = boundary * boundary_states(config)
+    return Activations(
+        kept - static + boundaries, forward, head, count.peak - kept, by_part, boundaries
+    )
+
+
+def tokens_at_once(config: TrainConfig) -> int:
+    """Tokens of a row that one process has the activations of."""
+    length = min(config.ctx_len, config.chunk_ctx) if config.chunked else config.ctx_len
+    return -(-length // config.context_parallel)
+
+
+def boundary_states(config: TrainConfig) -> int:
+    """States between chunks that lie on the device amid a step; with their gradients two more."""
+    if not config.chunked or config.ctx_len <= config.chunk_ctx:
+        return 0
+    between = -(-config.ctx_len // config.chunk_ctx) - 1
+    exact_on_device = config.bptt == "exact" and not config.infctx_offload
+    return (between if exact_on_device else 0) + 2
 
 
 def materialise(model: nn.Module) -> None:
@@ -212,7 +237,7 @@ def estimate(
         world,
         config.offload if offload is None else offload,
         on_gpu=device == "cuda",
-        accumulates=config.accumulate_grad_batches > 1,
+        accumulates=config.accumulates,
     ).state()
     step, update = "forward and backward", "optimizer step"
     moments = [

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from finchtune.distributed.context import ContextGroup
+from finchtune.errors import UserError
 from finchtune.models.config import ModelSizes
 from finchtune.ops.cross_entropy import cross_entropy_sum
 
@@ -87,6 +89,15 @@ class LanguageModel(nn.Module):
     def initial_states(self) -> dict[str, nn.Parameter]:
         """The states that documents begin from, by name; {} for a model that begins from zero."""
         return {n: p for n, p in self.named_parameters() if n.endswith(INITIAL_STATE)}
+
+    def share_contexts(self, context: ContextGroup) -> None:
+        """Have several processes read each context, every one its part of the tokens.
+
+        While `context.goes_on` is not None, `hidden` takes this process's part of the tokens and
+        of the packed sequences, a `state` that is the same in all, and returns the state after
+        the last part, the same in all. Raises UserError where the generation cannot.
+        """
+        raise UserError("--context_parallel is not available for this generation of models")
 
     def state_from(self, initial: Mapping[str, Tensor]) -> State:
         """The state of one sequence that begins from tensors named as in `initial_states`."""

@@ -25,7 +25,7 @@ def resolve_batch_size(
     GPU, by a trial, and divide what a process has to do. Raises UserError where nothing fits or
     nothing divides. A collective call; the same on all ranks.
     """
-    rows = rows_per_process(config, distributed.world_size())
+    rows = rows_per_process(config, config.readers(distributed.world_size()))
     if config.micro_bsz:
         return split(config, rows, config.micro_bsz) if config.global_bsz else config
     free = distributed.all_min(MARGIN * free_memory(config, device), device)

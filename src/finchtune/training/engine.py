@@ -21,23 +21,9 @@ from finchtune.ops.cross_entropy import IGNORE
 from finchtune.training.deepspeed import start_deepspeed
 from finchtune.training.metrics import peak_memory_mb
 from finchtune.training.optim import adamw, parameter_groups, set_learning_rate
+from finchtune.training.passes import SummedLoss, make_passes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
-
-
-class SummedLoss(nn.Module):
-    """What DeepSpeed wraps: a micro batch -> the sum of the unmasked tokens' losses.
-
-    With `mean`, in training, their mean.
-    """
-
-    def __init__(self, model: LanguageModel, l2wrap: float, mean: bool = False):
-        super().__init__()
-        self.model, self.l2wrap, self.mean = model, l2wrap, mean
-
-    def forward(self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
-        loss, _ = self.model.loss(tokens, labels, cu_seqlens, l2wrap=self.l2wrap)
-        return loss / (labels != IGNORE).sum().clamp_min(1) if self.mean and self.training else loss
 
 
 @dataclass
@@ -79,6 +65,7 @@ class Engine:
             config.decay_adapters,
             model.doubled_lr if config.layerwise_lr else "",
             config.lora_plus_ratio,
+            config.state_lr / config.lr_init if config.trains_state else 1.0,
         )
         betas = (config.beta1, config.beta2)
         optimizer = adamw(groups, config.lr_init, betas, config.adam_eps)
@@ -86,16 +73,19 @@ class Engine:
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.accumulate = config.accumulate_grad_batches
         self.stage = config.stage
+        self.sharing = config.context_parallel
         self.means = config.loss_mean == "micro_batches"
-        module = SummedLoss(model, config.l2wrap, self.means)
+        module = SummedLoss(model, config.l2wrap)
         timeout = timedelta(minutes=config.timeout_minutes)
         self.ds = start_deepspeed(module, optimizer, self._ds_config(config), device, timeout)
+        self.passes = make_passes(self.ds, model, config, device)
+        self.readers = config.readers(distributed.world_size())
         self._make_moments()
 
     def _ds_config(self, config: TrainConfig) -> dict[str, Any]:
         dtype = next(self.model.parameters()).dtype
         trained = sum(p.numel() for p in self.trained.values())
-        accumulates = config.accumulate_grad_batches > 1
+        accumulates = config.accumulates
         stage, sums_in_fp32 = effective_stage(config.stage, dtype, accumulates)
         on_gpu = self.device.type == "cuda"
         memory = {"device": "cpu" if config.offload else "none", "pin_memory": on_gpu}
@@ -130,21 +120,16 @@ class Engine:
         `stop`: this rank wants to stop; the result tells every rank whether one does.
         """
         world = distributed.world_size()
-        valid = sum(int((batch.labels != IGNORE).sum()) for batch in micro_batches)
-        (targets,) = distributed.all_sum([valid], self.device)
+        valid = [int((batch.labels != IGNORE).sum()) for batch in micro_batches]
+        # Processes that share a context count its labels each.
+        targets = distributed.all_sum([sum(valid)], self.device)[0] / self.sharing
         # DeepSpeed averages over ranks and micro batches. That is the mean of their means, and
         # from their sums this makes the mean over all tokens.
-        count = world * self.accumulate if self.means else max(1.0, targets)
+        count = self.readers * self.accumulate if self.means else max(1.0, targets)
         scale = world * self.accumulate / count
+        weights = [1 / max(1, n) if self.means else 1.0 for n in valid]
         set_learning_rate(self.ds.optimizer.param_groups, lr)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
-        for batch in micro_batches:
-            loss = self.ds(*batch.to(self.device))
-            # DeepSpeed skips a step whose gradient norm is not finite, on all ranks alike. A loss
-            # of infinity may have a finite gradient; 0 * inf is NaN and makes it bad as well.
-            self.ds.backward(loss * (scale + 0 * loss.detach()))
-            self.ds.step()
-            loss_sum += loss.detach()  # read once, below: reading waits for the GPU
+        loss_sum = self.passes.backward(micro_batches, weights, scale)
         zero = self.ds.optimizer
         if zero.overflow and self.stage < 3:
             # Under offload DeepSpeed 0.19 would add the next gradient to the bad one.
@@ -154,7 +139,7 @@ class Engine:
         return StepResult(
             loss=sums[0] / count,
             grad_norm=float(self.ds.get_global_grad_norm()),
-            tokens=int(sums[1]),
+            tokens=int(sums[1] / self.sharing),
             targets=int(targets),
             skipped=bool(zero.overflow),
             stopping=sums[2] > 0,
@@ -168,12 +153,13 @@ class Engine:
         """
         self.ds.eval()
         loss_sum = valid = 0.0
-        for batch in data.every_row(distributed.rank(), distributed.world_size(), micro_bsz):
-            loss_sum += self.ds(*batch.to(self.device)).item()
+        reader = distributed.rank() // self.sharing
+        for batch in data.every_row(reader, self.readers, micro_bsz):
+            loss_sum += self.passes.loss(batch).item()
             valid += int((batch.labels != IGNORE).sum())
         self.ds.train()
         loss_sum, targets = distributed.all_sum([loss_sum, valid], self.device)
-        return loss_sum / max(1.0, targets)
+        return loss_sum / max(1.0, targets / self.sharing)
 
     def close(self) -> None:
         """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""

@@ -23,6 +23,7 @@ from finchtune.training.saver import Saver, restore_tensors
 from finchtune.training.schedule import Schedule
 from finchtune.training.setup import (
     build_model,
+    check_processes,
     describe_parameters,
     open_data,
     require_data,
@@ -36,6 +37,7 @@ def train(config: TrainConfig) -> int:
     """This process's part of a run, from the flags to the files; returns the exit status."""
     device = distributed.pick_device(config.accelerator)
     distributed.init_process_group(device, config.timeout_minutes)
+    check_processes(config)
     with locked(Path(config.proj_dir)):
         return run(config, device)
 
@@ -84,7 +86,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
     validation = Validation(config, engine, data.validation, schedule, manifest)
     samples = Samples(config, model, saver.folder, schedule, start)
     metrics = saver.open_metrics(total, start)
-    mine = distributed.rank(), distributed.world_size()
+    mine = distributed.rank() // config.context_parallel, engine.readers
     cut = config.micro_bsz, config.accumulate_grad_batches
     rows_ahead = prefetch(data.rows(step, *mine, *cut) for step in range(start, total))
     watch = StepWatch(config, saver.folder, data, saver.global_batch, start)

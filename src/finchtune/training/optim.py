@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from finchtune.adapters.state import adapter_tensor, is_adapter_tensor
+from finchtune.models import INITIAL_STATE
 
 WSD_DECAY = 0.2  # share of the steps that warmup-stable-decay spends decaying
 
@@ -55,17 +56,19 @@ def parameter_groups(
     decay_adapters: bool = False,
     doubled_lr: str = "",
     lora_plus_ratio: float = 1.0,
+    state_ratio: float = 1.0,
 ) -> list[dict]:
     """Optimizer groups of the trainable parameters; each stands in exactly one.
 
     A group's `lr_scale` multiplies the learning rate: 2 where a name ends with `doubled_lr`,
-    `lora_plus_ratio` for LoRA's B (LoRA+, arXiv 2402.12354).
+    `lora_plus_ratio` for LoRA's B (LoRA+, arXiv 2402.12354), `state_ratio` for initial states.
     """
     trainable = [(name, p) for name, p in named if p.requires_grad]
     groups: dict[tuple[float, float], dict] = {}
     for name, p in trainable:
         scale = 2.0 if doubled_lr and name.endswith(doubled_lr) else 1.0
         scale = lora_plus_ratio if adapter_tensor(name) == "lora_B" else scale
+        scale = state_ratio if name.endswith(INITIAL_STATE) else scale
         decay = weight_decay if is_decayed(name, p, decay_adapters) else 0.0
         empty: dict = {"params": [], "lr_scale": scale, "weight_decay": decay}
         groups.setdefault((scale, decay), empty)["params"].append(p)

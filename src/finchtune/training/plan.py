@@ -12,7 +12,14 @@ from finchtune.adapters import is_adapter_tensor
 from finchtune.config import TrainConfig
 from finchtune.data import Data
 from finchtune.errors import UserError
-from finchtune.memory.estimate import Activations, Estimate, ModelPlan, activations, estimate
+from finchtune.memory.estimate import (
+    Activations,
+    Estimate,
+    ModelPlan,
+    activations,
+    estimate,
+    tokens_at_once,
+)
 from finchtune.models import LanguageModel, ModelSizes, meta_model, released_sizes
 from finchtune.ops.kernels import cpu_kernels_set_aside
 from finchtune.training.batch_size import rows_per_process, split
@@ -69,7 +76,7 @@ def planned_batch(config: TrainConfig) -> TrainConfig:
         raise UserError("--plan needs a number for --micro_bsz; auto looks at a device at work")
     if not config.global_bsz:
         return config
-    rows = rows_per_process(config, config.devices * config.num_nodes)
+    rows = rows_per_process(config, config.readers(config.devices * config.num_nodes))
     return split(config, rows, config.micro_bsz)
 
 
@@ -107,7 +114,7 @@ def file_bytes(config: TrainConfig, model: LanguageModel) -> tuple[int, int]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     stored = model.state_dict()  # without the codes of quantised weights, which no file holds
     frozen = sum(b.nbytes for name, b in model.named_buffers() if name in stored)
-    width = model.emb.weight.element_size() if config.peft == "none" else 4
+    width = model.emb.weight.element_size() if config.trains_all else 4
     return width * trained + frozen, 12 * trained + frozen
 
 
@@ -116,7 +123,7 @@ def data_lines(config: TrainConfig, model: LanguageModel) -> Iterator[str]:
 
     Without --data_file only what the flags say.
     """
-    world = config.devices * config.num_nodes
+    world = config.readers(config.devices * config.num_nodes)
     rows = config.micro_bsz * config.accumulate_grad_batches * world
     data = open_data(config, model.config.vocab_size) if config.data_file else None
     schedule = Schedule(config, rows, data.n_rows if data else 0)
@@ -178,7 +185,7 @@ def memory_lines(config: TrainConfig, plan: ModelPlan, device: str) -> Iterator[
             found = estimate(config, plan, world, device, one, stage, offload)
             yield table_line(name, cp, found) + ("  <- this run" if chosen else "")
     yield ""
-    yield from activation_lines(made[GRAD_CP[0]], config.micro_bsz * config.ctx_len)
+    yield from activation_lines(made[GRAD_CP[0]], config.micro_bsz * tokens_at_once(config))
 
 
 def table_line(name: str, grad_cp: int, found: Estimate) -> str:
@@ -191,6 +198,8 @@ def table_line(name: str, grad_cp: int, found: Estimate) -> str:
 
 def activation_lines(made: Activations, tokens: int) -> Iterator[str]:
     """What one block keeps of a token without recomputation."""
+    if made.boundaries:
+        yield f"states between chunks, in MiB: {made.boundaries / MIB:,.1f}"
     parts = ", ".join(f"{name} {value / tokens:,.0f}" for name, value in made.by_part.items())
     yield f"a block keeps of each token, in bytes: {parts}"
 

@@ -85,7 +85,8 @@ class Saver:
     def global_batch(self) -> int:
         """Rows in one optimizer step, over all processes and micro batches."""
         config = self.config
-        return config.micro_bsz * config.accumulate_grad_batches * distributed.world_size()
+        readers = config.readers(distributed.world_size())
+        return config.micro_bsz * config.accumulate_grad_batches * readers
 
     def save_epoch(self, epoch: int, step: int) -> Path:
         """Write rwkv-{epoch_begin + epoch}.pth and its JSON. A collective call."""
@@ -114,7 +115,7 @@ class Saver:
         Trained ones are in fp32, a fully tuned model in its own dtype.
         """
         model, keys = self.engine.model, adapter_keys(self.engine.model)
-        dtype = self.base_dtype if self.config.peft == "none" else torch.float32
+        dtype = self.base_dtype if self.config.trains_all else torch.float32
         trained = self.engine.trained
         layout = {
             key: full_parameter_like(trained[name], dtype)
@@ -149,10 +150,11 @@ class Saver:
         """
         differing = []
         if manifest["global_batch"] != self.global_batch:
+            readers = self.config.readers(distributed.world_size())
             differing.append(
                 f"global_batch {manifest['global_batch']} -> {self.global_batch}: choose "
                 "--micro_bsz and --accumulate_grad_batches so that their product, times "
-                f"{distributed.world_size()} processes, is {manifest['global_batch']} again"
+                f"{readers} processes, is {manifest['global_batch']} again"
             )
         if (manifest["data"], manifest["content"]) != (self.data, self.content()):
             differing += self._changed_data(manifest)

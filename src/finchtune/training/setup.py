@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finchtune import distributed
 from finchtune.adapters import adapted_layers, attach, start_from_gradients
-from finchtune.config import TrainConfig
+from finchtune.config import STATE_LR, TrainConfig
 from finchtune.data import Data, load_data, templates
 from finchtune.data.load import require_sources
 from finchtune.errors import UserError
@@ -25,7 +25,7 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
     # and the device never holds the whole weights.
     quantised = config.quant != "none"
     # What is trained is written, and every process needs pages of its own for it.
-    shared = config.peft != "none" and device.type == "cpu" and distributed.world_size() > 1
+    shared = not config.trains_all and device.type == "cpu" and distributed.world_size() > 1
     model = load_model(
         config.load_model,
         None if quantised else dtype,
@@ -59,14 +59,17 @@ def model_plan(config: TrainConfig, sizes: ModelSizes, dtype: torch.dtype) -> Mo
 
 
 def choose_trained(model: LanguageModel, config: TrainConfig, init: bool) -> None:
-    """Attach --peft and make exactly the wanted parameters trainable.
+    """Attach --peft, add trained states, and make exactly the wanted parameters trainable.
 
     `init`: whether adapters set their own tensors. Raises UserError for what cannot be trained.
     """
-    if config.peft == "none":
-        model.requires_grad_(True)
-        return
-    attach(model, config.peft, init=init, **config.adapter_hyperparameters)
+    model.requires_grad_(config.trains_all)
+    if config.adapter != "none":
+        attach(model, config.adapter, init=init, **config.adapter_hyperparameters)
+    if config.trains_state:
+        model.add_initial_state()
+        for state in model.initial_states().values():
+            state.requires_grad_(True)
     for part in config.train_parts:
         train_part(model, part)
 
@@ -76,7 +79,8 @@ def train_part(model: LanguageModel, part: str) -> None:
     chosen = {name: p for name, p in model.named_parameters() if part in name}
     if not chosen or not part:
         raise UserError(f"--train_parts {part or repr(part)}: no parameter has this in its name")
-    for name, layer in adapted_layers(model).items():
+    layers = adapted_layers(model) if hasattr(model, "adapter_spec") else {}
+    for name, layer in layers.items():
         if layer.adapter.freezes_W and f"{name}.weight" in chosen:
             raise UserError(
                 f"--train_parts {part}: {name} has an adapter of {layer.adapter.name}, beside "
@@ -119,6 +123,21 @@ def start_from_data(
         start_from_gradients(model, loss, config.lora_ga_batches)
 
     distributed.run_on_rank_zero(compute)
+
+
+def check_processes(config: TrainConfig) -> None:
+    """Raise UserError unless the processes can share contexts as asked; warn of a rash rate."""
+    world, sharing = distributed.world_size(), config.context_parallel
+    if world % sharing:
+        raise UserError(
+            f"--context_parallel {sharing} does not divide the {world} processes; choose --devices "
+            "so that it does"
+        )
+    if config.trains_state and config.state_lr > STATE_LR:
+        distributed.print_rank_zero(
+            f"warning: a learning rate of {config.state_lr:g} for states is above {STATE_LR:g}, "
+            "from which on they tend to learn less or to fail"
+        )
 
 
 def check_sizes(config: TrainConfig, sizes: ModelSizes) -> None:
@@ -180,6 +199,7 @@ def open_data(config: TrainConfig, vocab_size: int) -> Data:
             cache_dir=cache_dir,
             template=config.template,
             speakers=config.speakers,
+            whole=config.chunked,
         )
 
     data = load(config.data_file, config.val_split)

@@ -37,7 +37,8 @@ def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
     found = record["adapter"] if record else detect_spec(tensors)
     if not record and config.peft in possible_methods(tensors):
         found["method"] = config.peft  # the tensors would be the same
-    check_method(config, found)
+    if config.adapter != "none":
+        check_method(config, found)
     check_parts(model, set(tensors), path)
     load_adapter(model, path, initial)
 

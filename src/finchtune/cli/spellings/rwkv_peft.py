@@ -48,8 +48,6 @@ HARMLESS = {
 """Flag -> the values that ask for what is done anyway, and what to do about any other."""
 
 REFUSED = {
-    "train_type": "state tuning and infinite context are not available; drop the flag",
-    "chunk_ctx": "infinite context is not available; raise --ctx_len instead",
     "LISA": "LISA is not available; --peft bone or lora train as few parameters",
     "lisa_r": "LISA is not available; drop it",
     "lisa_k": "LISA is not available; drop it",
@@ -94,8 +92,8 @@ def translate(given: Given, known: Any, collected: Callable[[], Any]) -> tuple[G
         rest.setdefault("my_testing", theirs["rwkv_version"])
     with collected():
         map_old_lora(rest, theirs, notes)
-    with collected():
-        map_states(rest, theirs, known)
+    if "state_tune" in theirs:
+        rest["train_type"] = ["state"]
     return rest, notes
 
 
@@ -147,12 +145,3 @@ def map_old_lora(rest: Given, theirs: Given, notes: list[str]) -> None:
     if "lora_parts" in theirs:
         parts = parts_of("lora_parts", ",".join(theirs["lora_parts"]))
         rest["train_parts"] = [*rest.get("train_parts", []), *parts]
-
-
-def map_states(rest: Given, theirs: Given, known: Any) -> None:
-    """--state_tune; never a run of another kind."""
-    if "state_tune" not in theirs:
-        return
-    if "train_type" not in known:
-        raise UserError(f"--state_tune cannot be honoured: {REFUSED['train_type']}")
-    rest["train_type"] = ["state"]

@@ -6,14 +6,16 @@ token-shift and decay LoRAs. Source: "Eagle and Finch", arXiv 2404.05892, sectio
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from finchtune.distributed.context import ContextGroup
 from finchtune.models.language_model import INITIAL_STATE, LanguageModel, last_of
 from finchtune.models.recompute import recomputed
 from finchtune.models.rwkv6.config import ModelConfig
+from finchtune.ops.context import shift_across, wkv6_across
 from finchtune.ops.elementwise import (
     GatedNorm,
     fixed_mixtures,
@@ -22,6 +24,7 @@ from finchtune.ops.elementwise import (
     squared_relu,
 )
 from finchtune.ops.wkv6 import wkv6
+from finchtune.ops.wkv6.sequences import zero_state
 
 
 class BlockState(NamedTuple):
@@ -42,9 +45,21 @@ def filled(state: Tensor | None, n_sequences: int) -> Tensor | None:
     return torch.cat([state, state.new_zeros(n_sequences - len(state), *state.shape[1:])])
 
 
+def token_before(
+    context: ContextGroup | None, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor | None, Tensor]:
+    """What precedes the sequences of x (B, T, C), given `shift`, and the shift after them."""
+    n_sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+    if context is None or context.goes_on is None:
+        return filled(shift, n_sequences), last_of(x, cu_seqlens)
+    before, final = shift_across(context, x, shift)
+    return filled(before, n_sequences), final
+
+
 class TimeMix(nn.Module):
     """Attention's stand-in: data-dependent token shift, decay, and the WKV recurrence."""
 
+    context: ContextGroup | None = None
     time_state: nn.Parameter | None
     """What documents begin from, (H, N value, N key) as files have it: the transpose of ours."""
 
@@ -107,20 +122,29 @@ class TimeMix(nn.Module):
         """x (B, T, C) -> output (B, T, C), last inputs (S, C), WKV state (S, H, N, N)."""
         B, T, C = x.shape
         n_sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
-        shift, state = filled(shift, n_sequences), self.starting_state(state, n_sequences)
-        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, shift, cu_seqlens)
+        before, shift = token_before(self.context, x, shift, cu_seqlens)
+        x_w, x_k, x_v, x_r, x_g = self.mixtures(x, before, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
         low = torch.tanh(x_w.flatten(0, 1) @ self.time_decay_w1)
         w = torch.addmm(self.time_decay.view(1, C), low, self.time_decay_w2)
         heads = (B, T, self.config.n_head, self.config.head_size)
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
-        y, state = wkv6(r, k, v, w, self.time_faaaa, state, cu_seqlens)
+        inputs = r, k, v, w, self.time_faaaa
+        if self.context is not None and self.context.goes_on is not None:
+            fresh = self.starting_state(None, n_sequences)
+            fresh = zero_state(r, cu_seqlens) if fresh is None else fresh
+            y, state = wkv6_across(self.context, *inputs, fresh, state, cu_seqlens)
+        else:
+            state = self.starting_state(state, n_sequences)
+            y, state = wkv6(*inputs, state, cu_seqlens)
         y = self.ln_x(y.reshape(B * T, C), self.gate(x_g).view(B * T, C)).view(B, T, C)
-        return self.output(y), last_of(x, cu_seqlens), state
+        return self.output(y), shift, state
 
 
 class ChannelMix(nn.Module):
     """The feed-forward half of a block: squared ReLU, gated by a receptance."""
+
+    context: ContextGroup | None = None
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -134,11 +158,11 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
         """x (B, T, C) -> output (B, T, C), last inputs (S, C)."""
-        shift = filled(shift, len(x) if cu_seqlens is None else len(cu_seqlens) - 1)
+        before, shift = token_before(self.context, x, shift, cu_seqlens)
         maa = torch.cat([self.time_maa_k, self.time_maa_r]).flatten(0, 1)
-        x_k, x_r = fixed_mixtures(x, shift, cu_seqlens, maa)
+        x_k, x_r = fixed_mixtures(x, before, cu_seqlens, maa)
         k = self.value(squared_relu(self.key(x_k)))
-        return sigmoid_gate(self.receptance(x_r), k), last_of(x, cu_seqlens)
+        return sigmoid_gate(self.receptance(x_r), k), shift
 
 
 class Block(nn.Module):
@@ -173,6 +197,11 @@ class RWKV6(LanguageModel):
 
     def __init__(self, config: ModelConfig, grad_checkpoint: int = 0):
         super().__init__(config, Block, grad_checkpoint)
+
+    def share_contexts(self, context: ContextGroup) -> None:
+        for block in self.blocks:
+            for part in (block.att, block.ffn):
+                cast(Any, part).context = context
 
     def state_from(self, initial: Mapping[str, Tensor]) -> State:
         weight = self.emb.weight

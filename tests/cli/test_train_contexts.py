@@ -1,0 +1,153 @@
+"""train.py for states and long contexts: alone, in several processes, resumed."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from helpers.additions import flags, losses, make_folder
+from helpers.support import assert_one_error_line, relative_error, run_script, train
+
+from finchtune.files import sha256
+from finchtune.weights.base import load_model
+from finchtune.weights.state_files import set_states
+from finchtune.weights.tensors import read_tensors
+
+ROWS = "--micro_bsz 4 --accumulate_grad_batches 2 --epoch_steps 4".split()
+BONE = [*ROWS, "--peft", "bone", "--bone_r", 8]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """With long.jsonl: documents of up to 300 tokens, each of several of text.jsonl."""
+    made = make_folder(tmp_path_factory.mktemp("contexts"))
+    texts = [json.loads(line)["text"] for line in (made / "text.jsonl").read_text().splitlines()]
+    longer = [" ".join(texts[i : i + 1 + i % 9]) for i in range(len(texts))]
+    lines = [json.dumps({"text": text}) for text in longer]
+    (made / "long.jsonl").write_text("\n".join(lines) + "\n")
+    return made
+
+
+@pytest.fixture(scope="module")
+def chunked_run(folder):
+    """A finished run over whole documents in chunks, with a checkpoint half-way."""
+    words = [*BONE, "--train_type", "infctx", "--chunk_ctx", 32, "--save_every", 2]
+    train(*flags(folder, "chunked", *words, data="long.jsonl"))
+    return folder / "chunked"
+
+
+def test_states_alone_are_trained_saved_merged_and_used(folder):
+    words = [*ROWS, "--train_type", "state", "--lr_init", "0.1", "--lr_final", "0.01"]
+    done = train(*flags(folder, "state", *words))
+    assert "0.00 M trained" in done.stdout
+    path = folder / "state/rwkv-0.pth"
+    tensors = read_tensors(path)
+    assert {name: tuple(t.shape) for name, t in tensors.items()} == {
+        f"blocks.{i}.att.time_state": (4, 16, 16) for i in range(2)
+    }
+    assert path.stat().st_size < 20_000
+    assert losses(folder / "state")[-1] < losses(folder / "state")[0]
+    merged = folder / "with-state.pth"
+    parts = ("--base_model", folder / "base.pth", "--state_checkpoint", path, "--output", merged)
+    assert run_script("merge/merge_state.py", *parts).returncode == 0
+    model = load_model(folder / "base.pth")
+    set_states(model, path)
+    tokens = torch.randint(1, 256, (1, 30))
+    assert torch.equal(load_model(merged)(tokens)[0], model(tokens)[0])
+    # From its file on, with the same flags.
+    again = [*words, "--peft_load", path, "--lr_init", "0.01"]
+    train(*flags(folder, "state-again", *again))
+    assert losses(folder / "state-again")[0] < losses(folder / "state")[0]
+
+
+def test_states_beside_an_adapter(folder):
+    train(*flags(folder, "both", *BONE, "--train_type", "state", "--lr_state", "0.05"))
+    kinds = {name.rpartition(".")[2] for name in read_tensors(folder / "both/rwkv-0.pth")}
+    assert kinds == {"bone", "time_state"}
+    parts = ("--base_model", folder / "base.pth", "--output", folder / "both.pth")
+    done = run_script(
+        "merge/merge.py",
+        *(*parts, "--peft_checkpoint", folder / "both/rwkv-0.pth", "--verify", "What is 2 plus 2?"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "16 tensors merged, 2 tensors replaced" in done.stdout
+
+
+def test_a_rash_rate_is_warned_of_and_a_lost_flag_refused(folder):
+    words = ["--epoch_steps", 1, "--lr_init", 1]
+    done = run_script("train.py", *flags(folder, "lost", *words))
+    assert_one_error_line(done, "--train_type state")
+    done = train(*flags(folder, "rash", *words, "--train_type", "state"))
+    assert "warning: a learning rate of 1 for states" in done.stdout
+
+
+def test_chunks_of_whole_documents_train_as_long_rows_do(folder, chunked_run):
+    train(*flags(folder, "long-rows", *BONE, "--ctx_len", 512, data="long.jsonl"))
+    assert losses(chunked_run) == pytest.approx(losses(folder / "long-rows"), rel=1e-5)
+    found, expected = (read_tensors(folder / p / "rwkv-0.pth") for p in ("chunked", "long-rows"))
+    for name, tensor in expected.items():
+        assert relative_error(found[name], tensor) < 1e-3, name
+
+
+def test_a_chunked_run_resumes_to_the_same_bits(folder, chunked_run):
+    proj = folder / "chunked-resumed"
+    shutil.copytree(chunked_run, proj)
+    shutil.rmtree(proj / "checkpoints/step-4")
+    (proj / "rwkv-0.pth").unlink()
+    words = [*BONE, "--train_type", "infctx", "--chunk_ctx", 32, "--save_every", 2]
+    train(*flags(folder, proj, *words, "--resume", "auto", data="long.jsonl"))
+    assert sha256(proj / "rwkv-0.pth") == sha256(chunked_run / "rwkv-0.pth")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--devices 2 --micro_bsz 2 --strategy deepspeed_stage_2",
+        "--devices 2 --micro_bsz 2 --strategy deepspeed_stage_3",
+        "--devices 2 --context_parallel 2",
+        "--devices 2 --context_parallel 2 --strategy deepspeed_stage_3",
+        "--dataload pad --devices 1 --infctx_offload 1 --grad_cp 0",
+    ],
+)
+def test_other_processes_and_stages_give_the_same_losses(folder, chunked_run, words):
+    proj = folder / "".join(words.split())
+    common = [*BONE, "--train_type", "infctx", "--chunk_ctx", 32]
+    train(*flags(folder, proj, *common, *words.split(), data="long.jsonl"))
+    assert losses(proj) == pytest.approx(losses(chunked_run), rel=1e-5)
+
+
+def test_packed_rows_of_whole_contexts_are_shared(folder):
+    for name, words in (("one", ""), ("two", "--devices 2 --context_parallel 2")):
+        common = [*BONE, "--dataload", "pack", "--ctx_len", 128, *words.split()]
+        train(*flags(folder, f"shared-{name}", *common, data="long.jsonl"))
+    assert losses(folder / "shared-two") == pytest.approx(losses(folder / "shared-one"), rel=1e-5)
+
+
+def test_truncated_runs_and_states_in_long_contexts(folder):
+    words = [*ROWS, "--peft", "state", "--train_type", "infctx", "--chunk_ctx", 32]
+    for bptt in ("exact", "truncated"):
+        train(*flags(folder, bptt, *words, "--bptt", bptt, data="long.jsonl"))
+    first, other = losses(folder / "exact"), losses(folder / "truncated")
+    assert first[0] == pytest.approx(other[0], rel=1e-5)
+    assert first[1:] != pytest.approx(other[1:], rel=1e-6)
+    assert first[-1] < first[0]
+
+
+def test_processes_that_cannot_share_are_refused(folder):
+    words = ["--devices", 2, "--context_parallel", 3]
+    assert_one_error_line(
+        run_script("train.py", *flags(folder, "three", *words)), "does not divide"
+    )
+
+
+def test_the_plan_knows_chunks(folder):
+    common = ["--plan", "--ctx_len", 4096, "--micro_bsz", 1, "--grad_cp", 0, *BONE[-4:]]
+    totals = []
+    for words in ([], ["--train_type", "infctx", "--chunk_ctx", 256]):
+        done = run_script("train.py", *flags(folder, "plan", *common, *words, data="long.jsonl"))
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if "<- this run" in line]
+        totals.append(line)
+    assert "states between chunks" in done.stdout
+    activations = [float(line.split()[6].replace(",", "")) for line in totals]
+    assert activations[1] < activations[0] / 8

@@ -1,0 +1,77 @@
+"""Steps over long contexts under DeepSpeed, in one process."""
+
+import pytest
+import torch
+from helpers.contexts import long_batch, trainable
+from helpers.support import relative_error, whole_state
+
+from finchtune import distributed
+from finchtune.config import TrainConfig
+from finchtune.training.engine import Engine
+
+CPU = torch.device("cpu")
+STRATEGIES = ("_1", "_2", "_3", "_2_offload", "_3_offload")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group():
+    distributed.init_process_group(CPU)
+    yield
+    distributed.shutdown()
+
+
+def engine(model, **changes) -> Engine:
+    return Engine(model, TrainConfig(load_model="m", data_file="d", lr_init=1e-3, **changes), CPU)
+
+
+def steps(running, count=3, micro=("rows", "packed")):
+    """(loss, norm of the gradient) of steps over the same micro batches, and what is learnt."""
+    results = [running.step([long_batch(kind) for kind in micro], 1e-3) for _ in range(count)]
+    trained = whole_state(running)["trained"]
+    evaluated = running.evaluate(OneBatch(), 1)
+    running.close()
+    return [(r.loss, r.grad_norm) for r in results], trained, evaluated
+
+
+class OneBatch:
+    def every_row(self, *_):
+        return [long_batch("rows")]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("trained", ["all", "bone", "bone+state"])
+def test_chunks_train_as_the_whole_context_does(strategy, trained):
+    common = {"strategy": f"deepspeed_stage{strategy}", "accumulate_grad_batches": 2}
+    found = steps(engine(trainable(trained), train_type="infctx", chunk_ctx=13, **common))
+    expected = steps(engine(trainable(trained), **common))
+    for mine, plain in zip(found[0], expected[0], strict=True):
+        assert mine == pytest.approx(plain, rel=1e-4)
+    for name, tensor in expected[1].items():
+        assert relative_error(found[1][name], tensor) < 2e-3, name
+    assert found[2] == pytest.approx(expected[2], rel=1e-4)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_in_bf16(strategy):
+    common = {"strategy": f"deepspeed_stage{strategy}"}
+    batch = ("rows",)
+    model = trainable("bone", torch.bfloat16)
+    chunked = engine(model, train_type="infctx", chunk_ctx=16, infctx_offload=True, **common)
+    found, expected = steps(chunked, 1, batch), steps(engine(trainable("bone"), **common), 1, batch)
+    assert found[0][0] == pytest.approx(expected[0][0], rel=0.02)
+
+
+@pytest.mark.parametrize("grad_cp", [0, 1, 2])
+def test_recomputation_changes_no_bit(grad_cp):
+    common = {"train_type": "infctx", "chunk_ctx": 16}
+    found = steps(engine(trainable("bone", grad_checkpoint=grad_cp), **common), micro=("rows",))
+    expected = steps(engine(trainable("bone"), **common), micro=("rows",))
+    assert found[0] == expected[0]
+
+
+def test_truncated_steps_learn_otherwise():
+    common = {"train_type": "infctx", "chunk_ctx": 13}
+    exact = steps(engine(trainable("bone"), **common), micro=("rows",))[0]
+    truncated = steps(engine(trainable("bone"), bptt="truncated", **common), micro=("rows",))[0]
+    assert truncated[0][0] == pytest.approx(exact[0][0], rel=1e-5), "the loss is the same"
+    assert truncated[0][1] != pytest.approx(exact[0][1], rel=1e-3), "its gradient is not"
