@@ -21,6 +21,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def one_machine() -> bool:
+    """Whether all processes of the run are known to be on this machine."""
+    here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # DeepSpeed's name
+    return world_size() == 1 or here == str(world_size())
+
+
 def launched() -> bool:
     """Whether torchrun, deepspeed or another launcher started this process."""
     return "RANK" in os.environ

@@ -13,18 +13,20 @@ import torch
 import torch.distributed as dist
 
 from finchtune.distributed.collectives import barrier
-from finchtune.distributed.identity import launched, local_rank, rank, world_size
+from finchtune.distributed.identity import launched, local_rank, one_machine, rank, world_size
 from finchtune.errors import UserError, print_error
 
 REPORT_SECONDS = 2.0  # within which all ranks find a mistake that all of them find
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LIBC = ctypes.CDLL(None)
+HOME = "127.0.0.1"
+LOOPBACK = ("lo", "lo0")  # the interface's name on Linux, and elsewhere
 
 
 def free_port() -> int:
     """A TCP port that nobody listens on at this moment."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((HOME, 0))
         return probe.getsockname()[1]
 
 
@@ -85,14 +87,49 @@ def init_process_group(device: torch.device, timeout_minutes: float = 30) -> Non
     the process ends with the launcher that started it.
     """
     set_agent_death_signal()
-    lone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     if not launched():
-        os.environ.update(lone, MASTER_PORT=str(free_port()))
+        os.environ.update({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"})
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(minutes=timeout_minutes)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if one_machine():
+        talk_on_loopback()
+    store = meeting_store(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(
+            backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout
+        )
     atexit.register(_leave)
+
+
+def talk_on_loopback() -> None:
+    """Have gloo and NCCL open their ports where no other machine reaches them, unless told else."""
+    for _, name in socket.if_nameindex():
+        for library in ("GLOO", "NCCL") if name in LOOPBACK else ():
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", name)
+
+
+def meeting_store(timeout: timedelta) -> dist.Store | None:
+    """Where the ranks of one machine find each other; None: as the launcher's environment says.
+
+    A lone process needs no port, and rank 0 of several listens on the loopback interface only. The
+    store that torch would open listens on every network. torchrun has one of its own in any case.
+    """
+    if world_size() == 1:
+        return dist.HashStore()
+    if not one_machine() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    place = (HOME, int(os.environ["MASTER_PORT"]))
+    if rank() != 0:
+        return dist.TCPStore(*place, world_size(), False, timeout)
+    try:
+        listener = socket.create_server(place).detach()
+    except OSError as error:
+        raise UserError(f"port {place[1]} is taken ({error.strerror}); start again") from error
+    return dist.TCPStore(*place, world_size(), True, timeout, master_listen_fd=listener)
 
 
 def shutdown() -> None:
