@@ -2,6 +2,7 @@
 
 import os
 import sys
+import unicodedata
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -11,6 +12,20 @@ NOT_FINITE = 3
 OUT_OF_MEMORY = 4
 LOST_RANK = 5
 INTERRUPTED = 75  # sysexits.h: a temporary failure, try again
+PLAIN = "\n\t"  # the control characters that a terminal may get
+
+
+def printable(text: str) -> str:
+    """The text with control characters, which could command a terminal, as \\x1b and the like.
+
+    Names of files and tensors and what a model writes come from others.
+    """
+    return "".join(
+        char
+        if char in PLAIN or unicodedata.category(char) not in ("Cc", "Cs")
+        else ascii(char)[1:-1]
+        for char in text
+    )
 
 
 class UserError(ValueError):
@@ -21,7 +36,7 @@ class UserError(ValueError):
     @property
     def line(self) -> str:
         """The message, on one line."""
-        return " ".join(str(self).split())
+        return printable(" ".join(str(self).split()))
 
     @property
     def lines(self) -> list[str]:

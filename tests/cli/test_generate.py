@@ -8,8 +8,8 @@ from helpers.support import REPOSITORY, save_model, small_model
 
 import finchtune
 from finchtune.adapters import adapter_state, attach
-from finchtune.cli.writing import printable
 from finchtune.data import templates
+from finchtune.errors import printable
 from finchtune.files import sha256
 from finchtune.inference.generate import generate_batch
 from finchtune.tokenizer import BytesTokenizer

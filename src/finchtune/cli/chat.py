@@ -11,11 +11,10 @@ from finchtune.cli.writing import (
     add_sampling_flags,
     check_positive,
     open_model,
-    printable,
     sampling_of,
     template_of,
 )
-from finchtune.errors import UserError, print_error
+from finchtune.errors import UserError, print_error, printable
 from finchtune.files import read_json, write_json
 from finchtune.inference.conversation import Conversation
 from finchtune.inference.engine import Engine

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from finchtune.cli.options import check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 from finchtune.files import sha256
 from finchtune.weights.adapter_files import FORMAT, adapter_record, read_adapter, save_adapter
 from finchtune.weights.base import read_base
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     if Path(given.output).exists():
         raise UserError(f"--output {given.output} exists already; choose another name")
     (from_peft if Path(given.input).is_dir() else to_peft)(given)
-    print(f"wrote {given.output}")
+    print(printable(f"wrote {given.output}"))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

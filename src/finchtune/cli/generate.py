@@ -12,13 +12,12 @@ from finchtune.cli.writing import (
     add_sampling_flags,
     check_positive,
     open_model,
-    printable,
     sampling_of,
     template_of,
 )
 from finchtune.data.records import parse_line
 from finchtune.data.templates import Template
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 from finchtune.inference.engine import Engine, Request, Row
 
 

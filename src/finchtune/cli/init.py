@@ -5,6 +5,7 @@ import argparse
 import torch
 
 from finchtune.cli.options import check_output
+from finchtune.errors import printable
 from finchtune.models import generations
 from finchtune.weights.tensors import write_tensors
 
@@ -35,4 +36,4 @@ def main(arguments: list[str] | None = None) -> None:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[given.precision]
     write_tensors({name: t.to(dtype) for name, t in model.state_dict().items()}, given.output)
     n_parameters = sum(p.numel() for p in model.parameters())
-    print(f"{given.output}: {n_parameters / 1e6:.2f} M parameters, {sizes}")
+    print(f"{printable(given.output)}: {n_parameters / 1e6:.2f} M parameters, {sizes}")

@@ -14,7 +14,7 @@ from finchtune.data import inspect, templates
 from finchtune.data.binidx import BinIdx, exists, strip_extension
 from finchtune.data.documents import MASK_SUFFIX, read_binidx
 from finchtune.data.provenance import read_provenance
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 from finchtune.tokenizer import load_tokenizer
 
 MOST_USED = 10
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     vocab_size = flags.vocab_size or tokenizer.vocab_size
     masked = exists(prefix + MASK_SUFFIX)
     documents = read_binidx(prefix, vocab_size, "qa" if masked else "none")
-    print(f"{prefix}: the files fit together, every token id is below {vocab_size}")
+    print(f"{printable(prefix)}: the files fit together, every token id is below {vocab_size}")
     if made:
         template = made.template.name if made.template else "none"
         show([f"tokenizer       {made.tokenizer}", f"template        {template}"])
@@ -73,4 +73,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 def show(lines) -> None:
     for line in lines:
-        print(f"  {line}")
+        print(f"  {printable(line)}")

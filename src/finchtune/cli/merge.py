@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finchtune.cli.options import check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 from finchtune.tokenizer import load_tokenizer
 from finchtune.weights.adapter_files import adapted_model, read_adapter
 from finchtune.weights.base import load_model
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         check=check if given.verify else None,
     )
     counts = ", ".join(f"{receipt[kind]} tensors {kind}" for kind in ("merged", "replaced", "kept"))
-    print(f"{given.output}: {counts}; receipt: {receipt_path(given.output)}")
+    print(printable(f"{given.output}: {counts}; receipt: {receipt_path(given.output)}"))
 
 
 @torch.no_grad()

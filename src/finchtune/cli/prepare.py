@@ -26,7 +26,7 @@ from finchtune.data.prepare import VALIDATION_SUFFIX, Totals, prepare
 from finchtune.data.render import Layout
 from finchtune.data.speakers import parse_pairs
 from finchtune.data.workers import Recipe
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 from finchtune.tokenizer import load_tokenizer
 
 JSON2BINIDX_WIDE_FROM = 65500  # tokens of a vocabulary that it writes in int32
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> None:
                 sys.exit(128 + signal.SIGTERM)
 
         totals = prepare(inputs, output, recipe, flags.workers, show)
-    print(summary(output, totals))
+    print(printable(summary(output, totals)))
 
 
 def own_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:

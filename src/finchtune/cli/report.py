@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from finchtune.cli.options import check_output
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 from finchtune.report import write_report
 
 
@@ -25,4 +25,4 @@ def main(arguments: list[str] | None = None) -> None:
     for folder in given.runs:
         if not Path(folder).is_dir():
             raise UserError(f"{folder}: no such folder; give the --proj_dir of a run")
-    print(write_report(given.runs, given.output))
+    print(printable(str(write_report(given.runs, given.output))))

@@ -4,6 +4,7 @@ import argparse
 
 from finchtune.cli.options import check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
+from finchtune.errors import printable
 from finchtune.weights.merging import unmerge_files
 
 
@@ -26,6 +27,9 @@ def main(arguments: list[str] | None = None) -> None:
         False: "it is the base up to rounding, not bit for bit",
         None: "no hash of the base is known to compare with",
     }
-    print(f"{given.output}: {hashes[found['exact']]}")
+    print(f"{printable(given.output)}: {hashes[found['exact']]}")
     if found["largest_difference"] is not None:
-        print(f"largest difference from {given.base_model}: {found['largest_difference']:.3g}")
+        print(
+            f"largest difference from {printable(given.base_model)}: "
+            f"{found['largest_difference']:.3g}"
+        )

@@ -1,8 +1,7 @@
-"""What the commands that write text share: flags, the model, and text fit for a terminal."""
+"""What the commands that write text share: flags and the model."""
 
 import argparse
 import dataclasses
-import unicodedata
 
 import torch
 
@@ -16,7 +15,6 @@ from finchtune.tokenizer import Tokenizer, load_tokenizer
 from finchtune.weights.adapter_files import adapter_record
 from finchtune.weights.writing import writing_model
 
-PLAIN = "\n\t"  # the control characters that a terminal may get
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -92,11 +90,3 @@ def open_model(given: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
         given.lora_init,
     )
     return model, load_tokenizer(given.tokenizer, model.config.vocab_size)
-
-
-def printable(text: str) -> str:
-    """The text with control characters, which could command a terminal, as \\x1b and the like."""
-    return "".join(
-        char if char in PLAIN or unicodedata.category(char) != "Cc" else f"\\x{ord(char):02x}"
-        for char in text
-    )

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 
 
 def rank() -> int:
@@ -61,6 +61,6 @@ def machine() -> tuple[str, int]:
 
 
 def print_rank_zero(message: str) -> None:
-    """Print on rank 0 only."""
+    """Print on rank 0 only, fit for a terminal."""
     if rank() == 0:
-        print(message, flush=True)
+        print(printable(message), flush=True)

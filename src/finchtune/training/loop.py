@@ -128,7 +128,8 @@ def run(config: TrainConfig, device: torch.device) -> int:
 
     if metrics:
         metrics.close()
-        print(f"loss picture: {plot_loss(saver.folder, saver.folder / 'loss.png')}")
-        print(f"report: {write_report([saver.folder], saver.folder / 'report.html')}", flush=True)
+        picture = plot_loss(saver.folder, saver.folder / "loss.png")
+        report = write_report([saver.folder], saver.folder / "report.html")
+        distributed.print_rank_zero(f"loss picture: {picture}\nreport: {report}")
     distributed.shutdown()
     return status
