@@ -18,8 +18,9 @@ def elements(content: Any, block_bytes: int, max_bytes: int) -> Iterator[bytes]:
     held, place, begin, depth, number = bytearray(), 0, 0, 0, 0
     more = block_bytes
     while True:
-        read = content.read(more)
-        held += read
+        size = len(held)
+        held += content.read(more)
+        ended = len(held) == size
         for part in PART.finditer(held, place):
             mark = part[0]
             if mark == b'"':
@@ -37,7 +38,7 @@ def elements(content: Any, block_bytes: int, max_bytes: int) -> Iterator[bytes]:
                 if mark != b"]" or held[place:].strip() or content.read(block_bytes).strip():
                     raise BadRecord("the array does not end with the file")
                 return
-        if not read:
+        if ended:
             raise BadRecord("the array has no end; the file is truncated")
         if len(held) - begin > max_bytes:
             raise BadRecord(f"an element is longer than {max_bytes:,} bytes; split it")

@@ -158,7 +158,9 @@ def _read_lines(path: Path) -> Iterator[Block]:
                 span = (position, position + read)
                 yield Block(str(path), number, span=span, read_bytes=read)
             else:
-                yield Block(str(path), number, lines=block + rest, read_bytes=read)
+                block += rest
+                del rest
+                yield Block(str(path), number, lines=block, read_bytes=read)
             number += lines
             position += read
 
@@ -171,21 +173,29 @@ def _is_array(content: io.BufferedReader) -> bool:
 def _read_array(path: Path, content: Any, stored: io.BufferedReader) -> Iterator[Block]:
     """The elements of an array as lines, numbered from 1."""
     lines: list[bytes] = []
-    number, size, position = 1, 0, 0
+    number, position, size = 1, 0, 0
+
+    def block() -> Block:
+        nonlocal number, position, lines
+        first, number = number, number + len(lines)
+        before, position = position, stored.tell()
+        taken, lines = lines, []
+        return Block(str(path), first, lines=b"\n".join(taken), read_bytes=position - before)
+
     try:
         for element in elements(content, BLOCK_BYTES, MAX_RECORD):
+            # A long element is a block of its own, since joining copies.
+            size += len(element)
+            if lines and size > BLOCK_BYTES:
+                yield block()
+                size = len(element)
             # No string holds a line feed, so those that there are mean nothing. An element that is
             # missing must not pass as a blank line.
             lines.append(element.replace(b"\n", b" ") if element.strip() else b",")
-            size += len(element)
-            if size >= BLOCK_BYTES:
-                read = stored.tell() - position
-                yield Block(str(path), number, lines=b"\n".join(lines), read_bytes=read)
-                number, position = number + len(lines), position + read
-                lines, size = [], 0
+            del element
     except BadRecord as error:
         raise UserError(f"{path}: {error}") from None
-    yield Block(str(path), number, lines=b"\n".join(lines), read_bytes=stored.tell() - position)
+    yield block()
 
 
 def _read_span(path: str, start: int, stop: int) -> bytes:
