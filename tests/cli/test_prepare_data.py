@@ -71,11 +71,13 @@ def test_skipped_records_are_reported(run, corpus, tmp_path):
     assert f"skipped 1 bad records; the first: {corpus}:4" in out
 
 
-@pytest.mark.parametrize("end", [True, False])
-def test_json2binidx_command_lines_work_unchanged(run, corpus, tmp_path, end):
+@pytest.mark.parametrize(("vocab", "end"), [("file", True), ("file", False), ("none", True)])
+def test_json2binidx_command_lines_work_unchanged(run, corpus, tmp_path, vocab, end):
+    """Also where the vocabulary's usual file is not there: it is built in."""
     prefix = tmp_path / "sample"
+    file = vocabulary() if vocab == "file" else tmp_path / "rwkv_vocab_v20230424.txt"
     status, _, _ = run(
-        "--input", corpus, "--output-prefix", prefix, "--vocab", vocabulary(),
+        "--input", corpus, "--output-prefix", prefix, "--vocab", file,
         "--dataset-impl", "mmap", "--tokenizer-type", "RWKVTokenizer", "--workers", 1,
         *["--append-eod"] * end
     )  # fmt: skip

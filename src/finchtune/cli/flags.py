@@ -237,7 +237,7 @@ def add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field) -> None
     shown = "" if default in (None, "", []) else f" [{default}]"
     text = field.metadata["help"] + (f" ({choices})" if choices else "") + shown
     kind = type_of(field)
-    metavar = METAVARS.get(kind, "WORD")
+    metavar = "WORD ..." if is_list(field) else METAVARS.get(kind, "WORD")
     section.add_argument(
         f"--{field.name}", nargs="*", metavar=metavar, help=text.replace("%", "%%")
     )

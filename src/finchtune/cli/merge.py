@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finchtune.cli.options import check_output
+from finchtune.cli.spellings.merge_lines import our_arguments
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import UserError, printable
 from finchtune.tokenizer import load_tokenizer
@@ -18,7 +19,7 @@ from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files, receipt_path
 
 RWKV_PEFT = {"rslora": False, "mode": "row", "quant": "none"}
-"""What the scripts for one method take for granted, as RWKV-PEFT's of the same names do."""
+"""What the scripts for one method, and --type, take for granted, as in RWKV-PEFT."""
 VERIFY_TOKENS = 512
 VERIFY_LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """By the dtype that merged weights are rounded to: what their logits may differ by."""
@@ -26,6 +27,8 @@ VERIFY_LIMITS = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 def main(arguments: list[str] | None = None, methods: Collection[str] | None = None) -> None:
     """`methods` restricts which methods' adapters are merged."""
+    arguments = arguments or []
+    theirs = bool(methods) or "--type" in arguments
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--base_model", required=True, help="the .pth that was fine-tuned")
     parser.add_argument(
@@ -42,7 +45,7 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         help="compare the logits of the merged and of the adapted model on this text; both are "
         "loaded whole, one after the other",
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(our_arguments(arguments, methods))
     inputs = (given.base_model, given.peft_checkpoint, given.lora_init)
     check_output(given.output, *inputs, suffixes=(".pth", ".safetensors"))
 
@@ -56,7 +59,7 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         given.output,
         methods=methods,
         stated=stated_of(given),
-        defaults=RWKV_PEFT if methods else {},
+        defaults=RWKV_PEFT if theirs else {},
         initial=given.lora_init,
         device=given.device,
         check=check if given.verify else None,

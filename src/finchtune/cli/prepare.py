@@ -29,6 +29,7 @@ from finchtune.data.workers import Recipe
 from finchtune.errors import UserError, printable
 from finchtune.tokenizer import load_tokenizer
 
+WORLD_FILE = "rwkv_vocab_v20230424.txt"
 JSON2BINIDX_WIDE_FROM = 65500  # tokens of a vocabulary that it writes in int32
 WORLD_FILE = "rwkv_vocab_v20230424.txt"
 JSON2BINIDX_TOKENIZERS = ("RWKVTokenizer", "HFTokenizer")
@@ -143,7 +144,7 @@ def json2binidx_recipe(flags: argparse.Namespace) -> tuple[str, Recipe]:
         raise UserError(f"--tokenizer-type is needed: {' or '.join(JSON2BINIDX_TOKENIZERS)}")
     if flags.tokenizer_type == "HFTokenizer" and flags.vocab is None:
         raise UserError("--tokenizer-type HFTokenizer needs --vocab with its tokenizer.json")
-    name = flags.vocab or "world"
+    name = vocabulary(flags.vocab)
     if Path(name).name == WORLD_FILE and not Path(name).exists():
         name = "world"  # the file that comes with the tokenizer
     dtype = "<u2" if load_tokenizer(name).vocab_size < JSON2BINIDX_WIDE_FROM else "<i4"
@@ -160,6 +161,13 @@ def refuse_existing(output: str, held_out: bool) -> None:
                 f"{name}.bin or .idx is there already; choose another name, or replace the data "
                 "with --overwrite"
             )
+
+
+def vocabulary(path: str | None) -> str:
+    """The tokenizer that --vocab names: the built-in World where its usual file is not there."""
+    if path is None or (Path(path).name == WORLD_FILE and not Path(path).exists()):
+        return "world"
+    return path
 
 
 def interval() -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finchtune.adapters import Adapter, QuantisedWeight, get_method, hyperparameters_of
+from finchtune.adapters.residual import ResidualLoRA
 from finchtune.errors import UserError
 from finchtune.files import FileSet, atomic_path, json_text, read_json, sha256
 from finchtune.models import INITIAL_STATE, sizes_of
@@ -77,7 +78,7 @@ def merge_files(
             return replaced_weight(name, weight, change[""])
         moved, seen = filled_adapter(name, weight, change, spec).to(device), weight.to(device)
         if "quant" in spec:
-            seen = QuantisedWeight(seen, spec["quant"]).dense(torch.float32)
+            seen = quantised(seen, moved, spec["quant"], changed_base=record is None)
         return moved.merged(seen).to(weight.dtype).cpu()
 
     replaced = sum("" in change for change in changes.values())
@@ -101,6 +102,17 @@ def merge_files(
         }
         files.add(receipt_path(output)).write_text(json_text(receipt))
     return receipt
+
+
+def quantised(weight: Tensor, adapter: Adapter, kind: str, changed_base: bool) -> Tensor:
+    """The weight that an adapter stood on in training, in float32.
+
+    `changed_base`: other software takes PiSSA's start off a weight before it quantises it.
+    """
+    if changed_base and isinstance(adapter, ResidualLoRA):
+        start = adapter.scale * adapter.init_lora_B @ adapter.init_lora_A
+        return QuantisedWeight(weight.float() - start, kind).dense(torch.float32) + start
+    return QuantisedWeight(weight, kind).dense(torch.float32)
 
 
 def unmerge_files(

@@ -1,0 +1,6 @@
+"""Merge an adapter of any method, where RWKV-PEFT once had this script."""
+
+from finchtune.cli.main import run
+
+if __name__ == "__main__":
+    run("merge")

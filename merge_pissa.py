@@ -1,0 +1,6 @@
+"""Merge a PiSSA adapter, where RWKV-PEFT once had this script."""
+
+from finchtune.cli.main import run
+
+if __name__ == "__main__":
+    run("merge", methods=("pissa", "olora"))
