@@ -3,12 +3,17 @@
 // its part of G, the gradient of the state (16 keys x 64 values), in registers throughout. Per
 // chunk of 64 tokens:
 //
-//   1. warp x prepares block x: scores A, kt, and dA = dY V^T, which is kept as one symmetric
-//      fragment for each tree level, the leaves in fp32;
+//   1. warp x prepares block x: scores A, kt in place of k, and dA = dY V^T, the leaves in fp32;
 //   2. for each block, last first, with S the state before it, from the checkpoint:
 //        per key slice:   dr = from_start * (dY S^T) + pairs,   dk = to_end * (V G^T) + pairs,
 //                         dw, du, and G = diag(total) G + rt^T dY;
 //        per value slice: dv = A^T dY + kt G.
+//
+// Shared memory is what limits the thread blocks of a multiprocessor, so little is in it that could
+// be elsewhere: a warp reads its slice of k once more from global memory, G passes from the key to
+// the value slices partly through the columns of r and w that its warp has read, and dr, dk, dw wait
+// in registers until then. A and dA share a fragment: one has pairs of leaves (row <= column), the
+// other (row > column).
 //
 // The gradient of the log decay of token t sums what crosses it, and never subtracts (r*dr - k*dk,
 // the shorter way, cancels when strong and weak decays meet):
@@ -24,27 +29,67 @@
 namespace wkv6 {
 
 constexpr int BACKWARD_BLOCKS = 3;  // thread blocks for each multiprocessor
+constexpr float STRONGEST = 4e34f;  // of -log decay as a factor
 
 struct BackwardArgs {
   Wkv6Problem problem;
   Segments segments;
   const bf16 *r, *k, *v, *w, *dy;
   const float* u;
-  const float* dstate_out;  // (slots, 64, 64): of every segment; or NULL
+  const float* dstate_out;  // (n_seq, H, 64, 64); or NULL
+  const float* entering;    // (slots, 64, 64): the gradient of the state after each segment
   const uint4* checkpoints;
   bf16 *dr, *dk, *dv, *dw;
-  float* du;  // (slots, 64)
+  float* du;  // (thread blocks, 64)
   float* dstate_in;
 };
 
 struct BackwardShared {
-  Tile r, k, v, w, dy;  // r, k, v, w become dr, dk, dv, dw
-  Tile kt;
-  Tile g;                                        // G of the current block, keys x values
-  SharedOperand scores[BLOCKS];                  // A transposed
-  SharedOperand level4[BLOCKS], level8[BLOCKS];  // dA between rows and columns, and its transpose
-  float leaf[BLOCKS][4][4][4];                   // dA of leaf, row, column
+  Tile r, k, v, w, dy;           // r, k, v, w become dr, dk, dv, dw; k is kt meanwhile
+  SharedOperand g[SLICES][2];    // G of the current block: key slice, value slice less 2
+  SharedOperand scores[BLOCKS];  // A transposed, and dA
+  float leaf[BLOCKS][4][4][4];   // dA of leaf, row, column
   float total[BLOCKS][HEAD_SIZE];
+
+  // Where a lane puts its part of fragment (key slice, value slice) of G for the block whose first
+  // tile row is `row`: in the key slice's columns of r or w, or in g. Eight neighbouring lanes use
+  // different banks.
+  __device__ __forceinline__ uint4* g_place(int row, int key_slice, int value_slice,
+                                            const Lane& lane) {
+    if (value_slice >= 2) return &g[key_slice][value_slice - 2].lanes[lane.lane];
+    const int i = lane.lane, tile_row = i / 2 % 4 * 2 + i / 8 % 2 + i / 16 * 8;
+    Tile& tile = value_slice == 0 ? r : w;
+    return reinterpret_cast<uint4*>(
+        tile.at(Tile::moved(Lane::tile_place(tile_row, i % 2), row, 16 * key_slice)));
+  }
+};
+
+// A lane's slice of k in global memory: two channels of the tokens in tile rows `row` and `row` + 8
+// of a block, and the same eight channels further.
+struct KeyColumns {
+  const bf16* source;  // of the first token of the segment
+  int token_step;      // elements
+  int token;           // of the block; the other token of the lane is two later
+
+  __device__ KeyColumns(const bf16* k, const Wkv6Problem& problem, const Work& work,
+                        const Lane& lane) {
+    token = (lane.row & 6) << 1 | (lane.row & 1);
+    token_step = static_cast<int>(HEAD_SIZE * problem.H);
+    source = k + work.token_offset(problem, token) + 16 * lane.warp + 2 * lane.quad;
+  }
+
+  // The channels x tokens of the block that begins at `row` of a chunk with `valid` tokens.
+  __device__ __forceinline__ Operand load(int chunk, int row, int valid) const {
+    const bf16* const first = source + static_cast<int64_t>(chunk * CHUNK + row) * token_step;
+    Operand m;
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+      const bf16* const pair = first + p % 2 * 2 * token_step + p / 2 * 8;
+      const bool inside = row + token + p % 2 * 2 < valid;
+      m.pair[p] = inside ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+    }
+    return m;
+  }
 };
 
 // The 16 keys x 64 values of the state, or of its gradient, that a warp owns.
@@ -92,10 +137,11 @@ __device__ __forceinline__ KeySlice state_before(BackwardShared& shared, const u
     }
   }
   const int key = 16 * lane.warp;
+#pragma unroll 1
   for (int earlier = 0; earlier < row; earlier += BLOCK) {
     const float* const total = shared.total[earlier / BLOCK] + key + lane.row;
     const float total_pair[2] = {total[0], total[8]};
-    state.advance(total_pair, shared.kt.load_transposed(earlier, key, lane), shared.v, earlier,
+    state.advance(total_pair, shared.k.load_transposed(earlier, key, lane), shared.v, earlier,
                   lane);
   }
   return state;
@@ -107,8 +153,9 @@ __device__ __forceinline__ float quad_sum(float x) {
   return x + __shfl_xor_sync(ALL_LANES, x, 2);
 }
 
-// dA of the block, split for the key slices.
-__device__ __forceinline__ void prepare_score_gradients(BackwardShared& shared, int row,
+// dA of the block, beside its scores.
+__device__ __forceinline__ void prepare_score_gradients(BackwardShared& shared,
+                                                        const Operand& scores, int row,
                                                         const Lane& lane) {
   Accumulator product;
 #pragma unroll
@@ -117,17 +164,8 @@ __device__ __forceinline__ void prepare_score_gradients(BackwardShared& shared, 
   }
   const Leaf da = as_leaf(product);
   const PairPlace place(lane);
-  const auto symmetric = [&](bool condition) {
-    const Operand rows = as_operand(keep_if(condition, da));
-    const Operand columns = transposed(rows);
-    Operand sum;  // one of the two is zero everywhere
-#pragma unroll
-    for (int p = 0; p < 4; p++) sum.pair[p] = rows.pair[p] | columns.pair[p];
-    return sum;
-  };
   const int block = row / BLOCK;
-  shared.level4[block].store(symmetric(place.level4), lane);
-  shared.level8[block].store(symmetric(place.level8), lane);
+  shared.scores[block].store(chosen(place.below, as_operand(da), transposed(scores)), lane);
   if (place.leaf) {
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -135,6 +173,23 @@ __device__ __forceinline__ void prepare_score_gradients(BackwardShared& shared, 
     }
   }
 }
+
+// dA between rows and columns of each tree level, and its transpose: symmetric fragments.
+struct LevelGradients {
+  Operand level4, level8;
+
+  __device__ __forceinline__ LevelGradients(const Operand& scores, const Lane& lane) {
+    const PairPlace place(lane);
+    const Operand below = chosen(place.below, scores, Operand{}), above = transposed(below);
+    const bool split8 = lane.row / 4 != lane.quad / 2;  // the two leaves are of different halves
+    const uint32_t mask4 = split8 || place.leaf ? 0 : ~0u, mask8 = split8 ? ~0u : 0;
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+      level4.pair[p] = (below.pair[p] | above.pair[p]) & mask4;
+      level8.pair[p] = (below.pair[p] | above.pair[p]) & mask8;
+    }
+  }
+};
 
 // Sums over the leaves of the block other than a lane's own.
 struct LeafSums {
@@ -165,6 +220,7 @@ __device__ __forceinline__ void state_and_tree_gradients(BlockGradients& out, co
                                                          const DecayProducts& products, int c,
                                                          const Lane& lane) {
   const TreeRows rows(lane);
+  const float row4 = rows.level4, row8 = rows.level8, column4 = 1.0f - row4, column8 = 1.0f - row8;
   float rdr[4], kdk[4];  // what the suffix and the prefix sums of the log decay run over
   float state_rdr = 0.0f, state_kdk = 0.0f, far_sum = 0.0f;
 #pragma unroll
@@ -172,17 +228,15 @@ __device__ __forceinline__ void state_and_tree_gradients(BlockGradients& out, co
     const float r = in.r.x[c][i], k = in.k.x[c][i];
     out.dr.x[c][i] = products.from_start(c, i) * in.state_r.x[c][i];
     out.dk.x[c][i] = products.to_end(c, i) * in.state_k.x[c][i];
-    rdr[i] = r * out.dr.x[c][i];
-    kdk[i] = k * out.dk.x[c][i];
-    state_rdr += rdr[i];
-    state_kdk += kdk[i];
+    state_rdr += r * out.dr.x[c][i];
+    state_kdk += k * out.dk.x[c][i];
 
     const float four = level4_factor(products, rows, c, i) * in.level4.x[c][i];
     const float eight = level8_factor(products, rows, c, i) * in.level8.x[c][i];
-    out.dr.x[c][i] += (rows.level4 ? four : 0.0f) + (rows.level8 ? eight : 0.0f);
-    out.dk.x[c][i] += (rows.level4 ? 0.0f : four) + (rows.level8 ? 0.0f : eight);
-    rdr[i] += (rows.level4 ? r * four : 0.0f) + (rows.level8 ? r * eight : 0.0f);
-    kdk[i] += (rows.level4 ? 0.0f : k * four) + (rows.level8 ? 0.0f : k * eight);
+    out.dr.x[c][i] += row4 * four + row8 * eight;
+    out.dk.x[c][i] += column4 * four + column8 * eight;
+    rdr[i] = r * out.dr.x[c][i];
+    kdk[i] = k * out.dk.x[c][i];
     far_sum += (rows.level8 ? r : k) * eight;
   }
   const LeafSums state_r(state_rdr, lane), state_k(state_kdk, lane), far(far_sum, lane);
@@ -226,33 +280,48 @@ __device__ __forceinline__ float leaf_gradients(BlockGradients& out, const Block
   return du;
 }
 
-// dr, dk, dw of the block for the warp's key channels, in place of r, k, w; G, published in
-// shared.g and then taken to the block's start; du.
-__device__ __forceinline__ void key_slice_gradients(BackwardShared& shared, KeySlice& state,
-                                                    KeySlice& g, float (&du)[2], const float* u,
-                                                    int row, int valid, const Lane& lane) {
+// dr, dk, dw of a block for the warp's key channels, tokens x channels.
+struct KeySliceGradients {
+  Operand dr, dk, dw;
+
+  __device__ __forceinline__ void store(BackwardShared& shared, int row, const Lane& lane) const {
+    const int key = 16 * lane.warp;
+    shared.r.store(row, key, dr, lane);
+    shared.k.store(row, key, dk, lane);
+    shared.w.store(row, key, dw, lane);
+  }
+};
+
+// The key slice of the block: its gradients; G, published in shared memory and then taken to the
+// block's start; du. `k`: tokens x channels.
+__device__ __forceinline__ KeySliceGradients key_slice_gradients(
+    BackwardShared& shared, KeySlice& state, KeySlice& g, float (&du)[2], const Operand& k,
+    const float* u, int row, const Lane& lane) {
   const int key = 16 * lane.warp, block = row / BLOCK;
   BlockInputs in;
   in.r = as_leaf(shared.r.load_transposed(row, key, lane));
-  in.k = as_leaf(shared.k.load_transposed(row, key, lane));
+  in.k = as_leaf(transposed(k));
   in.log_decay = log_decay(as_leaf(shared.w.load_transposed(row, key, lane)));
-  in.decay = decay(in.log_decay, valid, lane);
+  in.decay = decay(in.log_decay);
   const DecayProducts products(in.decay, lane);
 
   Accumulator state_r, state_k, level4, level8;
   in.state_gradient[0] = in.state_gradient[1] = 0.0f;
+  __syncwarp();  // all lanes have read r and w
 #pragma unroll
   for (int j = 0; j < SLICES; j++) {
-    const Operand g_operand = as_operand(g.x[j]);
-    shared.g.store(key, 16 * j, g_operand, lane);
+    const Operand g_operand = as_operand(g.x[j]), published = transposed(g_operand);
+    *shared.g_place(row, lane.warp, j, lane) = {published.pair[0], published.pair[1],
+                                                published.pair[2], published.pair[3]};
     multiply_add(state_r, as_operand(state.x[j]), shared.dy.load(row, 16 * j, lane));
     multiply_add(state_k, g_operand, shared.v.load(row, 16 * j, lane));
 #pragma unroll
     for (int i = 0; i < 8; i++) in.state_gradient[i / 2 % 2] += state.x[j].x[i] * g.x[j].x[i];
   }
   const TreeOperands tree(in.r, in.k, products, TreeRows(lane));
-  multiply_add(level4, tree.level4, shared.level4[block].load(lane));
-  multiply_add(level8, tree.level8, shared.level8[block].load(lane));
+  const LevelGradients levels(shared.scores[block].load(lane), lane);
+  multiply_add(level4, tree.level4, levels.level4);
+  multiply_add(level8, tree.level8, levels.level8);
   in.state_r = as_leaf(state_r);
   in.state_k = as_leaf(state_k);
   in.level4 = as_leaf(level4);
@@ -267,15 +336,14 @@ __device__ __forceinline__ void key_slice_gradients(BackwardShared& shared, KeyS
     du[c] += leaf_gradients(out, in, shared.leaf[block][lane.quad], u[key + lane.row + 8 * c], c);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      out.dw.x[c][i] *= in.log_decay.x[c][i];
+      // Finite, so that a gradient of zero stays one where the decay is infinitely strong.
+      out.dw.x[c][i] *= fmaxf(in.log_decay.x[c][i], -STRONGEST);
       r_decayed.x[c][i] = in.r.x[c][i] * products.from_start(c, i);
     }
   }
-  __syncwarp();  // all lanes have read r, k, w
-  shared.r.store(row, key, transposed(as_operand(out.dr)), lane);
-  shared.k.store(row, key, transposed(as_operand(out.dk)), lane);
-  shared.w.store(row, key, transposed(as_operand(out.dw)), lane);
   g.advance(products.total, as_operand(r_decayed), shared.dy, row, lane);
+  return {transposed(as_operand(out.dr)), transposed(as_operand(out.dk)),
+          transposed(as_operand(out.dw))};
 }
 
 // dv of the block for the warp's value channels, in place of v.
@@ -283,34 +351,39 @@ __device__ __forceinline__ void value_slice_gradients(BackwardShared& shared, in
                                                       const Lane& lane) {
   const int value = 16 * lane.warp;
   Accumulator dv;  // tokens x values
-  multiply_add(dv, shared.scores[row / BLOCK].load(lane),
-               shared.dy.load_transposed(row, value, lane));
+  const Operand scores =
+      chosen(PairPlace(lane).below, Operand{}, shared.scores[row / BLOCK].load(lane));
+  multiply_add(dv, scores, shared.dy.load_transposed(row, value, lane));
 #pragma unroll
-  for (int n = 0; n < HEAD_SIZE; n += 16) {
-    multiply_add(dv, shared.kt.load(row, n, lane), shared.g.load_transposed(n, value, lane));
+  for (int n = 0; n < SLICES; n++) {
+    const uint4 g = *shared.g_place(row, n, lane.warp, lane);
+    multiply_add(dv, shared.k.load(row, 16 * n, lane), {g.x, g.y, g.z, g.w});
   }
   shared.v.store(row, value, as_operand(dv), lane);
 }
 
 __device__ __forceinline__ void load_backward_chunk(BackwardShared& shared,
-                                                    const BackwardArgs& args, const Work& work,
-                                                    int64_t t0) {
-  load_chunk(shared.r, args.r, args.problem, work, t0);
-  load_chunk(shared.k, args.k, args.problem, work, t0);
-  load_chunk(shared.w, args.w, args.problem, work, t0);
-  load_chunk(shared.v, args.v, args.problem, work, t0);
-  load_chunk(shared.dy, args.dy, args.problem, work, t0);
+                                                    const BackwardArgs& args,
+                                                    const Pieces& pieces, int64_t offset,
+                                                    int valid) {
+  load_chunk(shared.r, args.r + offset, pieces, valid);
+  load_chunk(shared.k, args.k + offset, pieces, valid);
+  load_chunk(shared.w, args.w + offset, pieces, valid);
+  load_chunk(shared.v, args.v + offset, pieces, valid);
+  load_chunk(shared.dy, args.dy + offset, pieces, valid);
   async_commit();
   async_wait<0>();
+  if (valid < CHUNK) clear_decay(shared.w, pieces, valid);
 }
 
 __device__ __forceinline__ void store_backward_chunk(BackwardShared& shared,
-                                                     const BackwardArgs& args, const Work& work,
-                                                     int64_t t0) {
-  store_chunk(args.dr, shared.r, args.problem, work, t0);
-  store_chunk(args.dk, shared.k, args.problem, work, t0);
-  store_chunk(args.dw, shared.w, args.problem, work, t0);
-  store_chunk(args.dv, shared.v, args.problem, work, t0);
+                                                     const BackwardArgs& args,
+                                                     const Pieces& pieces, int64_t offset,
+                                                     int valid) {
+  store_chunk(args.dr + offset, shared.r, pieces, valid);
+  store_chunk(args.dk + offset, shared.k, pieces, valid);
+  store_chunk(args.dw + offset, shared.w, pieces, valid);
+  store_chunk(args.dv + offset, shared.v, pieces, valid);
 }
 
 __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(BackwardArgs args) {
@@ -322,39 +395,49 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
 
   KeySlice g;
   float du[2] = {};
-  if (args.dstate_out != nullptr && (work.length > 0 || work.last)) {
-    const float* const final_gradient = args.dstate_out + work.slot * HEAD_SIZE * HEAD_SIZE;
+  const float* const final_gradient =
+      work.last ? state_of(args.dstate_out, work.state_index(problem))
+                : state_of(args.entering, blockIdx.x - args.segments.whole);
+  if (final_gradient != nullptr && (work.length > 0 || work.last)) {
     g.each(lane,
            [=](float& x, int key, int value) { x = final_gradient[key * HEAD_SIZE + value]; });
   }
+  const int64_t checkpoint_step = problem.H * CHECKPOINT_PIECES;
+  const uint4* checkpoint =
+      args.checkpoints + work.checkpoint_index(problem, work.chunks()) * CHECKPOINT_PIECES;
+  const Pieces pieces(problem, work);
+  const KeyColumns k_columns(args.k, problem, work, lane);
   for (int chunk = work.chunks() - 1; chunk >= 0; chunk--) {
-    const int64_t t0 = static_cast<int64_t>(chunk) * CHUNK;
-    const int valid = valid_tokens(work, t0), blocks = used_blocks(valid);
-    // No barrier before the loads: a thread overwrites what it has just stored itself, and tiles
-    // that were last read before the barrier above.
-    load_backward_chunk(shared, args, work, t0);
+    const int valid = valid_tokens(work, chunk), blocks = used_blocks(valid);
+    const int64_t offset = pieces.of_chunk(chunk);
+    // No barrier before the loads: a thread overwrites what it has just stored itself, and dy,
+    // last read before the barrier above.
+    load_backward_chunk(shared, args, pieces, offset, valid);
     __syncthreads();
     if (lane.warp < blocks) {
       const int row = lane.warp * BLOCK;
-      const Operand scores = prepare_block(shared.r, shared.k, shared.w, nullptr, shared.kt,
-                                           shared.total[lane.warp], u, row, valid - row, lane);
-      shared.scores[lane.warp].store(transposed(scores), lane);
-      prepare_score_gradients(shared, row, lane);
+      const Operand scores = prepare_block(shared.r, shared.k, shared.w, nullptr, shared.k,
+                                           shared.total[lane.warp], u, row, lane);
+      prepare_score_gradients(shared, scores, row, lane);
     }
     __syncthreads();
-    const uint4* const checkpoint =
-        args.checkpoints + work.checkpoint_index(problem, chunk) * CHECKPOINT_PIECES;
+    checkpoint -= checkpoint_step;
+#pragma unroll 1
     for (int row = (blocks - 1) * BLOCK; row >= 0; row -= BLOCK) {
+      const Operand k = k_columns.load(chunk, row, valid);
       KeySlice state = state_before(shared, checkpoint, row, lane);
-      key_slice_gradients(shared, state, g, du, u, row, valid - row, lane);
-      __syncthreads();  // shared.g is complete, and no warp needs v of this block any more
+      const KeySliceGradients gradients =
+          key_slice_gradients(shared, state, g, du, k, u, row, lane);
+      __syncthreads();  // G is complete, and no warp needs v of this block any more
       value_slice_gradients(shared, row, lane);
-      __syncthreads();  // shared.g may be overwritten
+      __syncthreads();  // all warps are done with G and kt
+      gradients.store(shared, row, lane);
     }
-    store_backward_chunk(shared, args, work, t0);
+    __syncthreads();
+    store_backward_chunk(shared, args, pieces, offset, valid);
   }
 
-  float* const du_slot = args.du + work.slot * HEAD_SIZE + 16 * lane.warp + lane.row;
+  float* const du_slot = args.du + static_cast<int64_t>(blockIdx.x) * HEAD_SIZE + 16 * lane.warp + lane.row;
 #pragma unroll
   for (int c = 0; c < 2; c++) {
     du[c] = quad_sum(du[c]);

@@ -18,25 +18,21 @@ namespace wkv6 {
 constexpr unsigned ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504f;
 
-// -exp(w): the logarithm of the decay. Kept finite for any w, as the gradient of w is a multiple of
-// it; the comparison lets NaN pass.
+// -exp(w): the logarithm of the decay; minus infinity for very large w, as -infinity gives 0.
 __device__ __forceinline__ Leaf log_decay(const Leaf& w) {
   Leaf result;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const float exponent = LOG2_E * w.x[i / 4][i % 4];
-    result.x[i / 4][i % 4] = -exp2_approx(exponent > 115.0f ? 115.0f : exponent);
+    result.x[i / 4][i % 4] = -exp2_approx(LOG2_E * w.x[i / 4][i % 4]);
   }
   return result;
 }
 
-// exp(log_decay); 1 for tokens beyond the `valid` ones of the block, which thus change no state.
-__device__ __forceinline__ Leaf decay(const Leaf& log_decay, int valid, const Lane& lane) {
+__device__ __forceinline__ Leaf decay(const Leaf& log_decay) {
   Leaf result;
 #pragma unroll
   for (int i = 0; i < 8; i++) {
-    const bool inside = 4 * lane.quad + i % 4 < valid;
-    result.x[i / 4][i % 4] = inside ? exp2_approx(LOG2_E * log_decay.x[i / 4][i % 4]) : 1.0f;
+    result.x[i / 4][i % 4] = exp2_approx(LOG2_E * log_decay.x[i / 4][i % 4]);
   }
   return result;
 }
@@ -116,6 +112,7 @@ struct TreeOperands {
 // g % 2 and 2 + g % 2 of leaf g / 2, its columns the tokens of leaf q.
 struct PairPlace {
   bool level4, level8, leaf;  // the level at which row and column are split
+  bool below;                 // the row's leaf is later than the column's
   bool odd;                   // row c (0 or 1) is token 2c + odd of its leaf
 
   __device__ __forceinline__ explicit PairPlace(const Lane& lane) {
@@ -123,16 +120,10 @@ struct PairPlace {
     level8 = row_leaf >= 2 && column_leaf < 2;
     level4 = row_leaf % 2 == 1 && column_leaf == row_leaf - 1;
     leaf = row_leaf == column_leaf;
+    below = row_leaf > column_leaf;
     odd = lane.row % 2;
   }
 };
-
-__device__ __forceinline__ Leaf keep_if(bool condition, const Leaf& leaf) {
-  Leaf result;
-#pragma unroll
-  for (int i = 0; i < 8; i++) result.x[i / 4][i % 4] = condition ? leaf.x[i / 4][i % 4] : 0.0f;
-  return result;
-}
 
 // Scores inside the leaves: s[a][b] for token a and an earlier or the same token b of leaf q,
 // summed over the channels given so far.
@@ -177,14 +168,14 @@ struct LeafScores {
 // A warp does one block.
 __device__ __forceinline__ Operand prepare_block(Tile& r_tile, Tile& k_tile, Tile& w_tile, Tile* rt,
                                                  Tile& kt, float* total, const float* u, int row,
-                                                 int valid, const Lane& lane) {
+                                                 const Lane& lane) {
   Accumulator level4, level8;
   LeafScores leaf;
 #pragma unroll 1  // unrolled, it needs more registers than three thread blocks leave each other
   for (int n = 0; n < HEAD_SIZE; n += 16) {
     const Leaf r = as_leaf(r_tile.load_transposed(row, n, lane));
     const Leaf k = as_leaf(k_tile.load_transposed(row, n, lane));
-    const Leaf d = decay(log_decay(as_leaf(w_tile.load_transposed(row, n, lane))), valid, lane);
+    const Leaf d = decay(log_decay(as_leaf(w_tile.load_transposed(row, n, lane))));
     const DecayProducts products(d, lane);
 
     const TreeOperands tree(r, k, products, TreeRows(lane));

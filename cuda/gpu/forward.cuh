@@ -20,7 +20,8 @@ struct ForwardArgs {
   Segments segments;
   const bf16 *r, *k, *v, *w;
   const float* u;
-  const float* state_in;  // (slots, 64, 64): of every segment; or NULL
+  const float* state_in;  // (n_seq, H, 64, 64); or NULL
+  const float* entering;  // (slots, 64, 64): the state at the start of each segment
   bf16* y;
   float* state_out;
   uint4* checkpoints;
@@ -33,6 +34,11 @@ constexpr int CHECKPOINT_PIECES = SLICES * SLICES * 32;
 __device__ __forceinline__ uint4* checkpoint_fragment(uint4* checkpoint, int key_slice,
                                                       int value_slice) {
   return checkpoint + (key_slice * SLICES + value_slice) * 32;
+}
+
+// Of a tensor of states that may be NULL.
+__device__ __forceinline__ const float* state_of(const float* states, int64_t index) {
+  return states == nullptr ? nullptr : states + index * HEAD_SIZE * HEAD_SIZE;
 }
 
 struct ForwardShared {
@@ -89,45 +95,51 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward_kernel(Forwar
   const Lane lane;
 
   ValueSlice state;
-  if (args.state_in != nullptr) {
-    const float* const initial = args.state_in + work.slot * HEAD_SIZE * HEAD_SIZE;
+  const float* const initial =
+      work.first ? state_of(args.state_in, work.state_index(problem))
+                 : state_of(args.entering, blockIdx.x - args.segments.whole);
+  if (initial != nullptr) {
     state.each(lane, [=](float& s, int value, int key) { s = initial[key * HEAD_SIZE + value]; });
   }
+  const Pieces pieces(problem, work);
+  uint4* checkpoint = args.checkpoints;
+  if (checkpoint != nullptr) checkpoint += work.checkpoint_index(problem, 0) * CHECKPOINT_PIECES;
   for (int chunk = 0; chunk < work.chunks(); chunk++) {
-    const int64_t t0 = static_cast<int64_t>(chunk) * CHUNK;
-    const int valid = valid_tokens(work, t0), blocks = used_blocks(valid);
+    const int valid = valid_tokens(work, chunk), blocks = used_blocks(valid);
+    const int64_t offset = pieces.of_chunk(chunk);
     // No barrier before the loads: a thread overwrites what it has just stored itself (y), and
     // tiles that were last read before the barrier above.
-    load_chunk(shared.r, args.r, problem, work, t0);
-    load_chunk(shared.k, args.k, problem, work, t0);
-    load_chunk(shared.w, args.w, problem, work, t0);
-    load_chunk(shared.v, args.v, problem, work, t0);
+    load_chunk(shared.r, args.r + offset, pieces, valid);
+    load_chunk(shared.k, args.k + offset, pieces, valid);
+    load_chunk(shared.w, args.w + offset, pieces, valid);
+    load_chunk(shared.v, args.v + offset, pieces, valid);
     async_commit();
     async_wait<0>();
+    if (valid < CHUNK) clear_decay(shared.w, pieces, valid);
     __syncthreads();
     if (lane.warp < blocks) {
       const int row = lane.warp * BLOCK;
       const Operand scores =
           prepare_block(shared.r, shared.k, shared.w, &shared.r, shared.k, shared.total[lane.warp],
-                        args.u + work.head * HEAD_SIZE, row, valid - row, lane);
+                        args.u + work.head * HEAD_SIZE, row, lane);
       shared.scores[lane.warp].store(scores, lane);
     }
-    if (args.checkpoints != nullptr) {
-      uint4* const checkpoint =
-          args.checkpoints + work.checkpoint_index(problem, chunk) * CHECKPOINT_PIECES;
+    if (checkpoint != nullptr) {
 #pragma unroll
       for (int j = 0; j < SLICES; j++) {
         const Operand s = transposed(as_operand(state.x[j]));
         checkpoint_fragment(checkpoint, j, lane.warp)[lane.lane] = {s.pair[0], s.pair[1], s.pair[2],
                                                                     s.pair[3]};
       }
+      checkpoint += problem.H * CHECKPOINT_PIECES;
     }
     __syncthreads();
+#pragma unroll 1
     for (int block = 0; block < blocks; block++) {
       forward_block(shared, state, block * BLOCK, lane);
     }
     __syncthreads();
-    store_chunk(args.y, shared.v, problem, work, t0);
+    store_chunk(args.y + offset, shared.v, pieces, valid);
   }
   if (args.state_out != nullptr && work.last) {
     float* const final_state = args.state_out + work.state_index(problem) * HEAD_SIZE * HEAD_SIZE;

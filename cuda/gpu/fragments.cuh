@@ -30,14 +30,23 @@ constexpr int WARPS =
 constexpr int THREADS = 32 * WARPS;
 constexpr int SLICES = HEAD_SIZE / 16;
 
-// Place of a thread: lane 4 * row + quad of its warp.
+// Place of a thread: lane 4 * row + quad of its warp; and where in a tile it begins to load and to
+// store 16x16 matrices, in bytes.
 struct Lane {
   int warp, lane, row, quad;
+  int load_place, transposed_place, store_place;
   __device__ Lane() {
     warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     row = lane / 4;
     quad = lane % 4;
+    load_place = tile_place(lane % 16, lane / 16);
+    transposed_place = tile_place(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    store_place = tile_place(row, 0) + 4 * quad;
+  }
+  // Of 16-byte piece `piece` of row `row` of a tile.
+  static __device__ __forceinline__ int tile_place(int row, int piece) {
+    return row * 128 + (piece ^ row % 8) * 16;
   }
 };
 
@@ -106,6 +115,13 @@ __device__ __forceinline__ Operand transposed(const Operand& m) {
           transpose_matrix(m.pair[3])};
 }
 
+__device__ __forceinline__ Operand chosen(bool condition, const Operand& a, const Operand& b) {
+  Operand m;
+#pragma unroll
+  for (int p = 0; p < 4; p++) m.pair[p] = condition ? a.pair[p] : b.pair[p];
+  return m;
+}
+
 // c[m][n] += sum_k a[m][k] b[n][k]
 __device__ __forceinline__ void multiply_add(Accumulator& c, const Operand& a, const Operand& b) {
   mma_bf16(c.x, a.pair, b.pair[0], b.pair[2]);
@@ -113,35 +129,38 @@ __device__ __forceinline__ void multiply_add(Accumulator& c, const Operand& a, c
 }
 
 // (64, 64) bf16 in shared memory. The eight 16-byte pieces of a row are permuted by the row number:
-// the eight rows that ldmatrix reads at one column then lie in different banks.
-struct Tile {
+// the eight rows that ldmatrix reads at one column then lie in different banks. `row` and `column`
+// are multiples of 16 below, so a column only flips bits of the lane's own place.
+struct alignas(16) Tile {
   bf16 x[CHUNK * HEAD_SIZE];
 
-  __device__ __forceinline__ bf16* at(int row, int column) {
-    return x + row * HEAD_SIZE + ((column / 8 ^ row % 8) * 8 + column % 8);
+  __device__ __forceinline__ unsigned char* at(int place) {
+    return reinterpret_cast<unsigned char*>(x) + place;
+  }
+  static __device__ __forceinline__ int moved(int place, int row, int column) {
+    return (place + row * 128) ^ (column * 2);
   }
 
   // m[i][k] = tile[row + i][column + k]
   __device__ __forceinline__ Operand load(int row, int column, const Lane& lane) {
     Operand m;
-    load_matrices(m.pair, at(row + lane.lane % 16, column + lane.lane / 16 * 8));
+    load_matrices(m.pair, at(moved(lane.load_place, row, column)));
     return m;
   }
 
   // m[i][k] = tile[row + k][column + i]
   __device__ __forceinline__ Operand load_transposed(int row, int column, const Lane& lane) {
     Operand m;
-    load_matrices_transposed(
-        m.pair, at(row + lane.lane % 8 + lane.lane / 16 * 8, column + lane.lane / 8 % 2 * 8));
+    load_matrices_transposed(m.pair, at(moved(lane.transposed_place, row, column)));
     return m;
   }
 
   // tile[row + i][column + k] = m[i][k]
   __device__ __forceinline__ void store(int row, int column, const Operand& m, const Lane& lane) {
+    const int place = moved(lane.store_place, row, column);
 #pragma unroll
     for (int p = 0; p < 4; p++) {
-      bf16* const target = at(row + lane.row + p % 2 * 8, column + p / 2 * 8 + 2 * lane.quad);
-      *reinterpret_cast<uint32_t*>(target) = m.pair[p];
+      *reinterpret_cast<uint32_t*>(at((place ^ p / 2 * 16) + p % 2 * 1024)) = m.pair[p];
     }
   }
 };
@@ -159,41 +178,70 @@ struct SharedOperand {
   }
 };
 
-// Row of a tile that holds token t of a chunk: bits 3, 2, 1, 0 of t go to bits 2, 1, 3, 0.
+// Row of a tile that holds token t of a block: bits 3, 2, 1, 0 of t go to bits 2, 1, 3, 0.
 __device__ __forceinline__ int tile_row(int t) {
-  return (t & ~15) | (t & 12) >> 1 | (t & 2) << 2 | (t & 1);
+  return (t & 12) >> 1 | (t & 2) << 2 | (t & 1);
 }
 
-// Starts loading the chunk that begins at token t0 of the segment, this head's channels, into a
-// tile; tokens beyond the segment become zeros.
-__device__ __forceinline__ void load_chunk(Tile& tile, const bf16* tensor,
-                                           const Wkv6Problem& problem, const Work& work,
-                                           int64_t t0) {
+// What a thread moves between the tensors and the tiles: eight channels of the tokens `token`,
+// token + 16, ... of a chunk.
+struct Pieces {
+  int token, place;  // place of the first in a tile, in bytes; the others are 16 rows apart
+  int step;          // elements from each to the next in a tensor
+  int64_t offset;    // of the first one of the segment
+
+  __device__ Pieces(const Wkv6Problem& problem, const Work& work) {
+    token = threadIdx.x / 8;
+    const int piece = threadIdx.x % 8;
+    place = Lane::tile_place(tile_row(token), piece);
+    step = static_cast<int>(BLOCK * HEAD_SIZE * problem.H);
+    offset = work.token_offset(problem, token) + piece * 8;
+  }
+
+  // The thread's first element of a chunk.
+  __device__ __forceinline__ int64_t of_chunk(int chunk) const {
+    return offset + static_cast<int64_t>(BLOCKS * step) * chunk;
+  }
+};
+
+// Starts loading a chunk, this head's channels, into a tile; `valid` tokens are in the segment, the
+// others become zeros. `source` is the thread's first element.
+__device__ __forceinline__ void load_chunk(Tile& tile, const bf16* source, const Pieces& pieces,
+                                           int valid) {
 #pragma unroll
-  for (int piece = threadIdx.x; piece < CHUNK * HEAD_SIZE / 8; piece += THREADS) {
-    const int t = piece / 8, channel = piece % 8 * 8;
-    const bool valid = t0 + t < work.length;
-    const int64_t offset = work.token_offset(problem, valid ? t0 + t : 0) + channel;
-    async_copy_16(tile.at(tile_row(t), channel), tensor + offset, valid);
+  for (int i = 0; i < BLOCKS; i++) {
+    async_copy_16(tile.at(pieces.place + i * BLOCK * 128), source + i * pieces.step,
+                  pieces.token + i * BLOCK < valid);
   }
 }
 
-__device__ __forceinline__ void store_chunk(bf16* tensor, Tile& tile, const Wkv6Problem& problem,
-                                            const Work& work, int64_t t0) {
+// A raw decay of minus infinity, which changes no state, for the tokens beyond the segment. The
+// thread's own pieces have been loaded.
+__device__ __forceinline__ void clear_decay(Tile& w, const Pieces& pieces, int valid) {
+  constexpr unsigned TWO = 0xff80ff80u;
 #pragma unroll
-  for (int piece = threadIdx.x; piece < CHUNK * HEAD_SIZE / 8; piece += THREADS) {
-    const int t = piece / 8, channel = piece % 8 * 8;
-    if (t0 + t < work.length) {
-      bf16* const target = tensor + work.token_offset(problem, t0 + t) + channel;
-      *reinterpret_cast<uint4*>(target) = *reinterpret_cast<uint4*>(tile.at(tile_row(t), channel));
+  for (int i = 0; i < BLOCKS; i++) {
+    if (pieces.token + i * BLOCK >= valid) {
+      *reinterpret_cast<uint4*>(w.at(pieces.place + i * BLOCK * 128)) = {TWO, TWO, TWO, TWO};
     }
   }
 }
 
-// Tokens of the chunk at t0 that belong to the segment.
-__device__ __forceinline__ int valid_tokens(const Work& work, int64_t t0) {
-  const int64_t rest = work.length - t0;
-  return rest < CHUNK ? static_cast<int>(rest) : CHUNK;
+__device__ __forceinline__ void store_chunk(bf16* target, Tile& tile, const Pieces& pieces,
+                                            int valid) {
+#pragma unroll
+  for (int i = 0; i < BLOCKS; i++) {
+    if (pieces.token + i * BLOCK < valid) {
+      *reinterpret_cast<uint4*>(target + i * pieces.step) =
+          *reinterpret_cast<uint4*>(tile.at(pieces.place + i * BLOCK * 128));
+    }
+  }
+}
+
+// Tokens of a chunk that belong to the segment.
+__device__ __forceinline__ int valid_tokens(const Work& work, int chunk) {
+  const int rest = work.length - chunk * CHUNK;
+  return rest < CHUNK ? rest : CHUNK;
 }
 
 // Blocks that so many tokens fill or begin.

@@ -87,7 +87,7 @@ constexpr int SCAN_FORWARD_ROWS = 3;  // r, k, decay
 template <typename T>
 __global__ void __launch_bounds__(128) scan_forward_kernel(ScanForwardArgs<T> args) {
   const Wkv6Problem& problem = args.problem;
-  const Work work(problem, UNCUT, blockIdx.x);
+  const Work work(problem, uncut_segments(args.problem), blockIdx.x);
   const int n = static_cast<int>(problem.N), channel = threadIdx.x;
   const bool active = channel < n;  // threads come in whole warps
   const int64_t state_offset = work.state_index(problem) * n * n;
@@ -305,11 +305,11 @@ __device__ float backward_step(const ScanBackwardArgs<T>& args, const Work& work
 template <typename T>
 __global__ void __launch_bounds__(128, 1) scan_backward_kernel(ScanBackwardArgs<T> args) {
   const Wkv6Problem& problem = args.problem;
-  const Work work(problem, UNCUT, blockIdx.x);
+  const Work work(problem, uncut_segments(args.problem), blockIdx.x);
   const int n = static_cast<int>(problem.N), channel = threadIdx.x;
   const bool active = channel < n;  // threads come in whole warps
   const int64_t state_offset = work.state_index(problem) * n * n;
-  float* const step_states = args.step_states + work.slot * (STEPS - 1) * n * n;
+  float* const step_states = args.step_states + static_cast<int64_t>(blockIdx.x) * (STEPS - 1) * n * n;
   const float* const u = args.u + work.head * n;
   ScanShared shared(n);  // its state is G, the gradient of the state
 
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(128, 1) scan_backward_kernel(ScanBackwardArgs<
       du += backward_step(args, work, t0 + step * STEP, state, u, shared, channel, active);
     }
   }
-  if (active) args.du[work.slot * n + channel] = du;
+  if (active) args.du[static_cast<int64_t>(blockIdx.x) * n + channel] = du;
   for (int key = 0; active && args.dstate_in != nullptr && key < n; key++) {
     args.dstate_in[state_offset + key * n + channel] = shared.at(key, channel);
   }

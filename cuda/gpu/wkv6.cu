@@ -10,11 +10,11 @@ namespace {
 // Below this many tokens a block of the tensor-core kernels is mostly empty.
 constexpr int64_t SHORTEST_FOR_TENSOR_CORES = BLOCK + 1;
 constexpr int64_t SHORTEST_SEGMENT = 4 * CHUNK;  // the pre-pass and the join have to pay
-constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 4;
 
 // Bytes of shared memory that a thread block may have on every GPU of compute capability 8.0 or
 // more, and that the blocks of a multiprocessor share on 9.0; each takes 1 KB beyond its own.
 constexpr size_t BLOCK_LIMIT = 99 * 1024, MULTIPROCESSOR_LIMIT = 228 * 1024, RESERVED = 1024;
+static_assert(2 * (sizeof(BackwardShared) + RESERVED) <= 100 * 1024);  // 8.6, 8.9, 12.0
 static_assert(sizeof(BackwardShared) <= BLOCK_LIMIT);
 static_assert(BACKWARD_BLOCKS * (sizeof(BackwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
 static_assert(FORWARD_BLOCKS * (sizeof(ForwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
@@ -46,18 +46,53 @@ bool uses_tensor_cores(const Wkv6Problem& p) {
          device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
 }
 
-Segments choose_segments(const Wkv6Problem& p) {
-  const int64_t processors = device_attribute(cudaDevAttrMultiProcessorCount);
-  if (p.n_seq * p.H >= 2 * processors) return UNCUT;
-  const int64_t wanted = ceil_div(p.B * p.T * p.H, BLOCKS_PER_MULTIPROCESSOR * processors);
-  const int64_t length =
-      ceil_div(wanted > SHORTEST_SEGMENT ? wanted : SHORTEST_SEGMENT, CHUNK) * CHUNK;
-  return {length, ceil_div(p.T, length)};
+// How many thread blocks of a tensor-core kernel run at the same time.
+template <typename Args>
+int64_t places(void (*kernel)(Args), size_t shared_bytes) {
+  int blocks = 0;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(shared_bytes));
+  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, shared_bytes) !=
+          cudaSuccess ||
+      blocks < 1) {
+    blocks = 1;
+  }
+  return blocks * device_attribute(cudaDevAttrMultiProcessorCount);
 }
 
-int64_t slots(const Wkv6Problem& p, Segments segments) {
-  return p.n_seq * segments.per_sequence * p.H;
+// Fills the places evenly: of a batch, the heads that would be left for a last, incomplete turn are
+// cut, so that their segments fill one or more shorter turns, where that pays for the pre-pass, a
+// quarter of the kernel's own time. The lengths of packed sequences lie on the GPU; none of their
+// segments is longer than half of what a place does if all do the same.
+Segments choose_segments(const Wkv6Problem& p, int64_t places) {
+  const Segments uncut = uncut_segments(p);
+  const auto chunks = [](int64_t tokens) { return ceil_div(tokens, CHUNK) * CHUNK; };
+  if (p.cu_seqlens != nullptr) {
+    const int64_t half = chunks(ceil_div(p.T * p.H, 2 * places));
+    const int64_t length = half > SHORTEST_SEGMENT ? half : SHORTEST_SEGMENT;
+    return length < p.T ? Segments{length, 0, p.T / length + p.n_seq} : uncut;
+  }
+  const int64_t heads = Segments::heads(p), rest = heads % places;
+  Segments best = uncut;
+  double least = 0.9 * p.T;  // tokens that a place does for the rest
+  for (int64_t count = 2; rest > 0 && count * SHORTEST_SEGMENT <= p.T; count++) {
+    const int64_t length = chunks(ceil_div(p.T, count)), used = ceil_div(p.T, length);
+    const double tokens = 1.25 * length * ceil_div(rest * used, places);
+    if (tokens < least) {
+      least = tokens;
+      best = {length, heads - rest, used};
+    }
+  }
+  return best;
 }
+
+Segments choose_segments(const Wkv6Problem& p, bool backward) {
+  return choose_segments(p, backward ? places(backward_kernel, sizeof(BackwardShared))
+                                     : places(forward_kernel, sizeof(ForwardShared)));
+}
+
+// Whether a sequence may have several segments.
+bool is_cut(const Wkv6Problem& p, Segments segments) { return segments.length < p.T; }
 
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
@@ -74,24 +109,33 @@ cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t sha
   return cudaLaunchKernelEx(&config, kernel, args);
 }
 
-// Gradient of u: the sum over the slots (sequence, segment) of each head, always in the same order.
+// Gradient of u: for each head the sum over its thread blocks, always in the same order.
 struct SumArgs {
-  const float* parts;  // (count, size)
-  float* sum;          // (size)
-  int64_t count, size;
+  Wkv6Problem problem;
+  Segments segments;
+  const float* parts;  // (thread blocks, N)
+  float* sum;          // (H, N)
 };
 
 __global__ void __launch_bounds__(THREADS) sum_kernel(SumArgs args) {
+  const Wkv6Problem& problem = args.problem;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= args.size) return;
+  if (i >= problem.H * problem.N) return;
+  const int64_t rest = Segments::heads(problem) - args.segments.whole;
   float sum = 0.0f;
-  for (int64_t part = 0; part < args.count; part++) sum += args.parts[part * args.size + i];
+  for (int64_t head = i / problem.N; head < Segments::heads(problem); head += problem.H) {
+    const bool whole = head < args.segments.whole;
+    for (int64_t segment = 0; segment < (whole ? 1 : args.segments.per_head); segment++) {
+      sum += args.parts[(head + segment * rest) * problem.N + i % problem.N];
+    }
+  }
   args.sum[i] = sum;
 }
 
-cudaError_t launch_sum(const float* parts, float* sum, int64_t count, int64_t size, void* stream) {
-  return launch(sum_kernel, ceil_div(size, THREADS), THREADS, 0, stream,
-                SumArgs{parts, sum, count, size});
+cudaError_t launch_sum(const Wkv6Problem& p, Segments segments, const float* parts, float* sum,
+                       void* stream) {
+  return launch(sum_kernel, ceil_div(p.H * p.N, THREADS), THREADS, 0, stream,
+                SumArgs{p, segments, parts, sum});
 }
 
 // The temporary buffer of a launch on tensor cores: states and decays of the segments, where
@@ -107,57 +151,53 @@ struct Scratch {
       bytes += count * sizeof(float);
       return start;
     };
-    if (segments.per_sequence > 1) {
-      states = take(slots(p, segments) * HEAD_SIZE * HEAD_SIZE);
-      decays = take(slots(p, segments) * HEAD_SIZE);
+    if (is_cut(p, segments)) {
+      states = take(segments.slots(p) * HEAD_SIZE * HEAD_SIZE);
+      decays = take(segments.slots(p) * HEAD_SIZE);
     }
-    if (backward) du = take(slots(p, segments) * HEAD_SIZE);
+    if (backward) du = take(segments.blocks(p) * HEAD_SIZE);
   }
 };
 
 template <bool BACKWARD>
 cudaError_t launch_segments(const SegmentArgs& args, void* stream) {
   const Wkv6Problem& p = args.problem;
-  cudaError_t error = launch(segment_kernel<BACKWARD>, slots(p, args.segments), THREADS,
+  if (!is_cut(p, args.segments)) return cudaSuccess;
+  cudaError_t error = launch(segment_kernel<BACKWARD>, args.segments.slots(p), THREADS,
                              sizeof(SegmentShared), stream, args);
   if (error != cudaSuccess) return error;
-  return launch(join_kernel<BACKWARD>, p.n_seq * p.H * (HEAD_SIZE * HEAD_SIZE / THREADS), THREADS,
+  return launch(join_kernel<BACKWARD>, (p.n_seq * p.H - args.segments.whole) * JOIN_BLOCKS, THREADS,
                 0, stream, args);
 }
 
 cudaError_t tensor_core_forward(ForwardArgs args, void* scratch_memory, void* stream) {
-  args.segments = choose_segments(args.problem);
+  args.segments = choose_segments(args.problem, false);
   const Scratch scratch(args.problem, args.segments, false, scratch_memory);
-  if (args.segments.per_sequence > 1) {
-    const cudaError_t error =
-        launch_segments<false>({args.problem, args.segments, args.k, args.v, args.w, args.state_in,
-                                scratch.states, scratch.decays},
-                               stream);
-    if (error != cudaSuccess) return error;
-    args.state_in = scratch.states;
-  }
-  return launch(forward_kernel, slots(args.problem, args.segments), THREADS, sizeof(ForwardShared),
+  args.entering = scratch.states;
+  const cudaError_t error =
+      launch_segments<false>({args.problem, args.segments, args.k, args.v, args.w, args.state_in,
+                              scratch.states, scratch.decays},
+                             stream);
+  if (error != cudaSuccess) return error;
+  return launch(forward_kernel, args.segments.blocks(args.problem), THREADS, sizeof(ForwardShared),
                 stream, args);
 }
 
 cudaError_t tensor_core_backward(BackwardArgs args, void* scratch_memory, void* stream) {
   const Wkv6Problem& p = args.problem;
-  args.segments = choose_segments(p);
+  args.segments = choose_segments(p, true);
   const Scratch scratch(p, args.segments, true, scratch_memory);
-  if (args.segments.per_sequence > 1) {
-    const cudaError_t error =
-        launch_segments<true>({p, args.segments, args.r, args.dy, args.w, args.dstate_out,
-                               scratch.states, scratch.decays},
-                              stream);
-    if (error != cudaSuccess) return error;
-    args.dstate_out = scratch.states;
-  }
+  args.entering = scratch.states;
+  cudaError_t error = launch_segments<true>({p, args.segments, args.r, args.dy, args.w,
+                                             args.dstate_out, scratch.states, scratch.decays},
+                                            stream);
+  if (error != cudaSuccess) return error;
   float* const du = args.du;
   args.du = scratch.du;
-  const cudaError_t error = launch(backward_kernel, slots(p, args.segments), THREADS,
-                                   sizeof(BackwardShared), stream, args);
+  error = launch(backward_kernel, args.segments.blocks(p), THREADS, sizeof(BackwardShared), stream,
+                 args);
   if (error != cudaSuccess) return error;
-  return launch_sum(scratch.du, du, slots(p, args.segments) / p.H, p.H * HEAD_SIZE, stream);
+  return launch_sum(p, args.segments, scratch.du, du, stream);
 }
 
 int scan_threads(const Wkv6Problem& p) { return static_cast<int>(ceil_div(p.N, 32) * 32); }
@@ -182,7 +222,7 @@ cudaError_t scan_backward(ScanBackwardArgs<T> args, void* scratch, void* stream)
   const cudaError_t error = launch(scan_backward_kernel<T>, p.n_seq * p.H, scan_threads(p),
                                    scan_shared_bytes(p.N, SCAN_BACKWARD_ROWS), stream, args);
   if (error != cudaSuccess) return error;
-  return launch_sum(args.du, du, p.n_seq, p.H * p.N, stream);
+  return launch_sum(p, uncut_segments(p), args.du, du, stream);
 }
 
 template <typename T>
@@ -214,6 +254,12 @@ using namespace wkv6;
 
 extern "C" {
 
+void wkv6_schedule(const Wkv6Problem* p, int64_t places, int64_t* length, int64_t* whole,
+                   int64_t* per_head) {
+  const Segments segments = choose_segments(*p, places);
+  *length = segments.length, *whole = segments.whole, *per_head = segments.per_head;
+}
+
 int64_t wkv6_checkpoint_count(const Wkv6Problem* p) { return checkpoint_count(*p) / p->H; }
 
 size_t wkv6_checkpoint_bytes(const Wkv6Problem* p) {
@@ -222,11 +268,11 @@ size_t wkv6_checkpoint_bytes(const Wkv6Problem* p) {
 }
 
 size_t wkv6_forward_scratch_bytes(const Wkv6Problem* p) {
-  return uses_tensor_cores(*p) ? Scratch(*p, choose_segments(*p), false, nullptr).bytes : 0;
+  return uses_tensor_cores(*p) ? Scratch(*p, choose_segments(*p, false), false, nullptr).bytes : 0;
 }
 
 size_t wkv6_backward_scratch_bytes(const Wkv6Problem* p) {
-  if (uses_tensor_cores(*p)) return Scratch(*p, choose_segments(*p), true, nullptr).bytes;
+  if (uses_tensor_cores(*p)) return Scratch(*p, choose_segments(*p, true), true, nullptr).bytes;
   return (step_states_size(*p) + scan_du_size(*p)) * sizeof(float);
 }
 
@@ -244,6 +290,7 @@ int wkv6_forward(const Wkv6Problem* p, const void* r, const void* k, const void*
                                 in<bf16>(w),
                                 u,
                                 state_in,
+                                nullptr,
                                 out<bf16>(y),
                                 state_out,
                                 out<uint4>(checkpoints)},
@@ -273,6 +320,7 @@ int wkv6_backward(const Wkv6Problem* p, const void* r, const void* k, const void
                                  in<bf16>(dy),
                                  u,
                                  dstate_out,
+                                 nullptr,
                                  in<uint4>(checkpoints),
                                  out<bf16>(dr),
                                  out<bf16>(dk),

@@ -40,6 +40,12 @@ size_t wkv6_checkpoint_bytes(const Wkv6Problem* problem);
 size_t wkv6_forward_scratch_bytes(const Wkv6Problem* problem);
 size_t wkv6_backward_scratch_bytes(const Wkv6Problem* problem);
 
+/* How the tensor-core kernels share a problem out among so many thread blocks that run at the same
+ * time: the first `whole` heads are not cut, the others into `per_head` segments of `length` tokens.
+ */
+void wkv6_schedule(const Wkv6Problem* problem, int64_t places, int64_t* length, int64_t* whole,
+                   int64_t* per_head);
+
 /* state_in: NULL for zero states. state_out: NULL if not wanted. checkpoints: NULL when no backward
  * will follow. y must not overlap an input. */
 int wkv6_forward(const Wkv6Problem* problem, const void* r, const void* k, const void* v,

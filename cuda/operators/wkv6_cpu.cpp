@@ -19,16 +19,18 @@ using at::Tensor;
 using std::optional;
 
 struct CpuCall : Call {
+  Tensor initial;  // state
   std::vector<int64_t> bounds;
   Wkv6Shape shape;
   Wkv6Inputs inputs;
 
   template <typename... Arguments>
   explicit CpuCall(const Arguments&... arguments) : Call(arguments...) {
+    initial = or_zeros(state);
     bounds = sequence_bounds(cu_seqlens, B, T);
     shape = {n_sequences, H, N, bounds.data(), element_of(r)};
     inputs = {r.const_data_ptr(),         k.const_data_ptr(),        v.const_data_ptr(),
-              w.const_data_ptr(),         u.const_data_ptr<float>(), state.const_data_ptr<float>()};
+              w.const_data_ptr(),         u.const_data_ptr<float>(), initial.const_data_ptr<float>()};
   }
 
   Tensor checkpoints(bool wanted) const {
@@ -42,6 +44,11 @@ struct CpuCall : Call {
     return all;
   }
 
+  // A tensor of states, which the kernels always read.
+  Tensor or_zeros(const optional<Tensor>& states) const {
+    return states ? *states : floats(state_shape()).zero_();
+  }
+
   template <typename Function>
   void for_heads(const Function& function) const {
     at::parallel_for(0, n_sequences * H, 1, function);
@@ -50,11 +57,11 @@ struct CpuCall : Call {
 
 std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& r, const Tensor& k, const Tensor& v,
                                                const Tensor& w, const Tensor& u,
-                                               const Tensor& state,
+                                               const optional<Tensor>& state,
                                                const optional<Tensor>& cu_seqlens,
                                                bool for_backward) {
   CpuCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor y = call.like_r(), new_state = call.floats(call.state.sizes());
+  Tensor y = call.like_r(), new_state = call.floats(call.state_shape());
   Tensor checkpoints = call.checkpoints(for_backward);
   Wkv6Outputs out = {y.data_ptr(), new_state.data_ptr<float>(),
                      for_backward ? checkpoints.data_ptr<float>() : nullptr};
@@ -66,16 +73,18 @@ std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& r, const Tensor& k,
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
-    const Tensor& state, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
-    const Tensor& grad_y, const Tensor& grad_state) {
+    const optional<Tensor>& state, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
+    const Tensor& grad_y, const optional<Tensor>& grad_state) {
   CpuCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor dy = dense(grad_y), dstate = dense(grad_state), starts = dense(checkpoints);
+  Tensor dy = dense(grad_y), starts = dense(checkpoints);
+  const optional<Tensor> given = dense(grad_state);
   call.check(dy, call.r.sizes(), call.r.scalar_type());
-  call.check(dstate, call.state.sizes(), at::kFloat);
+  if (given) call.check(*given, call.state_shape(), at::kFloat);
+  const Tensor dstate = call.or_zeros(given);
   call.check(starts, {checkpoint_count(call.shape), call.H, call.N, call.N}, at::kFloat);
   Tensor dr = call.like_r(), dk = call.like_r(), dv = call.like_r(), dw = call.like_r();
   Tensor du = call.floats({call.n_sequences, call.H, call.N});
-  Tensor dstate_in = call.floats(call.state.sizes());
+  Tensor dstate_in = call.floats(call.state_shape());
   Wkv6OutputGradients from = {dy.const_data_ptr(), dstate.const_data_ptr<float>()};
   Wkv6Gradients out = {dr.data_ptr(),         dk.data_ptr(),        dv.data_ptr(),
                        dw.data_ptr(),         du.data_ptr<float>(), dstate_in.data_ptr<float>()};
@@ -83,7 +92,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
     cpu_kernels().wkv6_backward(call.shape, call.inputs, starts.const_data_ptr<float>(), from, out,
                                 first, last);
   });
-  return {dr, dk, dv, dw, du.sum(0), dstate_in};
+  return {dr, dk, dv, dw, du.sum(0), call.state ? dstate_in : call.state_gradient()};
 }
 
 }  // namespace

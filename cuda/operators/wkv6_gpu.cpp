@@ -57,16 +57,16 @@ struct CudaCall : Call {
 
 std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& r, const Tensor& k, const Tensor& v,
                                                 const Tensor& w, const Tensor& u,
-                                                const Tensor& state,
+                                                const optional<Tensor>& state,
                                                 const optional<Tensor>& cu_seqlens,
                                                 bool for_backward) {
   CudaCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor y = call.like_r(), new_state = call.floats(call.state.sizes());
+  Tensor y = call.like_r(), new_state = call.floats(call.state_shape());
   Tensor checkpoints = call.checkpoints(for_backward);
   Tensor scratch = call.scratch(wkv6_forward_scratch_bytes(&call.problem));
   CudaCall::succeed(wkv6_forward(
       &call.problem, call.r.const_data_ptr(), call.k.const_data_ptr(), call.v.const_data_ptr(),
-      call.w.const_data_ptr(), call.u.const_data_ptr<float>(), call.state.const_data_ptr<float>(),
+      call.w.const_data_ptr(), call.u.const_data_ptr<float>(), data_or_null<float>(call.state),
       y.data_ptr(), new_state.data_ptr<float>(), for_backward ? checkpoints.data_ptr() : nullptr,
       scratch.data_ptr(), call.stream));
   return {y, new_state, checkpoints};
@@ -74,22 +74,24 @@ std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& r, const Tensor& k
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
     const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
-    const Tensor& state, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
-    const Tensor& grad_y, const Tensor& grad_state) {
+    const optional<Tensor>& state, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
+    const Tensor& grad_y, const optional<Tensor>& grad_state) {
   CudaCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor dy = dense(grad_y), dstate = dense(grad_state), starts = dense(checkpoints);
+  Tensor dy = dense(grad_y), starts = dense(checkpoints);
+  const optional<Tensor> dstate = dense(grad_state);
   call.check(dy, call.r.sizes(), call.r.scalar_type());
-  call.check(dstate, call.state.sizes(), at::kFloat);
+  if (dstate) call.check(*dstate, call.state_shape(), at::kFloat);
   TORCH_CHECK(starts.nbytes() == wkv6_checkpoint_bytes(&call.problem),
               "wkv6: these checkpoints are of another forward: ", starts.sizes());
   Tensor dr = call.like_r(), dk = call.like_r(), dv = call.like_r(), dw = call.like_r();
-  Tensor du = call.floats({call.H, call.N}), dstate_in = call.floats(call.state.sizes());
+  Tensor du = call.floats({call.H, call.N}), dstate_in = call.state_gradient();
   Tensor scratch = call.scratch(wkv6_backward_scratch_bytes(&call.problem));
   CudaCall::succeed(wkv6_backward(
       &call.problem, call.r.const_data_ptr(), call.k.const_data_ptr(), call.v.const_data_ptr(),
       call.w.const_data_ptr(), call.u.const_data_ptr<float>(), dy.const_data_ptr(),
-      dstate.const_data_ptr<float>(), starts.const_data_ptr(), dr.data_ptr(), dk.data_ptr(),
-      dv.data_ptr(), dw.data_ptr(), du.data_ptr<float>(), dstate_in.data_ptr<float>(),
+      data_or_null<float>(dstate), starts.const_data_ptr(), dr.data_ptr(), dk.data_ptr(),
+      dv.data_ptr(), dw.data_ptr(), du.data_ptr<float>(),
+      call.state ? dstate_in.data_ptr<float>() : nullptr,
       scratch.data_ptr(), call.stream));
   return {dr, dk, dv, dw, du, dstate_in};
 }

@@ -40,16 +40,23 @@ class Fault:
 
 
 FAULTS = [
-    Fault("ldmatrix address", "fragments.cuh", "lane.lane / 16 * 8));", "lane.lane / 16 * 4));"),
-    Fault("ldmatrix row", "fragments.cuh", "row + lane.lane % 16", "row + lane.lane % 8"),
-    Fault("transposed ldmatrix", "fragments.cuh", "lane.lane / 8 % 2 * 8", "lane.lane / 16 * 8"),
-    Fault("tile swizzle", "fragments.cuh", "column / 8 ^ row % 8", "column / 8 | row % 8"),
+    Fault("ldmatrix address", "fragments.cuh", "lane % 16, lane / 16)", "lane % 16, lane / 8 % 2)"),
+    Fault("ldmatrix row", "fragments.cuh", "lane % 16, lane / 16)", "lane % 8, lane / 16)"),
+    Fault("transposed ldmatrix", "fragments.cuh", "lane / 8 % 2);", "lane / 16);"),
+    Fault("tile swizzle", "fragments.cuh", "(piece ^ row % 8)", "(piece | row % 8)"),
     Fault("order of tokens", "fragments.cuh", "(t & 12) >> 1", "(t & 12)"),
-    Fault(
-        "tail of the tiles", "fragments.cuh", "tensor + offset, valid)", "tensor + offset, true)"
-    ),
-    Fault("tail of the output", "fragments.cuh", "if (t0 + t < work.length)", "if (true)"),
-    Fault("decay of the tail", "block.cuh", "4 * lane.quad + i % 4 < valid", "valid > 0"),
+    Fault("tail of the tiles", "fragments.cuh", "token + i * BLOCK < valid);", "token >= 0);"),
+    Fault("tail of the output", "fragments.cuh", "token + i * BLOCK < valid) {", "token >= 0) {"),
+    Fault("decay of the tail", "fragments.cuh", "token + i * BLOCK >= valid", "token < 0"),
+    Fault("tail of the second k", "backward.cuh", "row + token + p % 2 * 2 < valid", "true"),
+    Fault("tokens of the second k", "backward.cuh", "(lane.row & 6) << 1", "(lane.row & 6)"),
+    Fault("dA beside the scores", "backward.cuh", "chosen(place.below, as_", "chosen(true, as_"),
+    Fault("level of a pair", "backward.cuh", "lane.row / 4 != lane.quad / 2", "lane.row > 15"),
+    Fault("place of G", "backward.cuh", "i / 2 % 4 * 2 + i / 8 % 2 +", "i / 2 % 4 * 2 +"),
+    Fault("packed segment", "problem.cuh", "middle) <= segment", "middle) < segment"),
+    Fault("heads that are cut", "problem.cuh", "cut ? segments.whole + (block", "cut ? (block"),
+    Fault("sum of du", "wkv6.cu", "head + segment * rest", "head + segment"),
+    Fault("state of a segment", "segments.cuh", "added[i] = entering;", "added[i] = 0.0f;"),
     Fault("decay of the scan's tail", "scan.cuh", "NO_DECAY = -INFINITY", "NO_DECAY = 0.0f"),
     Fault("tail of the scan's output", "scan.cuh", "if (t0 + i < work.length)", "if (true)"),
     Fault("far leaves of level 8", "block.cuh", "odd == upper", "odd != upper"),
@@ -69,20 +76,20 @@ FAULTS = [
     Fault(
         "checkpoints of packed sequences",
         "problem.cuh",
-        "CHUNK + sequence + chunk",
-        "CHUNK + chunk",
+        "CHUNK + sequence + skipped",
+        "CHUNK + skipped",
     ),
     Fault(
         "last segment",
         "problem.cuh",
-        "last = rest <= segments.length && (rest > 0 || first)",
-        "last = rest <= segments.length",
+        "last = left <= longest && (left > 0 || first)",
+        "last = left <= longest",
     ),
     Fault(
-        "first slot of a sequence",
-        "segments.cuh",
-        "* problem.H + head % problem.H;",
-        "* problem.H;",
+        "slot of a segment",
+        "problem.cuh",
+        "sequence * problem.H + head - whole;",
+        "sequence * problem.H - whole;",
     ),
 ]
 

@@ -137,6 +137,16 @@ class Emulator:
         error = getattr(self.library, name)(ctypes.byref(problem), *arguments, None)
         assert error == 0, self.library.wkv6_error_string(error).decode()
 
+    def schedule_of(self, problem: Wkv6Problem, places: int) -> tuple[int, int, int]:
+        """Tokens of a segment, heads that are not cut, segments of each other head."""
+        values = [ctypes.c_int64() for _ in range(3)]
+        pointers = map(ctypes.byref, values)
+        self.library.wkv6_schedule(ctypes.byref(problem), ctypes.c_int64(places), *pointers)
+        return tuple(x.value for x in values)
+
+    def schedule(self, case: Case, places: int) -> tuple[int, int, int]:
+        return self.schedule_of(problem_of(case), places)
+
     def run(
         self,
         case: Case,
@@ -250,6 +260,38 @@ def test_few_heads_are_cut_into_segments(emulator, regime, lengths):
     outputs = emulator.run(case, multiprocessors=16)
     assert emulator.buffer("forward_scratch", problem_of(case)).tensor.numel() > 0
     check(case, outputs, rms_error, BF16_RMS)
+
+
+@pytest.mark.parametrize(("B", "H", "places"), [(4, 1, 3), (2, 3, 4)])
+def test_only_the_heads_of_the_last_turn_are_cut(emulator, B, H, places):
+    case = make_case("mixed", B=B, H=H, T=530)
+    assert emulator.schedule(case, places) == (320, B * H // places * places, 2)
+    check(case, emulator.run(case, multiprocessors=places), rms_error, BF16_RMS)
+
+
+def test_one_long_sequence_among_short_ones_is_cut(emulator):
+    case = make_case("typical", H=2, lengths=[17, 3, 40, 900, 5, 0, 64, 70])
+    length, whole, _ = emulator.schedule(case, 8)
+    assert whole == 0
+    assert length < 900
+    check(case, emulator.run(case, multiprocessors=8), rms_error, BF16_RMS)
+
+
+@pytest.mark.parametrize("places", [170, 264, 396, 528])
+@pytest.mark.parametrize("T", [300, 4096, 5000])
+def test_the_places_of_a_gpu_are_filled_evenly(emulator, places, T):
+    """Where a sequence is long enough, a place waits for less than a third of a sequence."""
+    for B, H in itertools.product([1, 2, 3, 8, 16], [12, 32, 40, 64]):
+        problem = Wkv6Problem(B, T, H, 64, DTYPE_CODES[torch.bfloat16], B, None)
+        length, whole, per_head = emulator.schedule_of(problem, places)
+        rest = B * H - whole
+        turns = -(-whole // places)
+        if rest:
+            assert whole % places == 0
+            assert length % 64 == 0
+            assert (per_head - 1) * length < T <= per_head * length
+            turns += -(-rest * per_head // places) * length / T
+        assert T == 300 or turns - B * H / places < 1 / 3, (B, H, turns)
 
 
 @pytest.mark.parametrize("regime", REGIMES)

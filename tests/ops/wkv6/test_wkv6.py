@@ -273,9 +273,28 @@ def test_operators_keep_torchs_contract(kernels):
         ops = torch.ops.finchtune
         torch.library.opcheck(ops.wkv6_forward.default, (*leaves, cu_seqlens, True))
         torch.library.opcheck(ops.wkv6_forward.default, (*inputs, cu_seqlens, False))
-        _, _, checkpoints = ops.wkv6_forward(*inputs, cu_seqlens, True)
-        arguments = (*inputs, cu_seqlens, checkpoints, grad_y, grad_state)
-        torch.library.opcheck(ops.wkv6_backward.default, arguments)
+        torch.library.opcheck(ops.wkv6_forward.default, (*leaves[:-1], None, cu_seqlens, True))
+        for form in (inputs, [*inputs[:-1], None]):
+            _, _, checkpoints = ops.wkv6_forward(*form, cu_seqlens, True)
+            for grad in (grad_state, None):
+                arguments = (*form, cu_seqlens, checkpoints, grad_y, grad)
+                torch.library.opcheck(ops.wkv6_backward.default, arguments)
+
+
+def test_without_a_state_none_is_saved(kernels):
+    """A zero state, and its gradient, would be traffic for nothing in every layer."""
+    *rows, u, _, _, _ = make_inputs("typical", 2, 20, 2, 16)
+    leaves = [x.float().requires_grad_() for x in (*rows, u)]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: saved.append(x.shape) or x, lambda x: x
+    ):
+        y, state = wkv6(*leaves)
+    assert saved.count(state.shape) == 1  # the checkpoints: at most one state of each sequence
+    expected, _ = wkv6(*leaves, torch.zeros(2, 2, 16, 16))
+    assert torch.equal(y, expected)
+    gradients = [torch.autograd.grad(out.sum(), leaves) for out in (y, expected)]
+    assert all(map(torch.equal, *gradients))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

@@ -29,23 +29,26 @@ def wkv6_forward(
     v: Tensor,
     w: Tensor,
     u: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None,
     for_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the new state, and the checkpoints for backward."""
     B, T, H, N = r.shape
+    n_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # Every sequence adds at most one incomplete span.
-    n_checkpoints = B * T // CHECKPOINT_SPAN + state.shape[0] if for_backward else 0
+    n_checkpoints = B * T // CHECKPOINT_SPAN + n_sequences if for_backward else 0
     checkpoints = r.new_empty(n_checkpoints, H, N, N, dtype=checkpoint_dtype(r))
-    return r.new_empty(r.shape), state.new_empty(state.shape), checkpoints
+    new_state = r.new_empty(n_sequences, H, N, N, dtype=torch.float32)
+    return r.new_empty(r.shape), new_state, checkpoints
 
 
 def wkv6_backward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor, *_: Any
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
-    """One gradient for each of the six inputs."""
-    return tuple(x.new_empty(x.shape) for x in (r, k, v, w, u, state))
+    """One gradient for each of the six inputs, an empty one for a state that was not given."""
+    of_state = u.new_empty(0 if state is None else state.shape)
+    return *(x.new_empty(x.shape) for x in (r, k, v, w, u)), of_state
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:

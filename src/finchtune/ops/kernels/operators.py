@@ -28,13 +28,12 @@ def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 
 def backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: None) -> tuple:
-    """Gradients of r, k, v, w, u, state; none for cu_seqlens and for_backward."""
+    """Gradients of r, k, v, w, u and of a given state; none for cu_seqlens and for_backward."""
     saved = ctx.saved_tensors
     r, state = saved[0], saved[5]
     grad_y = torch.zeros_like(r) if grad_y is None else grad_y
-    grad_state = torch.zeros_like(state) if grad_state is None else grad_state
-    gradients = torch.ops.finchtune.wkv6_backward(*saved, grad_y, grad_state)
-    return *gradients, None, None
+    *gradients, of_state = torch.ops.finchtune.wkv6_backward(*saved, grad_y, grad_state)
+    return *gradients, None if state is None else of_state, None, None
 
 
 def warn_of(failures: dict[str, BuildError]) -> None:

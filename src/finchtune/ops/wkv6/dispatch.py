@@ -7,7 +7,7 @@ from finchtune.errors import UserError
 from finchtune.ops.kernels import DTYPES as KERNEL_DTYPES
 from finchtune.ops.kernels import has_kernels
 from finchtune.ops.wkv6.chunked import wkv6_chunked
-from finchtune.ops.wkv6.sequences import compute_dtype, zero_state
+from finchtune.ops.wkv6.sequences import compute_dtype
 from finchtune.ops.wkv6.triton import fits_triton, wkv6_triton
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -72,16 +72,18 @@ def wkv6_compiled(
     v: Tensor,
     w: Tensor,
     u: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wkv6` by the compiled kernels; r, k, v, w in one dtype, u and state fp32."""
     inputs = (r, k, v, w, u, state)
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.to(r.device, torch.int32)
-    for_backward = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    y, state, _ = torch.ops.finchtune.wkv6_forward(*inputs, cu_seqlens, for_backward)
-    return y, state
+    for_backward = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in inputs
+    )
+    y, new_state, _ = torch.ops.finchtune.wkv6_forward(*inputs, cu_seqlens, for_backward)
+    return y, new_state
 
 
 def wkv6(
@@ -117,7 +119,7 @@ def wkv6(
     check_arguments(r, k, v, w, u, state, cu_seqlens)
     wide = compute_dtype(r)
     w, u = w.to(r.dtype), u.to(wide)
-    state = zero_state(r, cu_seqlens) if state is None else state.to(wide)
+    state = None if state is None else state.to(wide)
     inputs = (r, k, v, w, u, state, cu_seqlens)
     if fits_kernel(r):
         return wkv6_compiled(*inputs)

@@ -29,7 +29,7 @@ def wkv6_triton(
     v: Tensor,
     w: Tensor,
     u: Tensor,
-    state: Tensor,
+    state: Tensor | None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`finchtune.ops.wkv6.wkv6` by `chunk_rwkv6`, which takes the log of the decay.
