@@ -14,6 +14,8 @@ from finchtune.files import sha256
 from finchtune.inference.generate import generate_batch
 from finchtune.tokenizer import BytesTokenizer
 from finchtune.weights.adapter_files import save_adapter
+from finchtune.weights.state_files import set_states
+from finchtune.weights.tensors import write_tensors
 
 SCRIPT = REPOSITORY / "scripts" / "generate.py"
 GREEDY = ("--temperature", 0)
@@ -34,6 +36,25 @@ def test_text_is_streamed_after_its_prompt(run, model_file):
     assert status == 0
     text = expected_text(finchtune.load_model(model_file), "Why?")
     assert out == printable("Why?" + text) + "\n"
+
+
+def test_text_begins_from_a_state_in_a_file(run, model_file, tmp_path):
+    """As --state, and as an adapter file, which serving several at once takes."""
+    path = tmp_path / "state.pth"
+    write_tensors({f"blocks.{i}.att.time_state": 20 * torch.randn(8, 8, 8) for i in range(2)}, path)
+    model = finchtune.load_model(model_file)
+    plain = expected_text(model, "Why?")
+    set_states(model, path)
+    expected = expected_text(model, "Why?")
+    assert expected != plain
+    for flag in ("--state", "--peft_checkpoint"):
+        words = ("--prompt", "Why?", "--tokens", 10, *GREEDY, flag, path)
+        status, out, _ = run("--model", model_file, *words)
+        assert status == 0
+        assert out == printable("Why?" + expected) + "\n"
+    status, _, error = run("--model", model_file, "--prompt", "Why?", "--state", model_file)
+    assert status == 2
+    assert "holds no initial states" in error
 
 
 def test_a_question_is_put_as_its_template_puts_it(run, model_file):

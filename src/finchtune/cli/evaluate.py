@@ -86,7 +86,8 @@ def flags() -> argparse.ArgumentParser:
 
 def identity_of(given: argparse.Namespace, choices: Choices) -> dict[str, Any]:
     """What the answers depend on: a folder is of one evaluation only."""
-    files = {name: getattr(given, name) for name in ("data", "model", "peft_checkpoint", "answers")}
+    names = ("data", "model", "peft_checkpoint", "state", "answers")
+    files = {name: getattr(given, name) for name in names}
     kept = ("limit", "shots", "tokenizer", "device", "dtype")
     settings = asdict(choices) | {name: getattr(given, name) for name in kept}
     settings["template"] = choices.template and choices.template.record()

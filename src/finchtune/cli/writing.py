@@ -13,6 +13,7 @@ from finchtune.inference.sampling import Sampling
 from finchtune.models import LanguageModel
 from finchtune.tokenizer import Tokenizer, load_tokenizer
 from finchtune.weights.adapter_files import adapter_record
+from finchtune.weights.state_files import set_states
 from finchtune.weights.writing import writing_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -20,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--model", required=required, help="weights, a plain .pth")
+    parser.add_argument("--state", metavar="FILE", help="trained states to begin texts from")
     add_stated_flags(parser)
     parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -89,4 +91,6 @@ def open_model(given: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
         stated_of(given),
         given.lora_init,
     )
+    if given.state:
+        set_states(model, given.state)
     return model, load_tokenizer(given.tokenizer, model.config.vocab_size)

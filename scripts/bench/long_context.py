@@ -1,0 +1,147 @@
+"""Long contexts in chunks: memory and speed by length, and whether a number is recalled.
+
+`speed` takes steps over one row of growing length, L6 C256, Bone: plain checkpointed training at
+the first length, then chunks. `recall` trains small models from scratch on scripts/make_recall.py's
+records with exact and with truncated gradients, and prints the share of right answers. The peak is
+that of the process, so that each length runs in a process of its own.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from finchtune.adapters import attach
+from finchtune.data.batch import padded
+from finchtune.data.chunks import cut
+from finchtune.data.sampling import Segment
+from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.training.chunked import exact_backward, truncated_backward
+
+
+def step(model, batch, chunk: int, exact: bool = True) -> float:
+    """Forward and backward of a micro batch's mean loss; whole where `chunk` is 0."""
+    targets = int((batch.labels != -100).sum())
+
+    def read(batch, state):
+        return model.hidden(batch.tokens, state, batch.cu_seqlens)[1]
+
+    def lose(batch, state):
+        return model.loss(*batch, state=state)
+
+    def backward(loss, added):
+        (loss / targets + added).backward()
+
+    if not chunk:
+        loss = lose(batch, None)[0]
+        backward(loss, 0.0)
+    elif exact:
+        loss = exact_backward(read, lose, cut(batch, chunk), backward)
+    else:
+        loss = truncated_backward(lose, cut(batch, chunk), backward)
+    return loss.item() / targets
+
+
+def measure(length: int, chunk: int, repeats: int) -> None:
+    """Print one line of JSON: tokens/s and the process's peak memory."""
+    model = init_weights(RWKV6(ModelConfig(6, 256, 4096, head_size=64), 0 if chunk else 1), 0)
+    attach(model, "bone", r=64)
+    ids = torch.randint(0, 4096, (length + 1,)).numpy()
+    batch = padded([Segment(ids, None, 0)], length)
+    idle = peak()
+    step(model, padded([Segment(ids[:65], None, 0)], 64), chunk)
+    best = float("inf")
+    for _ in range(repeats):
+        began = time.perf_counter()
+        step(model, batch, chunk)
+        best = min(best, time.perf_counter() - began)
+    result = {"length": length, "chunk": chunk, "tokens_per_s": round(length / best)}
+    print(json.dumps(result | {"peak_mib": round(peak()), "idle_mib": round(idle)}), flush=True)
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def speed(lengths: list[int], chunk: int, repeats: int) -> None:
+    for length, size in [(lengths[0], 0), *((length, chunk) for length in lengths)]:
+        words = ["one", "--length", length, "--chunk", size, "--repeats", repeats]
+        subprocess.run([sys.executable, __file__, *map(str, words)], check=True)
+
+
+def recall(train: Path, test: Path, steps: int, chunk: int, seeds: int, rate: float) -> None:
+    records, held_out = (
+        [json.loads(line) for line in path.read_text().splitlines()] for path in (train, test)
+    )
+    for exact in (True, False):
+        for seed in range(seeds):
+            curve = train_recall(records, held_out, steps, chunk, seed, rate, exact)
+            name = "exact" if exact else "truncated"
+            print(json.dumps({"bptt": name, "seed": seed, "right": curve}), flush=True)
+
+
+def train_recall(records, held_out, steps, chunk, seed, rate, exact) -> dict[int, float]:
+    """Share of right first digits on held-out records, by step."""
+    model = init_weights(RWKV6(ModelConfig(2, 64, 128, head_size=16)), seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    order = torch.Generator().manual_seed(seed)
+    curve = {}
+    for number in range(1, steps + 1):
+        chosen = torch.randint(len(records), (16,), generator=order).tolist()
+        step(model, batch_of([records[i] for i in chosen]), chunk, exact)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, number / 50)
+        optimizer.step()
+        optimizer.zero_grad()
+        if number % max(1, steps // 10) == 0:
+            curve[number] = score(model, held_out)
+    return curve
+
+
+def batch_of(records):
+    """Rows whose only label is the answer's first digit; the space before it is the last input."""
+    segments = []
+    for i, record in enumerate(records):
+        ids = list(f"{record['question']} {record['answer'][0]}".encode())
+        mask = torch.tensor([0] * (len(ids) - 1) + [1], dtype=torch.uint8).numpy()
+        segments.append(Segment(torch.tensor(ids).numpy(), mask, i))
+    return padded(segments, max(len(segment.ids) - 1 for segment in segments))
+
+
+@torch.no_grad()
+def score(model, records) -> float:
+    batch = batch_of(records)
+    logits, _ = model(batch.tokens)
+    counted = batch.labels != -100
+    return round((logits[counted].argmax(-1) == batch.labels[counted]).float().mean().item(), 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", choices=["speed", "recall", "one"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 17)])
+    parser.add_argument("--length", type=int, help="of one measurement")
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--train", type=Path)
+    parser.add_argument("--test", type=Path)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rate", type=float, default=3e-3)
+    given = parser.parse_args()
+    if given.what == "one":
+        measure(given.length, given.chunk, given.repeats)
+    elif given.what == "speed":
+        speed(given.lengths, given.chunk, given.repeats)
+    else:
+        recall(given.train, given.test, given.steps, given.chunk, given.seeds, given.rate)
+
+
+if __name__ == "__main__":
+    main()

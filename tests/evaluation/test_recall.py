@@ -1,0 +1,54 @@
+"""The task of recall over long contexts, and the script that writes its records."""
+
+import json
+
+import pytest
+from helpers.support import assert_one_error_line, run_script
+
+from finchtune.data.values import BadRecord
+from finchtune.evaluation.task import Choices
+from finchtune.evaluation.tasks.recall import Recall
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recall")
+    sizes = "--train 30 --test 5 --length 3000 --shortest 300 --keys 4".split()
+    done = run_script("scripts/make_recall.py", *sizes, "--output", folder)
+    assert done.returncode == 0, done.stderr
+    return [
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("train.jsonl", "test.jsonl")
+    ]
+
+
+def test_the_number_is_given_once_at_the_beginning(records):
+    train, test = records
+    assert (len(train), len(test)) == (30, 5)
+    for record in train + test:
+        text, answer = record["question"], record["answer"]
+        name = text.rpartition("What is ")[2].removesuffix("?")
+        assert text.count(f"{name} is {answer}.") == 1
+        assert text.index(f"{name} is {answer}.") < 60
+        assert 300 <= len(text) == record["length"] <= 3100
+    assert len({record["question"] for record in train + test}) == 35
+    assert max(record["length"] for record in train) > 2 * min(r["length"] for r in train)
+
+
+def test_scores_and_shares_by_length():
+    task = Recall(Choices())
+    right = task.score({"question": "x" * 100, "answer": "42"}, " 42.")
+    wrong = task.score({"question": "x" * 1000, "answer": "42"}, "It is 4, or 42")
+    assert (right["correct"], wrong["correct"], wrong["extracted"]) == (True, False, "4")
+    summary = task.summary([right, wrong, wrong])
+    assert summary["by_length"]["128"]["rate"] == 1
+    assert summary["by_length"]["1024"] == summary["by_length"]["1024"] | {"right": 0, "of": 2}
+    assert "below 128 100%, below 1024 0%" in task.line(summary)
+    with pytest.raises(BadRecord, match="is no number"):
+        task.check({"question": "x", "answer": "four"})
+
+
+def test_sizes_that_cannot_be(tmp_path):
+    for words in (["--keys", 0], ["--shortest", 5000], ["--digits", 0]):
+        done = run_script("scripts/make_recall.py", "--train", 1, "--output", tmp_path, *words)
+        assert_one_error_line(done, words[0])
