@@ -19,8 +19,9 @@ def serving(*flags) -> Iterator[str]:
         line = process.stdout.readline()
         assert " at http://" in line, process.stderr.read() if process.stderr else ""
         yield line.strip().rpartition(" at ")[2]
-        assert process.poll() is None, "the server still runs"
     finally:
+        running = process.poll() is None
         process.terminate()
-        _, error = process.communicate(timeout=30)
+        _, error = process.communicate(timeout=60)
+        assert running, error
         assert "Traceback" not in error, error

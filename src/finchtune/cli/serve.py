@@ -12,6 +12,7 @@ from finchtune.cli.writing import add_model_flags, check_positive, open_model, t
 from finchtune.errors import UserError
 
 LOOPBACK = ("127.0.0.1", "localhost")
+KEEP_ALIVE = 75  # seconds that a connection may idle; with few, clients meet closed ones
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -32,7 +33,12 @@ def main(arguments: list[str] | None = None) -> None:
     with listening(given.host, given.port) as listener:
         host, port = listener.getsockname()[:2]
         print(f"{', '.join(worker.served)} at http://{host}:{port}/v1", flush=True)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            timeout_keep_alive=KEEP_ALIVE,
+            timeout_graceful_shutdown=5,
+        )
         uvicorn.Server(config).run(sockets=[listener])
 
 

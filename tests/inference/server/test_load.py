@@ -77,15 +77,15 @@ async def all_clients(address):
     return {key: text for texts in answers for key, text in texts.items()}
 
 
-def raw_request(address, stream, n_tokens=50_000):
-    """A connection on which a long text was asked for."""
+def raw_request(address, stream, n_tokens=50_000, missing=0):
+    """A connection on which a long text was asked for, but for the last `missing` bytes."""
     url = httpx.URL(address)
     body = json.dumps({"prompt": "a", "max_tokens": n_tokens, "stream": stream}).encode()
     connection = socket.create_connection((url.host, url.port))
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     connection.sendall(
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        + f"Content-Length: {len(body)}\r\n\r\n".encode()
+        + f"Content-Length: {len(body) + missing}\r\n\r\n".encode()
         + body
     )
     return connection
@@ -103,6 +103,8 @@ def test_slow_readers_and_closed_connections_harm_nobody(address, model):
         if stream:
             connection.recv(100)
         connection.close()
+    for _ in range(8):
+        raw_request(address, True, missing=10).close()
     assert asyncio.run(all_clients(address)) == expected_texts(model)
     for connection in slow:
         connection.close()

@@ -11,6 +11,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -103,7 +104,7 @@ class Answer:
         try:
             await asyncio.wait({collected, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not collected.done():
-                return Response(status_code=499)  # nobody reads it
+                raise ClientDisconnect
         finally:
             gone.cancel()
             collected.cancel()
@@ -187,7 +188,12 @@ def application(worker: Worker, max_tokens: int, hosts: list[str] | None = None)
             Route("/v1/chat/completions", server.chat, methods=["POST"]),
         ],
         middleware=check,
-        exception_handlers={HTTPException: _failed, UserError: _failed, Exception: _failed},
+        exception_handlers={
+            ClientDisconnect: _gone,
+            HTTPException: _failed,
+            UserError: _failed,
+            Exception: _failed,
+        },
         lifespan=lifespan,
     )
 
@@ -209,6 +215,10 @@ async def _json_of(request: HTTPRequest) -> Any:
 async def _disconnected(request: HTTPRequest) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def _gone(_: HTTPRequest, error: Exception) -> Response:
+    return Response(status_code=499)  # which nobody reads
 
 
 async def _failed(_: HTTPRequest, error: Exception) -> Response:
