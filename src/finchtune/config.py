@@ -42,7 +42,7 @@ ABOVE_ZERO = {
 }
 
 
-def flag(default: Any, text: str, choices: tuple = (), free: bool = False) -> Any:
+def flag(default: Any, text: str, choices: tuple[Any, ...] = (), free: bool = False) -> Any:
     """A field that is a flag. `free`: may change when a run is resumed."""
     metadata = {"help": text, "choices": choices, "free": free}
     if isinstance(default, list):

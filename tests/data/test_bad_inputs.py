@@ -9,8 +9,9 @@ import zlib
 import pytest
 
 from finchtune.data import load_data
-from finchtune.data.prepare import Recipe, prepare
+from finchtune.data.prepare import prepare
 from finchtune.data.render import Layout
+from finchtune.data.workers import Recipe
 from finchtune.errors import UserError
 from finchtune.tokenizer import BytesTokenizer
 

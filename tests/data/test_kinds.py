@@ -10,7 +10,8 @@ import tracemalloc
 import pytest
 
 from finchtune.data import compressed, inputs
-from finchtune.data.inputs import BLOCK_BYTES, read_blocks
+from finchtune.data.compressed import BLOCK_BYTES
+from finchtune.data.inputs import read_blocks
 from finchtune.errors import UserError
 
 

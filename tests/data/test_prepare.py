@@ -14,10 +14,12 @@ import pytest
 
 from finchtune.data import load_data
 from finchtune.data.binidx import BinIdx
+from finchtune.data.compressed import BLOCK_BYTES
 from finchtune.data.documents import is_held_out
-from finchtune.data.inputs import BLOCK_BYTES, find_inputs, read_blocks
-from finchtune.data.prepare import Recipe, prepare
+from finchtune.data.inputs import find_inputs, read_blocks
+from finchtune.data.prepare import prepare
 from finchtune.data.render import Layout
+from finchtune.data.workers import Recipe
 from finchtune.errors import UserError
 from finchtune.tokenizer import BytesTokenizer, load_tokenizer
 

@@ -230,7 +230,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
+def add_flag(section: argparse._ArgumentGroup, field: dataclasses.Field[Any]) -> None:
     """Add the flag of a field of TrainConfig."""
     choices = ", ".join(field.metadata["choices"])
     default = [] if field.default is dataclasses.MISSING else field.default

@@ -7,6 +7,7 @@ Ends with a message and status 2 at the first thing that is wrong.
 
 import argparse
 import sys
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -71,6 +72,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(inspect.marked_text(documents, i, tokenizer, colour))
 
 
-def show(lines) -> None:
+def show(lines: Iterable[str]) -> None:
     for line in lines:
         print(f"  {printable(line)}")

@@ -7,6 +7,7 @@ together. Needs pip install finchtune[serve].
 import argparse
 import socket
 from pathlib import Path
+from typing import Any
 
 from finchtune.cli.writing import add_model_flags, check_positive, open_model, template_of
 from finchtune.errors import UserError
@@ -85,7 +86,7 @@ def base_name(given: argparse.Namespace) -> str:
     return given.name or Path(given.model).stem
 
 
-def open_models(given: argparse.Namespace, adapters: dict[str, str]) -> dict:
+def open_models(given: argparse.Namespace, adapters: dict[str, str]) -> dict[str, Any]:
     """Every model by its name, the base first, with the base's weights in memory once."""
     from finchtune.inference.server import Served
     from finchtune.weights.writing import share_weights

@@ -16,12 +16,12 @@ NEARLY = {
 }
 
 
-def is_list(field: dataclasses.Field) -> bool:
+def is_list(field: dataclasses.Field[Any]) -> bool:
     """Whether a flag takes several words."""
     return get_origin(field.type) is list
 
 
-def type_of(field: dataclasses.Field) -> Any:
+def type_of(field: dataclasses.Field[Any]) -> Any:
     """The type of a flag's value, None aside."""
     kind: Any = field.type
     if isinstance(kind, types.UnionType):
@@ -29,7 +29,7 @@ def type_of(field: dataclasses.Field) -> Any:
     return kind
 
 
-def convert(field: dataclasses.Field, value: Any) -> Any:
+def convert(field: dataclasses.Field[Any], value: Any) -> Any:
     """A word (or words) -> the field's type. Raises UserError for one that does not fit."""
     name = field.name
     if is_list(field):
@@ -53,7 +53,7 @@ def convert(field: dataclasses.Field, value: Any) -> Any:
     return converted
 
 
-def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
+def choices_of(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     """The values that a flag takes, if they are few."""
     if field.name == "my_testing":
         from finchtune.models import generations  # needs torch, which --help does not

@@ -8,9 +8,10 @@ from finchtune import distributed
 from finchtune.data.binidx import file_paths, token_dtype
 from finchtune.data.documents import MASK_SUFFIX, Documents, read_binidx
 from finchtune.data.inputs import find_inputs
-from finchtune.data.prepare import Recipe, prepare
+from finchtune.data.prepare import prepare
 from finchtune.data.provenance import info_path
 from finchtune.data.render import Layout
+from finchtune.data.workers import Recipe
 from finchtune.errors import UserError
 from finchtune.files import FileSet, check_sums, json_text, read_json, sha256, sums_text
 from finchtune.tokenizer import Tokenizer

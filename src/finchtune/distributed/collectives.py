@@ -68,7 +68,7 @@ def stream_to_rank_zero(items: Iterator[Item], work: Callable[[Iterator[Item]], 
     return run_on_rank_zero(take)
 
 
-def exhaust(items: Iterator) -> None:
+def exhaust(items: Iterator[Any]) -> None:
     """Make all items, and keep none."""
     for _ in items:
         pass

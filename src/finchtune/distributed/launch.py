@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from finchtune.distributed.lifetime import free_port, set_parent_death_signal
 from finchtune.errors import LOST_RANK
@@ -27,7 +28,7 @@ def run_processes(n_processes: int, command: list[str]) -> int:
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_processes)))
     launcher = os.getpid()
 
-    def start(rank: int) -> subprocess.Popen:
+    def start(rank: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [sys.executable, *command],
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -36,9 +37,9 @@ def run_processes(n_processes: int, command: list[str]) -> int:
             preexec_fn=lambda: set_parent_death_signal(launcher),
         )
 
-    processes: list[subprocess.Popen] = []
+    processes: list[subprocess.Popen[bytes]] = []
 
-    def pass_on(number: int, _frame) -> None:
+    def pass_on(number: int, _: Any) -> None:
         for process in processes:
             process.send_signal(number)
 
@@ -49,7 +50,7 @@ def run_processes(n_processes: int, command: list[str]) -> int:
 
 
 @contextmanager
-def handling(numbers: tuple[signal.Signals, ...], handler: Callable) -> Iterator[None]:
+def handling(numbers: tuple[signal.Signals, ...], handler: Callable[..., Any]) -> Iterator[None]:
     """Have `handler` take these signals within; what took them before takes them afterwards."""
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -59,7 +60,7 @@ def handling(numbers: tuple[signal.Signals, ...], handler: Callable) -> Iterator
             signal.signal(number, earlier)
 
 
-def _wait(processes: list[subprocess.Popen]) -> int:
+def _wait(processes: list[subprocess.Popen[bytes]]) -> int:
     """Wait for all; once one failed, no longer than GRACE_SECONDS for the others."""
     first_failed: int | None = None
     deadline = float("inf")

@@ -53,7 +53,9 @@ class FinchtuneLM(TemplateLM):
         """The token that ends a document, and begins one."""
         return END_OF_DOCUMENT
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any):
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Token ids, with nothing added."""
         return self.asker.tokenizer.encode(string)
 

@@ -137,7 +137,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def entries(folder: Path, pattern: re.Pattern) -> list[Path]:
+def entries(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     """What lies in a folder under names of a pattern; nothing if there is no such folder."""
     try:
         with os.scandir(folder) as found:

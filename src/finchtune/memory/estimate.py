@@ -30,7 +30,9 @@ class StorageCount(TorchDispatchMode):
         self.live = self.peak = 0
         self.known: set[int] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         if func is torch.ops.aten.logsumexp.default:
             # Inside it, out of sight from here, the exponentials take what the input does.
             self.peak = max(self.peak, self.live + args[0].numel() * args[0].element_size())

@@ -1,5 +1,7 @@
 """Cross entropy over a large vocabulary without ever holding all logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, l2wrap: float
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, l2wrap: float
     ) -> Tensor:
         with_hidden, with_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if with_hidden else None
@@ -54,7 +56,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx, *grad_outputs: Tensor):
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (d_total,) = grad_outputs
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:

@@ -57,7 +57,7 @@ class HFTokenizer(Tokenizer):
         self._probe()
 
     @cached_property
-    def sha256(self) -> str:  # type: ignore[override]
+    def sha256(self) -> str:
         """As in the base class: of the whole file."""
         return sha256(self.name)
 

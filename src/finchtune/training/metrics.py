@@ -55,12 +55,12 @@ class Metrics:
         self.board = self._start_tensorboard(folder) if config.get("tensorboard") else None
         self.started, self.last_line = time.monotonic(), 0.0
 
-    def _start_wandb(self, folder: Path, config: dict[str, Any]):
+    def _start_wandb(self, folder: Path, config: dict[str, Any]) -> Any:
         import wandb
 
         return wandb.init(project=config["wandb"], dir=str(folder), config=config)
 
-    def _start_tensorboard(self, folder: Path):
+    def _start_tensorboard(self, folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         # What an interrupted run wrote of the steps that now come again is hidden.

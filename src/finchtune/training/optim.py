@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -57,33 +58,35 @@ def parameter_groups(
     doubled_lr: str = "",
     lora_plus_ratio: float = 1.0,
     state_ratio: float = 1.0,
-) -> list[dict]:
+) -> list[dict[str, Any]]:
     """Optimizer groups of the trainable parameters; each stands in exactly one.
 
     A group's `lr_scale` multiplies the learning rate: 2 where a name ends with `doubled_lr`,
     `lora_plus_ratio` for LoRA's B (LoRA+, arXiv 2402.12354), `state_ratio` for initial states.
     """
     trainable = [(name, p) for name, p in named if p.requires_grad]
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, p in trainable:
         scale = 2.0 if doubled_lr and name.endswith(doubled_lr) else 1.0
         scale = lora_plus_ratio if adapter_tensor(name) == "lora_B" else scale
         scale = state_ratio if name.endswith(INITIAL_STATE) else scale
         decay = weight_decay if is_decayed(name, p, decay_adapters) else 0.0
-        empty: dict = {"params": [], "lr_scale": scale, "weight_decay": decay}
+        empty: dict[str, Any] = {"params": [], "lr_scale": scale, "weight_decay": decay}
         groups.setdefault((scale, decay), empty)["params"].append(p)
     grouped = [id(p) for group in groups.values() for p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(trainable)
     return list(groups.values())
 
 
-def adamw(groups: list[dict], lr: float, betas: tuple[float, float], eps: float):
+def adamw(
+    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
+) -> torch.optim.AdamW:
     """torch's AdamW over `groups`, fused where the parameters' device has a fused form."""
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=device in ("cuda", "cpu"))
 
 
-def set_learning_rate(groups: list[dict], lr: float) -> None:
+def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:
     """Give every group its share of `lr`."""
     for group in groups:
         group["lr"] = lr * group["lr_scale"]

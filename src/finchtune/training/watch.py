@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
@@ -32,7 +33,7 @@ class StepWatch:
         while start - self.in_a_row in steps:
             self.in_a_row += 1
 
-    def _earlier(self, start: int) -> list[dict]:
+    def _earlier(self, start: int) -> list[dict[str, Any]]:
         return rewind(self.path, start) if self.path.exists() else []
 
     def check(self, step: int, result: StepResult) -> None:

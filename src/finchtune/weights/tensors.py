@@ -106,7 +106,9 @@ def write_tensors(
         return write_pth(tensors, tensors.values() if stream is None else stream, temporary)
 
 
-def check_shapes(found: dict[str, tuple], expected: dict[str, tuple], path: str | Path) -> None:
+def check_shapes(
+    found: dict[str, tuple[Any, ...]], expected: dict[str, tuple[Any, ...]], path: str | Path
+) -> None:
     """Raise UserError unless both hold the same names with the same shapes."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not known" for name in found if name not in expected]

@@ -19,7 +19,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ENDED, OUT_OF_TIME, NOT_ISOLATED, DIED, LEFT_BEHIND = 0, 124, 125, 126, 127
 
@@ -141,7 +141,7 @@ def write(path: str, text: str) -> None:
         file.write(text)
 
 
-def keep(request: dict, entered: tuple[int, int], mapped: tuple[int, int]) -> int:
+def keep(request: dict[str, Any], entered: tuple[int, int], mapped: tuple[int, int]) -> int:
     """Enter the namespaces, build the file system and run the program in them."""
     os.close(mapped[1])
     with suppress(PermissionError):  # who may not, has none that matter
@@ -220,7 +220,7 @@ def set_attributes(path: str, attributes: int, flags: int) -> None:
     check(done, f"mount_setattr {path}")
 
 
-def run_init(request: dict) -> int:
+def run_init(request: dict[str, Any]) -> int:
     """Process 1: see the program's parent end, and whether anything of the program is left."""
     die_with_parent()
     parent = fork(lambda: run_parent(request))
@@ -242,7 +242,7 @@ def anything_left() -> bool:
     return True
 
 
-def run_parent(request: dict) -> int:
+def run_parent(request: dict[str, Any]) -> int:
     program, sentinel = os.pipe(), os.pipe()
     os.write(sentinel[1], request["sentinel"].encode())
     child = fork(lambda: run_program(request["cpu_seconds"], program, sentinel))

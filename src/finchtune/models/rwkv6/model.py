@@ -118,7 +118,7 @@ class TimeMix(nn.Module):
         shift: Tensor | None,
         state: Tensor | None,
         cu_seqlens: Tensor | None = None,
-    ):
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> output (B, T, C), last inputs (S, C), WKV state (S, H, N, N)."""
         B, T, C = x.shape
         n_sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
@@ -156,7 +156,9 @@ class ChannelMix(nn.Module):
         self.receptance = nn.Linear(C, C, bias=False)
         self.value = nn.Linear(dim_ffn, C, bias=False)
 
-    def forward(self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None):
+    def forward(
+        self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> output (B, T, C), last inputs (S, C)."""
         before, shift = token_before(self.context, x, shift, cu_seqlens)
         maa = torch.cat([self.time_maa_k, self.time_maa_r]).flatten(0, 1)

@@ -158,7 +158,7 @@ def wkv6_step_(r: Tensor, *_: Any) -> Tensor:
     return r.new_empty(r.shape)
 
 
-SHAPES: dict[str, Callable] = {
+SHAPES: dict[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         wkv6_forward,

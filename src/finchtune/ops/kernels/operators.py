@@ -20,14 +20,16 @@ DTYPES = {
 }
 
 
-def save_for_backward(ctx: Any, inputs: tuple, output: tuple) -> None:
+def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     """Keep the inputs and the checkpoints."""
     *tensors, cu_seqlens, _ = inputs
     ctx.save_for_backward(*tensors, cu_seqlens, output[2])
     ctx.set_materialize_grads(False)  # the checkpoints, large, have no gradient
 
 
-def backward(ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: None) -> tuple:
+def backward(
+    ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: None
+) -> tuple[Any, ...]:
     """Gradients of r, k, v, w, u and of a given state; none for cu_seqlens and for_backward."""
     saved = ctx.saved_tensors
     r, state = saved[0], saved[5]

@@ -41,7 +41,9 @@ def within_chunks(r: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Tensor:
     return y
 
 
-def chunks(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor):
+def chunks(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """Arguments and results as in `wkv6_chunked`, all in one dtype."""
     T = r.shape[1]
     length = 1

@@ -6,7 +6,9 @@ from torch import Tensor
 from finchtune.ops.wkv6.sequences import compute_dtype, for_each_sequence
 
 
-def recurrence(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor):
+def recurrence(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
     """One step per token; arguments and results as in `wkv6_reference`, all in one dtype."""
     decay = torch.exp(-torch.exp(w))
     outputs = []

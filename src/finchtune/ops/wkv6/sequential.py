@@ -62,7 +62,9 @@ class SequentialWkv6(torch.autograd.Function):
 def sequential_form(library: ctypes.CDLL) -> Form:
     """The sequential kernels behind our signature; the state passes unused."""
 
-    def form(r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor):
+    def form(
+        r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return SequentialWkv6.apply(library, r, k, v, w, u), state.view_as(state)
 
     return form

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 @functools.cache
-def chunk_rwkv6() -> Callable | None:
+def chunk_rwkv6() -> Callable[..., Any] | None:
     """flash-linear-attention's operator; None where it is not installed."""
     try:
         from fla.ops.rwkv6 import chunk_rwkv6

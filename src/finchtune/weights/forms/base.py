@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +70,7 @@ class Entry:
     split: Callable[[Tensor], Sequence[Tensor]] = lambda theirs: [theirs]
 
 
-def reshaped(name: str, ours: str, make: Callable, split: Callable) -> Entry:
+def reshaped(name: str, ours: str, make: Callable[..., Any], split: Callable[..., Any]) -> Entry:
     """An entry for one tensor that is laid out otherwise."""
     return Entry(name, (ours,), lambda tensors: make(tensors[0]), lambda theirs: [split(theirs)])
 

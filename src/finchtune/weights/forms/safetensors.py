@@ -4,6 +4,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -30,7 +31,7 @@ def is_safetensors(path: Path) -> bool:
     return HEADER_LENGTH.unpack(start[:-1])[0] <= LARGEST_HEADER
 
 
-def header_of(path: Path) -> dict:
+def header_of(path: Path) -> dict[str, Any]:
     """A file's header: name -> dtype, shape and place. Raises UserError if it is damaged."""
     with path.open("rb") as file:
         start = file.read(HEADER_LENGTH.size)
@@ -67,7 +68,7 @@ def write_safetensors(
     The library's own writer takes all of them at once. Layout: the header's length in 8 bytes, the
     header in JSON, padded with spaces to 8 bytes, the tensors end to end.
     """
-    header: dict = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     end = 0
     for name, tensor in layout_of(tensors).items():
         begin, end = end, end + tensor.numel() * tensor.element_size()
