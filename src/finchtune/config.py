@@ -31,6 +31,15 @@ AT_LEAST_ONE = {
     *("n_layer", "n_embd", "vocab_size", "head_size_a", "dim_att", "dim_ffn"),
     *(name for name, flag in method_flags().items() if flag.at_least_one),
 }
+AT_MOST = {
+    **dict.fromkeys(("devices", "num_nodes"), 1024),
+    **dict.fromkeys(("lr_init", "lr_final", "lr_state"), 100),
+    **dict.fromkeys(("adam_eps", "weight_decay", "l2wrap"), 1),
+    "timeout_minutes": 10**6,
+    "random_seed": 2**63 - 1,
+}
+MOST = 10**9
+"""What a number may be at most, where AT_MOST has no other bound."""
 BELOW_ONE = {"beta1", "beta2", "lora_dropout", "val_split"}
 ABOVE_ZERO = {
     "lr_init",
@@ -326,6 +335,8 @@ class TrainConfig(
                 yield f"--{name} must be a finite number, not {value}"
             elif value < least:
                 yield f"--{name} must be {'at least 1' if least else 'zero or more'}, not {value}"
+            elif value > (most := AT_MOST.get(name, MOST)):
+                yield f"--{name} must be at most {most:,}, not {value:,}"
             elif name in BELOW_ONE and value >= 1:
                 yield f"--{name} must be below 1, not {value}"
             elif name in ABOVE_ZERO and value == 0:

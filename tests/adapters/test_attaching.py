@@ -272,3 +272,19 @@ def test_adapters_start_from_the_gradients_of_several_batches():
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert all(".adapter." in name for name in trainable)
     assert len(trainable) == 32
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("bone", {"r": 9}),
+        ("disha", {"r1": 13}),
+        ("disha", {"r1": 12, "r2": 9}),
+        ("lora", {"r": 1025}),
+        ("dora", {"r": 1025}),
+    ],
+)
+def test_sizes_that_no_layer_has_use_for_are_refused(method, settings):
+    model = nn.Sequential(nn.Linear(8, 12))
+    with pytest.raises(UserError, match=r"layer 0: r\d? = [\d,]+ is above"):
+        attach(model, method, **settings)

@@ -15,7 +15,7 @@ import torch
 from finchtune.cli import failures
 from finchtune.cli.flags import parse_train_flags
 from finchtune.config import TrainConfig
-from finchtune.errors import NotFinite, UserError
+from finchtune.errors import NOT_FINITE, NotFinite, UserError
 from finchtune.files import atomic_path, require_space, sha256
 from finchtune.training.checkpoints import (
     checkpoint_problem,
@@ -234,7 +234,7 @@ BAD = result(loss=float("nan"), grad_norm=float("inf"), skipped=True)
 
 def test_skipped_steps_are_written_down_and_stop_a_run_at_last(tmp_path, capsys):
     def watch(start):
-        return StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, start)
+        return StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, start, 100)
 
     first = watch(0)
     for step, step_result in enumerate((result(), BAD, result(), BAD, BAD)):
@@ -250,14 +250,26 @@ def test_skipped_steps_are_written_down_and_stop_a_run_at_last(tmp_path, capsys)
     watch(5).check(5, result())
 
 
+def test_a_run_that_ends_in_skipped_steps_does_not_end_well(tmp_path, capsys):
+    watch = StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, 0, 2)
+    watch.check(0, result())
+    assert watch.status() == 0
+    watch.check(1, BAD)
+    assert watch.status() == NOT_FINITE
+    assert "the last 1 of 2 steps were skipped" in capsys.readouterr().out
+    nothing_learnt = StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, 0, 1)
+    with pytest.raises(NotFinite, match="1 steps in a row"):
+        nothing_learnt.check(0, BAD)
+
+
 def test_a_masked_batch_is_warned_of(tmp_path, capsys):
-    watch = StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, 0)
+    watch = StepWatch(config(tmp_path), tmp_path, FiveDocuments(), 4, 0, 100)
     watch.check(0, result(loss=0.0, targets=0))
     assert "step 1: every label is masked" in capsys.readouterr().out
 
 
 def test_fp16_may_search_its_loss_scale(tmp_path):
-    watch = StepWatch(config(tmp_path, precision="fp16"), tmp_path, FiveDocuments(), 4, 0)
+    watch = StepWatch(config(tmp_path, precision="fp16"), tmp_path, FiveDocuments(), 4, 0, 100)
     for step in range(9):
         watch.check(step, result(skipped=True, grad_norm=float("inf")))
     assert not (tmp_path / "skipped.jsonl").exists()

@@ -14,11 +14,11 @@ def small(name: str) -> dict:
 
 CASES = [(name, small(name)) for name in METHODS] + [
     ("bone", {"r": 3}),
-    ("bone", {"r": 16}),
+    ("bone", {"r": 8}),
     ("bat", {"r": 4, "mode": "col"}),
     ("bat", {"r": 1, "mode": "col"}),
     ("disha", {"r1": 4, "r2": 2}),
-    ("disha", {"r1": 16, "r2": 16}),
+    ("disha", {"r1": 8, "r2": 8}),
     ("lora", {"r": 2, "alpha": 3, "rslora": True}),
     ("pissa", {"r": 4, "svd_niter": None}),
 ]

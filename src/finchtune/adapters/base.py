@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from finchtune.errors import UserError
 
+BIG_RANK = 1024  # that of BigLoRA, which has it on layers of any size
+
 
 class Adapter(nn.Module):
     """A trainable change of one frozen linear layer `y = W x`, W of shape (out, in).
@@ -77,6 +79,18 @@ def check_positive_int(name: str, value: Any) -> None:
     """Raise UserError unless a hyperparameter is a whole number above zero."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} must be a whole number above 0, not {value!r}")
+
+
+def check_at_most(name: str, value: int, most: int, what: str) -> None:
+    """Raise UserError for a size above what a layer can make use of."""
+    if value > most:
+        raise UserError(f"{name} = {value:,} is above {most:,}, {what}; choose a smaller {name}")
+
+
+def check_rank(r: int, in_features: int, out_features: int) -> None:
+    """Raise UserError for a rank without any use: above both the layer's sides and BigLoRA's."""
+    most = max(in_features, out_features, BIG_RANK)
+    check_at_most("r", r, most, "the longest side of the layer")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -89,7 +89,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
     mine = distributed.rank() // config.context_parallel, engine.readers
     cut = config.micro_bsz, config.accumulate_grad_batches
     rows_ahead = prefetch(data.rows(step, *mine, *cut) for step in range(start, total))
-    watch = StepWatch(config, saver.folder, data, saver.global_batch, start)
+    watch = StepWatch(config, saver.folder, data, saver.global_batch, start, total)
     stop = StopRequest(distributed.watch_runner())  # by SIGTERM or SIGINT
     status = 0
     for step in range(start, total):
@@ -131,5 +131,6 @@ def run(config: TrainConfig, device: torch.device) -> int:
         picture = plot_loss(saver.folder, saver.folder / "loss.png")
         report = write_report([saver.folder], saver.folder / "report.html")
         distributed.print_rank_zero(f"loss picture: {picture}\nreport: {report}")
+    status = status or watch.status()
     distributed.shutdown()
     return status

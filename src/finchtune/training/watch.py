@@ -7,7 +7,7 @@ from typing import Any
 from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.data import Data
-from finchtune.errors import NotFinite
+from finchtune.errors import NOT_FINITE, NotFinite
 from finchtune.training.engine import StepResult
 from finchtune.training.metrics import rewind
 
@@ -18,15 +18,22 @@ class StepWatch:
     """Looks at every step's result: writes down what was skipped, and stops what goes wrong.
 
     Rows of skipped.jsonl: step (1-based), loss ("nan", "inf" or a number), documents (their
-    numbers in the data set). `start` is the step that a resumed run goes on from; rows of later
+    numbers in the data set). `total` is the number of the run's steps, and `start` the step that a
+    resumed run goes on from; rows of later
     steps are dropped, and bad steps in a row just before it still count.
     """
 
     def __init__(
-        self, config: TrainConfig, folder: Path, data: Data, global_batch: int, start: int
+        self,
+        config: TrainConfig,
+        folder: Path,
+        data: Data,
+        global_batch: int,
+        start: int,
+        total: int,
     ):
         self.config, self.path, self.data = config, folder / SKIPPED, data
-        self.global_batch = global_batch
+        self.global_batch, self.total = global_batch, total
         rows = distributed.run_on_rank_zero(lambda: self._earlier(start))
         steps = {row["step"] for row in rows}
         self.in_a_row = 0
@@ -39,7 +46,8 @@ class StepWatch:
     def check(self, step: int, result: StepResult) -> None:
         """Warn of a step (0-based) without targets, record a skipped one.
 
-        Raises NotFinite on every rank after --max_skips skipped steps in a row. A collective call.
+        Raises NotFinite on every rank after --max_skips skipped steps in a row, and where all the
+        run's steps were. A collective call.
         """
         if not result.targets:
             distributed.print_rank_zero(
@@ -53,6 +61,16 @@ class StepWatch:
         self.in_a_row += 1
         distributed.run_on_rank_zero(lambda: self._record(step, result))
 
+    def status(self) -> int:
+        """The exit status of a run that is over: not 0 if its last steps were skipped."""
+        if not self.in_a_row:
+            return 0
+        distributed.print_rank_zero(
+            f"warning: the last {self.in_a_row} of {self.total} steps were skipped; the weights "
+            "are those from before them"
+        )
+        return NOT_FINITE
+
     def _record(self, step: int, result: StepResult) -> None:
         documents = self.data.document_ids(step, 0, 1, 1, self.global_batch)
         row = {"step": step + 1, "loss": str(result.loss), "documents": documents}
@@ -63,7 +81,7 @@ class StepWatch:
             f"warning: step {step + 1} is skipped: its loss is {result.loss}, its gradient's norm "
             f"{result.grad_norm}; documents {shown} (see {self.path})"
         )
-        if self.in_a_row >= self.config.max_skips:
+        if self.in_a_row >= min(self.config.max_skips, self.total):
             raise NotFinite(
                 f"{self.in_a_row} steps in a row had NaN or infinity, the last of them step "
                 f"{step + 1}; checkpoints from before are good; look at the documents named in "

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
+from finchtune.adapters.base import Adapter, check_at_most, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
 from finchtune.adapters.shards import add_to_shards, shard_sum
@@ -24,6 +24,7 @@ class Bone(Adapter):
     def __init__(self, in_features: int, out_features: int, *, r: int = 64) -> None:
         super().__init__(in_features, out_features)
         check_positive_int("r", r)
+        check_at_most("r", r, in_features, "the layer's in_features")
         self.r = r
         self.bone = nn.Parameter(torch.zeros(r, out_features))
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
+from finchtune.adapters.base import Adapter, check_at_most, check_positive_int, merge_precision
 from finchtune.adapters.frozen import frozen_linear
 from finchtune.adapters.shards import shard_sum
 
@@ -24,6 +24,8 @@ class DiSHA(Adapter):
         super().__init__(in_features, out_features)
         check_positive_int("r1", r1)
         check_positive_int("r2", r2)
+        check_at_most("r1", r1, out_features, "the layer's out_features")
+        check_at_most("r2", r2, in_features, "the layer's in_features")
         # Not "disha": under that key other software keeps what is called Bone here.
         self.shard = nn.Parameter(torch.zeros(r1, r2))
 

@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finchtune.adapters.base import Adapter, check_positive, check_positive_int, merge_precision
+from finchtune.adapters.base import (
+    Adapter,
+    check_positive,
+    check_positive_int,
+    check_rank,
+    merge_precision,
+)
 from finchtune.adapters.frozen import low_rank_linear
 from finchtune.errors import UserError
 
@@ -36,6 +42,7 @@ class DoRA(Adapter):
     ) -> None:
         super().__init__(in_features, out_features)
         check_positive_int("r", r)
+        check_rank(r, in_features, out_features)
         check_positive("alpha", alpha)
         self.scale = alpha / r
         self.lora_A = nn.Parameter(torch.zeros(r, in_features))

@@ -10,6 +10,7 @@ from finchtune.adapters.base import (
     Adapter,
     check_positive,
     check_positive_int,
+    check_rank,
     merge_precision,
 )
 from finchtune.adapters.frozen import low_rank_linear
@@ -49,6 +50,7 @@ class LoRA(Adapter):
     ) -> None:
         super().__init__(in_features, out_features)
         check_positive_int("r", r)
+        check_rank(r, in_features, out_features)
         check_positive("alpha", alpha)
         if not 0 <= dropout < 1:
             raise UserError(f"dropout must be at least 0 and below 1, not {dropout!r}")

@@ -25,6 +25,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "lora": {"lora_r": 8, "lora_alpha": 32.0, "lora_dropout": 0.01},
     "pissa": {"pissa_r": 8},
 }
+CHUNKS = {"chunk_ctx": 512, "bptt": "truncated"}
 PARTS = ["time", "ln"]
 WSD_WARMUP = 100
 REASONS = {
@@ -35,6 +36,7 @@ REASONS = {
     "loss_mean": "over each micro batch's own tokens, then over micro batches",
     "template": "the prompt of its --data_type sft, and the end of its answers",
     "loss_mask": "its --data_type sft never trains the prompt",
+    "bptt": "there a chunk's gradient ends at its first token",
     "decay_adapters": "its weight decay acts on every matrix that is trained",
 }
 """Flag -> what is behind the difference, where the value does not say it."""
@@ -45,11 +47,11 @@ def as_rwkv_peft(values: dict[str, Any]) -> dict[str, Any]:
 
     Raises UserError for what has no such meaning.
     """
-    method, chunked = values.get("peft", "none"), values.get("train_type") == "infctx"
+    method = values.get("peft", "none")
     found = DEFAULTS | METHOD_DEFAULTS.get(method, {}) | values
-    if chunked:
-        found["loss_mean"] = values.get("loss_mean", "tokens")
-    if method != "none":
+    if values.get("train_type") == "infctx":
+        found = CHUNKS | found
+    if method not in ("none", "state"):
         found.setdefault("train_parts", PARTS)
         if found.get("weight_decay"):
             found.setdefault("decay_adapters", True)
