@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from finchtune.adapters import METHODS, AdaptedLinear, shards
 from finchtune.adapters.frozen import product_plus
 from finchtune.adapters.methods import bat
+from finchtune.errors import UserError
 
 SIZES = [(12, 8), (8, 12), (8, 8)]
 """(out, in): wider, taller and square."""
@@ -74,6 +75,20 @@ def test_merged_weight_gives_the_forward(name, settings, size):
     assert merged.dtype == W.dtype
     assert not merged.requires_grad
     torch.testing.assert_close(F.linear(x, merged), adapter(x, W))
+
+
+@every_case
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_what_is_a_lora_says_so_exactly(name, settings, size):
+    adapter, W = make(name, settings, *size)
+    if name in ("bat", "dora", "frozen_ft"):
+        with pytest.raises(UserError, match=f"what {name} adds is no LoRA; merge it"):
+            adapter.low_rank()
+        return
+    A, B, scale = adapter.low_rank()
+    assert A.shape == (len(A), size[1])
+    assert B.shape == (size[0], len(A))
+    torch.testing.assert_close(W + scale * B @ A.to(B.dtype), adapter.merged(W))
 
 
 @every_case

@@ -14,7 +14,8 @@ from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.weights.adapter_files import load_adapter
 from finchtune.weights.base import load_model
-from finchtune.weights.merging import merge_files, unmerge_files
+from finchtune.weights.merging import merge_files
+from finchtune.weights.unmerging import unmerge_files
 
 pytestmark = pytest.mark.slow
 

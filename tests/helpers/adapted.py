@@ -21,9 +21,9 @@ METHODS = {
 }
 
 
-def make_adapter(folder, method, hyperparameters, record=True, scale=1.0):
+def make_adapter(folder, method, hyperparameters, record=True, scale=1.0, sizes=None):
     """A base file, a model adapted with random tensors, and the adapter's file."""
-    base = save_model(small_model(), folder / "base.pth")
+    base = save_model(small_model(**(sizes or {})), folder / "base.pth")
     model = attach(load_model(base), method, **hyperparameters)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -7,8 +7,9 @@ from helpers.support import small_model
 
 from finchtune.errors import UserError
 from finchtune.weights.base import load_model
-from finchtune.weights.merging import merge_files, unmerge_files
+from finchtune.weights.merging import merge_files
 from finchtune.weights.tensors import write_tensors
+from finchtune.weights.unmerging import unmerge_files
 
 KEY = "blocks.0.att.key.weight"
 

@@ -61,6 +61,14 @@ class Adapter(nn.Module):
         """
         raise NotImplementedError
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        """A (r, in), B (out, r) and a scale, with which `merged` gives W + scale B A.
+
+        So runtimes that know LoRA alone can take the adapter without merging. Raises UserError for
+        methods whose change is no such product.
+        """
+        raise UserError(f"what {self.name} adds is no LoRA; merge it, with merge/merge.py")
+
     def unmerged(self, W: Tensor) -> Tensor:
         """The base weight (out, in) that `merged` would turn into W; the precision is the same.
 

@@ -57,6 +57,10 @@ class ResidualLoRA(Adapter):
         start = low_rank(frozen_linear, x, self.init_lora_A, self.init_lora_B, self.scale)
         return frozen_linear(x, W) + (change - start)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        A = torch.cat([self.lora_A.detach(), self.init_lora_A])
+        return A, torch.cat([self.lora_B.detach(), -self.init_lora_B], dim=1), self.scale
+
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
         A, B, A0, B0 = (

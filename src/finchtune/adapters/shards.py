@@ -20,6 +20,11 @@ def compiled(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and fits_cpu(x)
 
 
+def tiled_identity(r: int, k: int) -> Tensor:
+    """The matrix (r, k) of which `shard_sum` is the product with x: identities side by side."""
+    return torch.eye(r).repeat(1, -(-k // r))[:, :k]
+
+
 def shard_sum(x: Tensor, r: int, dtype: torch.dtype | None = None) -> Tensor:
     """x (..., k) -> (..., r): the sum of its shards of r channels, the last padded with zeros.
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from finchtune.cli.options import check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import UserError, printable
-from finchtune.files import sha256
 from finchtune.weights.adapter_files import FORMAT, adapter_record, read_adapter, save_adapter
 from finchtune.weights.base import read_base
+from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.peft_form import (
     PeftAdapter,
     from_hf_rwkv6,
@@ -77,7 +77,7 @@ def from_peft(given: argparse.Namespace) -> None:
                 f"{given.input}: {key} belongs to no layer of {given.base_model}; is it the base, "
                 "and --layer_names the right one?"
             )
-    base = {"file": Path(given.base_model).name, "sha256": sha256(given.base_model)}
+    base = {"file": Path(given.base_model).name, "sha256": weights_sha256(given.base_model)}
     save_adapter(
         adapter.tensors, {"format": FORMAT, "adapter": adapter.spec, "base": base}, given.output
     )

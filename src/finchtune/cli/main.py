@@ -19,6 +19,8 @@ VERBS = {
     "merge": "merge an adapter into its base model's weights",
     "unmerge": "take an adapter off merged weights again",
     "convert": "convert an adapter to the form of Hugging Face's peft, or back",
+    "export": "write a model or an adapter in the form of another runtime",
+    "info": "tell what a file or folder of weights is",
     "generate": "continue a prompt",
     "chat": "talk with a model",
     "serve": "offer a model to programs that speak OpenAI's API",

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.cli.options import check_output
+from finchtune.cli.options import OTHER_BASE, check_output
 from finchtune.cli.spellings.merge_lines import our_arguments
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import UserError, printable
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         help="the .pth of the adapter or of the initial states",
     )
     parser.add_argument("--output", required=True, help="the merged .pth or .safetensors to write")
+    parser.add_argument("--other_base", type=int, choices=(0, 1), default=0, help=OTHER_BASE)
     add_stated_flags(parser)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where to compute")
     parser.add_argument(
@@ -59,6 +60,7 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         given.output,
         methods=methods,
         stated=stated_of(given),
+        other_base=bool(given.other_base),
         defaults=RWKV_PEFT if theirs else {},
         initial=given.lora_init,
         device=given.device,

@@ -5,7 +5,7 @@ import argparse
 from finchtune.cli.options import check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import printable
-from finchtune.weights.merging import unmerge_files
+from finchtune.weights.unmerging import unmerge_files
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -85,7 +85,7 @@ def planned_sizes(load_model: str) -> ModelSizes:
     released = released_sizes()
     if load_model in released:
         return released[load_model]
-    if not Path(load_model).is_file():
+    if not Path(load_model).exists():
         names = ", ".join(released)
         raise UserError(f"--load_model {load_model}: no such file; --plan also takes {names}")
     return model_sizes(load_model)

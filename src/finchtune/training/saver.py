@@ -13,13 +13,14 @@ from finchtune import distributed
 from finchtune.config import TrainConfig, config_yaml
 from finchtune.data import Data
 from finchtune.errors import UserError
-from finchtune.files import sha256, write_text
+from finchtune.files import write_text
 from finchtune.models import LanguageModel
 from finchtune.training.checkpoints import load_checkpoint, save_checkpoint
 from finchtune.training.engine import Engine, full_parameter_like
 from finchtune.training.metrics import Metrics
 from finchtune.training.run_folder import clean_folder
 from finchtune.weights.adapter_files import FORMAT, adapter_keys, save_adapter
+from finchtune.weights.hashing import weights_sha256
 
 
 class Saver:
@@ -38,7 +39,7 @@ class Saver:
         self._base_sha256: Future[str] | None = None
         self._content: Future[str] | None = None
         if distributed.rank() == 0:
-            self._base_sha256 = ThreadPoolExecutor(1).submit(sha256, config.load_model)
+            self._base_sha256 = ThreadPoolExecutor(1).submit(weights_sha256, config.load_model)
             self._content = ThreadPoolExecutor(1).submit(data.content)
         distributed.run_on_rank_zero(lambda: self._prepare_folder(manifest))
 

@@ -14,6 +14,8 @@ from finchtune.errors import UserError
 from finchtune.files import FileSet, json_text, read_json, sha256
 from finchtune.models import INITIAL_STATE, LanguageModel
 from finchtune.weights.base import load_model
+from finchtune.weights.forms import FoundAdapter, adapter_form_of
+from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.pth import check_members, read_record, write_pth
 from finchtune.weights.tensors import check_finite, check_shapes, finite, read_tensors, unwrapped
 
@@ -34,15 +36,25 @@ def adapter_keys(model: LanguageModel) -> dict[str, str]:
 def read_adapter(path: str | Path, initial: str | Path | None = None) -> dict[str, Tensor]:
     """An adapter file's tensors by plain key; `initial` is PiSSA's separate file of first A, B.
 
-    Other software's spellings are understood: prefixes of wrappers, and `.disha` for `.bone`.
-    Raises UserError for NaN and infinity.
+    Other software's spellings are understood: prefixes of wrappers, `.disha` for `.bone`, and the
+    forms of llama.cpp, web-rwkv and peft. Raises UserError for NaN and infinity.
     """
+    foreign = foreign_adapter(path)
+    if foreign:
+        check_finite(foreign.tensors, path)
+        return foreign.tensors
     found: dict[str, Tensor] = {}
     for file in (path, *([initial] if initial else [])):
         tensors = unwrapped(read_tensors(file))
         check_finite(tensors, file)
         found |= {re.sub(r"\.disha$", ".bone", name): t for name, t in tensors.items()}
     return found
+
+
+def foreign_adapter(path: str | Path) -> FoundAdapter | None:
+    """The adapter in a file or folder of another software's form; None for a .pth."""
+    form = adapter_form_of(path)
+    return form.read_adapter(Path(path)) if form and form.read_adapter else None
 
 
 def load_adapter(model: LanguageModel, path: str | Path, initial: str | Path | None = None) -> None:
@@ -91,10 +103,14 @@ def require_ours(path: Path) -> None:
 def adapter_record(path: str | Path) -> dict[str, Any] | None:
     """The record in an adapter file or in the JSON beside it; None for files of other software.
 
+    Forms of other software that tell method and settings give such a record too, without a base.
     Raises UserError if the file is not what it was when the record was written, or if the two
     records differ.
     """
     path = Path(path)
+    foreign = foreign_adapter(path)
+    if foreign:
+        return {"format": FORMAT, "adapter": foreign.spec}
     beside = path.with_suffix(".json")
     if not path.exists():
         return None
@@ -131,15 +147,20 @@ def check_record(record: Any, path: Path) -> dict[str, Any]:
 
 
 def check_base(record: dict[str, Any], base: str | Path, adapter: str | Path) -> None:
-    """Raise UserError unless `base` is the file that the adapter was trained on."""
-    if not Path(base).is_file():
+    """Raise UserError unless `base` is what the adapter was trained on, where that is told."""
+    if not Path(base).exists():
         raise UserError(f"{base}: no such file")
     known = record.get("base", {})
-    if sha256(base) != known.get("sha256"):
+    if known and weights_sha256(base) != known.get("sha256"):
         raise UserError(
             f"{base} is not the base of {adapter}, which was trained on "
             f"{known.get('file')} (sha256 {str(known.get('sha256'))[:12]}...)"
         )
+
+
+def record_hash(record: dict[str, Any] | None) -> str | None:
+    """The base's sha256 in an adapter's JSON."""
+    return record.get("base", {}).get("sha256") if record else None
 
 
 def detect_spec(tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,8 +1,25 @@
-"""Files written and hashed at the same time."""
+"""What weights are known by: sha256 of files and folders, also while a file is written."""
 
 import hashlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import BinaryIO
+
+from finchtune.files import sha256
+
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def weights_sha256(path: str | Path) -> str:
+    """Hexadecimal sha256 of a file; of a folder, that of its weight files' names and sha256."""
+    path = Path(path)
+    if not path.is_dir():
+        return sha256(path)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+    with ThreadPoolExecutor() as threads:
+        digests = list(threads.map(sha256, files))
+    lines = [f"{digest}  {file.name}\n" for digest, file in zip(digests, files, strict=True)]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class HashingWriter:

@@ -6,7 +6,7 @@ Tensors are read, changed and written one at a time.
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,11 +14,18 @@ from torch import Tensor
 from finchtune.adapters import Adapter, QuantisedWeight, get_method, hyperparameters_of
 from finchtune.adapters.residual import ResidualLoRA
 from finchtune.errors import UserError
-from finchtune.files import FileSet, atomic_path, json_text, read_json, sha256
+from finchtune.files import FileSet, json_text
 from finchtune.models import INITIAL_STATE, sizes_of
-from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter, require_ours
+from finchtune.weights.adapter_files import (
+    adapter_record,
+    check_base,
+    read_adapter,
+    record_hash,
+    require_ours,
+)
 from finchtune.weights.base import fitting_model, read_base
 from finchtune.weights.forms.safetensors import write_safetensors
+from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.lazy import LazyTensors, layout_of
 from finchtune.weights.pth import write_pth
 from finchtune.weights.stated import spec_of
@@ -30,35 +37,36 @@ Changes = Mapping[str, dict[str, Tensor]]
 """Base name -> what changes it: {adapter tensor name: tensor}, or {"": the new weight}."""
 
 
-def merge_files(
+class Merge(NamedTuple):
+    """An adapter merged into a base, tensor by tensor as `weights` are asked for."""
+
+    weights: LazyTensors
+    spec: dict[str, Any]
+    told: dict[str, Any]
+    """What a receipt says of it."""
+    largest: dict[str, float]
+    """The largest change of each tensor that was asked for."""
+    changed: Collection[str]
+
+    def receipt(self) -> dict[str, Any]:
+        """The receipt's part that does not depend on what is written."""
+        return self.told | {"largest_change": {name: self.largest[name] for name in self.changed}}
+
+
+def open_merge(
     base: str | Path,
     adapter: str | Path,
-    output: str | Path,
     *,
     methods: Collection[str] | None = None,
     stated: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     initial: str | Path | None = None,
     device: str = "cpu",
-    check: Callable[[Path, dict[str, Any]], None] | None = None,
-) -> dict[str, Any]:
-    """Merge an adapter file into a base file and write `output` in the base's dtype and key order.
-
-    The adapter's record says how. Files of other software have none: their method and sizes are
-    read off the tensors, what these do not tell has to be `stated` where it has no `defaults`, and
-    `initial` is PiSSA's second file.
-    `methods` restricts what is accepted. Weights are computed on `device`. `check(path, spec)` is
-    called with the written file before it gets its name; what it raises undoes everything.
-
-    Returns, and writes beside `output` as .merge.json, a receipt: the sha256 of base, adapter and
-    output, the method, the largest change of each tensor, and counts of the tensors merged,
-    replaced and kept.
-
-    Raises UserError for a wrong base, one that would not load, tensors left over, or NaN or
-    infinity; `output` is then not written.
-    """
+    other_base: bool = False,
+) -> Merge:
+    """An adapter merged into a base, in the base's dtypes and key order; as in `merge_files`."""
     record = adapter_record(adapter)
-    if record:
+    if record and not other_base:
         check_base(record, base, adapter)
     tensors, weights = read_adapter(adapter, initial), read_base(base)
     fitting_model(weights, base)
@@ -81,25 +89,57 @@ def merge_files(
             seen = quantised(seen, moved, spec["quant"], changed_base=record is None)
         return moved.merged(seen).to(weight.dtype).cpu()
 
+    known = None if other_base else record_hash(record)
     replaced = sum("" in change for change in changes.values())
+    receipt = {
+        "method": method,
+        "adapter_spec": spec,
+        "base": {"file": Path(base).name, "sha256": known or weights_sha256(base)},
+        "adapter": {"file": Path(adapter).name, "sha256": weights_sha256(adapter)},
+        "merged": len(changes) - replaced,
+        "replaced": replaced,
+        "kept": len(weights) - len(changes),
+    }
+    if other_base:
+        receipt["trained_on"] = (record or {}).get("base")
+    changed, largest = changed_weights(weights, changes, merged, base)
+    return Merge(changed, spec, receipt, largest, changes.keys())
+
+
+def merge_files(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    check: Callable[[Path, dict[str, Any]], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Merge an adapter file into a base file and write `output` in the base's dtype and key order.
+
+    The adapter's record says how. Files of other software have none: their method and sizes are
+    read off the tensors, what these do not tell has to be `stated` where it has no `defaults`, and
+    `initial` is PiSSA's second file.
+    `methods` restricts what is accepted. Weights are computed on `device`. With `other_base` the
+    base need not be the one that the adapter was trained on, which the receipt then tells as
+    `trained_on`. `check(path, spec)` is called with the written file before it gets its name; what
+    it raises undoes everything.
+
+    Returns, and writes beside `output` as .merge.json, a receipt: the sha256 of base, adapter and
+    output, the method, the largest change of each tensor, and counts of the tensors merged,
+    replaced and kept.
+
+    Raises UserError for a wrong base, one that would not load, tensors left over, or NaN or
+    infinity; `output` is then not written.
+    """
+    merge = open_merge(base, adapter, **options)
     require_ours(receipt_path(output))
     with FileSet() as files:
         temporary = files.add(output)
-        largest = write_changed(weights, changes, merged, (temporary, output), base)
+        digest = write_weights(merge.weights, temporary, output)
         if check:
-            check(temporary, spec)
-        receipt = {
-            "format": "finchtune merge 1",
-            "method": method,
-            "adapter_spec": spec,
-            "base": {"file": Path(base).name, "sha256": record_hash(record) or sha256(base)},
-            "adapter": {"file": Path(adapter).name, "sha256": sha256(adapter)},
-            "output": {"file": Path(output).name, "sha256": sha256(temporary)},
-            "merged": len(changes) - replaced,
-            "replaced": replaced,
-            "kept": len(weights) - len(changes),
-            "largest_change": {name: largest[name] for name in changes},
-        }
+            check(temporary, merge.spec)
+        output_told = {"file": Path(output).name, "sha256": digest}
+        receipt = {"format": "finchtune merge 1", **merge.receipt(), "output": output_told}
         files.add(receipt_path(output)).write_text(json_text(receipt))
     return receipt
 
@@ -115,81 +155,40 @@ def quantised(weight: Tensor, adapter: Adapter, kind: str, changed_base: bool) -
     return QuantisedWeight(weight, kind).dense(torch.float32)
 
 
-def unmerge_files(
-    merged: str | Path,
-    adapter: str | Path,
-    output: str | Path,
-    base: str | Path | None = None,
-    stated: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Take an adapter off merged weights again and write the base to `output`.
-
-    Both merging and this round to the file's dtype, so the base comes back up to rounding only.
-    Returns {"base_sha256", "exact", "largest_difference"}: whether the bytes are the base's by
-    its hash in the adapter's JSON or the receipt (None if neither knows), and how far the
-    numbers are from those of the file `base`, if that is given (else None).
-
-    Raises UserError where the base is not to be had from the two files.
-    """
-    tensors, weights = read_adapter(adapter), read_base(merged)
-    fitting_model(weights, merged)
-    record, receipt = adapter_record(adapter), read_receipt(merged)
-    known = record or ({"adapter": receipt["adapter_spec"]} if receipt else None)
-    spec = spec_of(known, tensors, stated or {}, adapter)
-    if "quant" in spec:
-        raise UserError(f"{merged} was made of a quantised base: the weights themselves are lost")
-    if receipt and receipt["adapter"]["sha256"] != sha256(adapter):
-        raise UserError(f"{merged} was merged from another adapter than {adapter}")
-    changes = group_by_weight(tensors, weights, adapter)
-    lost = [name for name, change in changes.items() if "" in change]
-    if lost:
-        raise UserError(f"{adapter} replaced {lost[0]}: the base's own is in neither file")
-
-    def unmerged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Tensor:
-        return filled_adapter(name, weight, change, spec).unmerged(weight).to(weight.dtype)
-
-    with atomic_path(output) as temporary:
-        write_changed(weights, changes, unmerged, (temporary, output), merged)
-        wanted = record_hash(record) or receipt.get("base", {}).get("sha256")
-        exact = sha256(temporary) == wanted if wanted else None
-    return {
-        "base_sha256": wanted,
-        "exact": exact,
-        "largest_difference": largest_difference(output, base) if base else None,
-    }
-
-
-def write_changed(
+def changed_weights(
     weights: Mapping[str, Tensor],
     changes: Changes,
     change_weight: Callable[[str, Tensor, dict[str, Tensor]], Tensor],
-    paths: tuple[Path, str | Path],
     source: str | Path,
-) -> dict[str, float]:
-    """Write `weights`, read from `source`, with `changes` made; returns each one's largest change.
+) -> tuple[LazyTensors, dict[str, float]]:
+    """`weights`, read from `source`, with `changes` made, and each one's largest change.
 
-    `paths`: where to, and the name that it gets, whose ending says in which form.
-
-    Raises UserError for a tensor that holds, or would hold, NaN or infinity.
+    The second is filled as tensors are asked for. One that holds, or would hold, NaN or infinity
+    raises UserError.
     """
-    largest = {}
+    largest: dict[str, float] = {}
 
     @torch.no_grad()
     def tensor_of(name: str) -> Tensor:
         old, change = weights[name], changes.get(name)
-        new = old if change is None else change_weight(name, old, change)
+        if change is None:
+            check_finite({name: old}, source)
+            return old
+        new = change_weight(name, old, change)
         largest[name] = largest_gap(new, old)
         if not largest[name] < float("inf"):
             check_finite({name: old}, source)
             raise UserError(f"{name} would hold NaN or infinity; nothing is written")
         return new
 
-    path, name = paths
+    return LazyTensors(layout_of(weights), tensor_of), largest
+
+
+def write_weights(weights: LazyTensors, path: Path, name: str | Path) -> str:
+    """Write to `path` in the form that the ending of `name` asks for; returns the sha256."""
     if Path(name).suffix == ".safetensors":
-        write_safetensors(LazyTensors(layout_of(weights), tensor_of), path)
-    else:
-        write_pth(weights, map(tensor_of, weights), path)
-    return largest
+        return write_safetensors(weights, path)
+    return write_pth(weights.layout, weights.values(), path)
 
 
 def largest_gap(new: Tensor, old: Tensor) -> float:
@@ -199,37 +198,9 @@ def largest_gap(new: Tensor, old: Tensor) -> float:
     return float(torch.stack(gaps).max()) if gaps else 0.0
 
 
-def largest_difference(path: str | Path, other: str | Path) -> float:
-    """The largest difference between the tensors of two files of one model."""
-    mine, theirs = read_base(path), read_base(other)
-    if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
-        raise UserError(f"{other} holds other tensors than {path}; it is not its base")
-    return max(largest_gap(mine[name], theirs[name]) for name in mine)
-
-
 def receipt_path(output: str | Path) -> Path:
     """Where the receipt of a merged file lies."""
     return Path(output).with_suffix(".merge.json")
-
-
-def read_receipt(merged: str | Path) -> dict[str, Any]:
-    """The receipt beside a merged file; {} if there is none. Raises UserError if it is of
-    another file.
-    """
-    path = receipt_path(merged)
-    if not path.exists():
-        return {}
-    receipt = read_json(path)
-    try:
-        output, _ = receipt["output"]["sha256"], receipt["adapter"]["sha256"]
-        sound = isinstance(receipt["adapter_spec"], dict) and isinstance(receipt["base"], dict)
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise UserError(f"{path} is no receipt of a merge; take it away if it belongs elsewhere")
-    if output != sha256(merged):
-        raise UserError(f"{merged} is not the file that {receipt_path(merged)} tells of")
-    return receipt
 
 
 def is_state(name: str) -> bool:
@@ -257,11 +228,6 @@ def with_initial_states(
         {**layout, **dict.fromkeys(expected, zero)},
         lambda name: zero if name in expected else weights[name],
     )
-
-
-def record_hash(record: dict[str, Any] | None) -> str | None:
-    """The base's sha256 in an adapter's JSON."""
-    return record.get("base", {}).get("sha256") if record else None
 
 
 def group_by_weight(

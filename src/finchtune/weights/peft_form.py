@@ -52,11 +52,17 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
     PiSSA, OLoRA and LoRA-GA become the LoRA of twice the rank that adds B A - B0 A0, since peft
     would otherwise need the changed base. Raises UserError for what peft has no form for.
     """
-    from safetensors.torch import save_file
-
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists already; choose another name")
+    with atomic_folder(folder) as temporary:
+        fill_folder(adapter, temporary)
+
+
+def fill_folder(adapter: PeftAdapter, folder: Path) -> None:
+    """Write an adapter's files into an empty folder."""
+    from safetensors.torch import save_file
+
     if adapter.spec["method"] in RESIDUAL:
         adapter = as_plain_lora(adapter)
     if adapter.spec["method"] == "dora":
@@ -74,9 +80,8 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
         layers.add(layer)
         # peft's mini form has the two sides of the matrix the other way round.
         tensors[f"{PREFIX}{layer}.{suffix}"] = (tensor.T if own == "shard" else tensor).contiguous()
-    with atomic_folder(folder) as temporary:
-        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(temporary / CONFIG, config | {"target_modules": sorted(layers)})
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, config | {"target_modules": sorted(layers)})
 
 
 def as_plain_lora(adapter: PeftAdapter) -> PeftAdapter:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.exported import write
 from helpers.support import save_model, small_model
 
 from finchtune.data import templates
@@ -30,7 +31,7 @@ def base_file(folder, dtype="fp32", **sizes):
 def test_there_and_back_gives_the_same_bits(name, dtype, tmp_path):
     base, form = base_file(tmp_path, dtype), FORMS[name]
     written = tmp_path / f"there{form.suffix}"
-    digest = form.write(read_base(base), written, settings(dtype))
+    digest = write(form, read_base(base), written, settings(dtype))
     assert digest is None or digest == sha256(written)
     assert form_of(written) is form
     before, after = read_base(base), read_base(written)
@@ -49,7 +50,7 @@ def test_every_form_serves_as_a_base(form, tmp_path):
     base = base_file(tmp_path)
     written = tmp_path / f"there{form.suffix}"
     dtype = "fp32" if "fp32" in form.dtypes else "fp16"
-    form.write(read_base(base), written, settings(dtype))
+    write(form, read_base(base), written, settings(dtype))
     tokens = torch.tensor([[5, 6, 7, 200]])
     expected = load_model(base)(tokens)[0]
     found = load_model(written, torch.float32)(tokens)[0]
@@ -63,13 +64,13 @@ def test_a_number_that_fp16_cannot_hold_is_named(form, tmp_path):
         model.blocks[2].ffn.key.weight[3, 4] = -70000.0
     base = save_model(model, tmp_path / "base.pth")
     with pytest.raises(UserError, match=r"(channel_mix_|ffn\.|feed_forward\.)key.* reaches 70000"):
-        form.write(read_base(base), tmp_path / f"there{form.suffix}", settings("fp16"))
+        write(form, read_base(base), tmp_path / f"there{form.suffix}", settings("fp16"))
 
 
 @pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
 def test_files_cut_short_end_in_one_line(form, tmp_path):
     written = tmp_path / f"there{form.suffix}"
-    form.write(read_base(base_file(tmp_path)), written, settings(form.dtypes[0]))
+    write(form, read_base(base_file(tmp_path)), written, settings(form.dtypes[0]))
     file = written / "model.safetensors" if written.is_dir() else written
     content = file.read_bytes()
     for length in (len(content) - 100, len(content) // 2, 40):
@@ -118,7 +119,7 @@ def test_a_folder_in_shards(tmp_path):
     from finchtune.files import read_json, write_json
 
     base, form = base_file(tmp_path), FORMS["fla"]
-    form.write(read_base(base), tmp_path / "whole", settings("fp32"))
+    write(form, read_base(base), tmp_path / "whole", settings("fp32"))
     whole = tmp_path / "whole" / "model.safetensors"
     tensors = load_file(whole)
     whole.unlink()
@@ -157,9 +158,9 @@ def test_what_is_no_model_is_told(content, message, tmp_path):
 
 def test_quantised_ggufs_and_web_rwkvs_fewest_layers(tmp_path):
     written = tmp_path / "q8.gguf"
-    FORMS["gguf"].write(read_base(base_file(tmp_path)), written, settings("q8_0"))
+    write(FORMS["gguf"], read_base(base_file(tmp_path)), written, settings("q8_0"))
     with pytest.raises(UserError, match=r"as Q8_0: what quantising took away is lost"):
         read_base(written)
     base = base_file(tmp_path, n_layer=3)
     with pytest.raises(UserError, match="no model of fewer than 4 layers; this one has 3"):
-        FORMS["web-rwkv"].write(read_base(base), tmp_path / "x.st", settings("fp16"))
+        write(FORMS["web-rwkv"], read_base(base), tmp_path / "x.st", settings("fp16"))

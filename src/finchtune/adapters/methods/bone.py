@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from finchtune.adapters.base import Adapter, check_at_most, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
-from finchtune.adapters.shards import add_to_shards, shard_sum
+from finchtune.adapters.shards import add_to_shards, shard_sum, tiled_identity
 
 
 class Bone(Adapter):
@@ -36,6 +36,9 @@ class Bone(Adapter):
         tokens, D = x.reshape(-1, self.in_features).to(dtype), self.bone.to(dtype)
         y, _ = BoneLinear.apply(tokens, D, *weight_parts(W, dtype))
         return y.view(*x.shape[:-1], self.out_features)
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return tiled_identity(self.r, self.in_features), self.bone.detach().T, 1.0
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_at_most, check_positive_int, merge_precision
 from finchtune.adapters.frozen import frozen_linear
-from finchtune.adapters.shards import shard_sum
+from finchtune.adapters.shards import shard_sum, tiled_identity
 
 
 class DiSHA(Adapter):
@@ -38,6 +38,11 @@ class DiSHA(Adapter):
         change = F.linear(sums, self.shard.to(y.dtype))
         repeats = -(-self.out_features // self.shard.shape[0])
         return y + torch.cat([change] * repeats, dim=-1)[..., : self.out_features]
+
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        r1, r2 = self.shard.shape
+        repeated = self.shard.detach().repeat(-(-self.out_features // r1), 1)
+        return tiled_identity(r2, self.in_features), repeated[: self.out_features], 1.0
 
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)

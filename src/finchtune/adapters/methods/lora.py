@@ -68,6 +68,9 @@ class LoRA(Adapter):
         dropped = F.dropout(x, self.dropout) if drops else None
         return low_rank_linear(x, W, self.lora_A, self.lora_B, self.scale, dropped)
 
+    def low_rank(self) -> tuple[Tensor, Tensor, float]:
+        return self.lora_A.detach(), self.lora_B.detach(), self.scale
+
     def merged(self, W: Tensor) -> Tensor:
         dtype = merge_precision(W)
         A, B = self.lora_A.detach().to(W.device, dtype), self.lora_B.detach().to(W.device, dtype)

@@ -24,6 +24,14 @@ class Settings(NamedTuple):
     name: str  # of the model, for people
     tokenizer: Tokenizer | None = None
     template: Template | None = None
+    hf_names: bool = False  # layers named as in Hugging Face's layout, for peft
+
+
+class FoundAdapter(NamedTuple):
+    """An adapter as finchtune has it: file key -> tensor, and the method with its settings."""
+
+    tensors: dict[str, Tensor]
+    spec: dict[str, Any]
 
 
 class LowRank(NamedTuple):
@@ -32,16 +40,24 @@ class LowRank(NamedTuple):
     layers: Mapping[str, tuple[Tensor, Tensor]]
     alpha: float
 
+    def found(self) -> FoundAdapter:
+        """The same as the method lora has it."""
+        tensors: dict[str, Tensor] = {}
+        for layer, (A, B) in self.layers.items():
+            tensors |= {f"{layer}.lora_A": A, f"{layer}.lora_B": B}
+        r = len(next(iter(self.layers.values()))[0])
+        return FoundAdapter(tensors, {"method": "lora", "r": r, "alpha": self.alpha})
+
 
 @dataclass(frozen=True)
 class Form:
     """A form of weights, named as `--to` takes it.
 
     `recognise(path)` only looks. `read(path)` gives a model's tensors by their official names,
-    mapped or lazy; `write(weights, path, settings)` writes a file and returns its sha256, or a
-    folder, with at most one tensor in memory at a time. The same for low-rank adapters. Without one
-    of them the form cannot do that. All raise UserError, naming the file, for what does not fit or
-    is damaged. The first of `dtypes` stands in for one that the form does not have.
+    mapped or lazy; `write(weights, path, settings)` writes a file and returns its sha256, or into
+    an empty folder, with at most one tensor in memory at a time. The same for low-rank adapters.
+    Without one of them the form cannot do that. All raise UserError, naming the file, for what does
+    not fit or is damaged. The first of `dtypes` stands in for one that the form does not have.
     """
 
     name: str
@@ -51,8 +67,10 @@ class Form:
     suffix: str = ""  # of its files; a form without one is a folder
     read: Callable[[Path], Mapping[str, Tensor]] | None = None
     write: Callable[[Mapping[str, Tensor], Path, Settings], str | None] | None = None
+    beside: Callable[[Path, Settings, bool], tuple[str, str]] | None = None
+    """(output, settings, whether it is an adapter) -> name and text of a file to lie beside it."""
     recognise_adapter: Callable[[Path], bool] = lambda path: False
-    read_adapter: Callable[[Path], LowRank] | None = None
+    read_adapter: Callable[[Path], FoundAdapter] | None = None
     write_adapter: Callable[[LowRank, Path, Settings], str | None] | None = None
 
 

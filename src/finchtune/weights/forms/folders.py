@@ -71,8 +71,7 @@ def read_folder(path: Path) -> dict[str, Tensor]:
 def write_folder(
     tensors: Mapping[str, Tensor], path: Path, config: dict[str, Any], settings: Settings
 ) -> None:
-    """Write weights, configuration and tokenizer."""
-    path.mkdir()
+    """Write weights, configuration and tokenizer into an empty folder."""
     dtype = DTYPES[settings.dtype]
     write_safetensors(mapped(tensors, lambda n, t: converted(n, t, dtype)), path / WEIGHTS[0])
     common = {

@@ -18,6 +18,7 @@ from finchtune.tokenizer import BytesTokenizer, Tokenizer, WorldTokenizer
 from finchtune.weights.forms.base import (
     DTYPES,
     Form,
+    FoundAdapter,
     LowRank,
     Settings,
     converted,
@@ -26,7 +27,7 @@ from finchtune.weights.forms.base import (
     to_form,
 )
 from finchtune.weights.forms.gguf_entries import RESCALE, entries
-from finchtune.weights.forms.templates import jinja_of
+from finchtune.weights.forms.templates import jinja_of, ollama_of
 from finchtune.weights.hashing import HashingWriter
 from finchtune.weights.lazy import layout_of
 from finchtune.weights.pth import bytes_of
@@ -247,7 +248,7 @@ def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> str:
     return write_tensors(writer, tensors, kind, path)
 
 
-def read_adapter(path: Path) -> LowRank:
+def read_adapter(path: Path) -> FoundAdapter:
     """A LoRA for llama.cpp, of a base with the usual RESCALE."""
     import gguf
 
@@ -266,7 +267,17 @@ def read_adapter(path: Path) -> LowRank:
             raise UserError(f"{path}: {name} belongs to no linear layer of an RWKV-6")
         B = entry_of[base].split(found[f"{base}.lora_b"])[0]
         layers[entry_of[base].ours[0].removesuffix(".weight")] = (A, B)
-    return LowRank(layers, float(field(reader, gguf.Keys.Adapter.LORA_ALPHA)))
+    return LowRank(layers, float(field(reader, gguf.Keys.Adapter.LORA_ALPHA))).found()
+
+
+def modelfile(output: Path, settings: Settings, is_adapter: bool) -> tuple[str, str]:
+    """Ollama's Modelfile: where the weights lie, the template, and where answers stop."""
+    lines = ["FROM ./BASE.gguf", f"ADAPTER ./{output.name}"] if is_adapter else []
+    lines = lines or [f"FROM ./{output.name}"]
+    if settings.template:
+        lines.append(f'TEMPLATE """{ollama_of(settings.template)}"""')
+        lines += [f'PARAMETER stop """{text}"""' for text in settings.template.stop]
+    return f"{output.name}.Modelfile", "\n".join(lines) + "\n"
 
 
 FORM = Form(
@@ -277,6 +288,7 @@ FORM = Form(
     recognise=recognise,
     read=read,
     write=write,
+    beside=modelfile,
     recognise_adapter=is_adapter,
     read_adapter=read_adapter,
     write_adapter=write_adapter,

@@ -31,7 +31,7 @@ FORMS = find_forms()
 def get_form(name: str) -> Form:
     """A form by its name; an unknown one raises UserError."""
     if name not in FORMS:
-        near = difflib.get_close_matches(name, FORMS, n=1)
+        near = difflib.get_close_matches(name, FORMS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(FORMS)}"
         raise UserError(f"no form {name!r}{hint}")
     return FORMS[name]
@@ -42,13 +42,18 @@ def form_of(path: str | Path) -> Form:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    for form in FORMS.values():
-        if form.recognise(path):
-            return form
-    for form in FORMS.values():
-        if form.recognise_adapter(path):
-            raise UserError(f"{path} is an adapter ({form.title}); give it as --peft_checkpoint")
+    found = next((form for form in FORMS.values() if form.recognise(path)), None)
+    if found:
+        return found
+    adapter = adapter_form_of(path)
+    if adapter:
+        raise UserError(f"{path} is an adapter ({adapter.title}); give it as --peft_checkpoint")
     raise UserError(f"{path} {what_else(path)}")
+
+
+def adapter_form_of(path: str | Path) -> Form | None:
+    """The form of another software's adapter; None for our own .pth, and for what is none."""
+    return next((form for form in FORMS.values() if form.recognise_adapter(Path(path))), None)
 
 
 def what_else(path: Path) -> str:

@@ -39,7 +39,8 @@ def ollama_of(template: Template) -> str:
     """The same as the TEMPLATE of an Ollama Modelfile, in Go's language for templates."""
     system, user = around(template.system), around(template.user)
     answer = around(template.cue + template.answer)
-    opening = f"{{{{- if not .System }}}}{plain(template.opening)}{{{{- end }}}}"
+    opening = plain(template.opening)
+    opening = f"{{{{- if not .System }}}}{opening}{{{{- end }}}}" if opening else ""
     told = f"{plain(system[0])}{{{{ .System }}}}{plain(system[1])}"
     told = f"{{{{- if .System }}}}{told}{{{{- end }}}}"
     asked = f"{plain(user[0])}{{{{ .Prompt }}}}{plain(user[1])}"

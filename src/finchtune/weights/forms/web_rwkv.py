@@ -14,6 +14,7 @@ from finchtune.weights.forms.base import (
     DTYPES,
     Entry,
     Form,
+    FoundAdapter,
     LowRank,
     Settings,
     converted,
@@ -83,7 +84,7 @@ def recognise_adapter(path: Path) -> bool:
     return bool(names) and all(name.endswith((A_KEY, B_KEY)) for name in names)
 
 
-def read_adapter(path: Path) -> LowRank:
+def read_adapter(path: Path) -> FoundAdapter:
     """An adapter's factors. The file need not tell alpha; without it alpha is the rank."""
     found = read_safetensors(path)
     layers = {}
@@ -97,7 +98,7 @@ def read_adapter(path: Path) -> LowRank:
         raise UserError(f"{path} is no whole LoRA of web-rwkv")
     alpha = header_of(path).get("__metadata__", {}).get("alpha")
     rank = len(next(iter(layers.values()))[0])
-    return LowRank(layers, float(alpha) if alpha else rank)
+    return LowRank(layers, float(alpha) if alpha else rank).found()
 
 
 def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> str:

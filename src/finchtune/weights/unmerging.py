@@ -1,0 +1,95 @@
+"""Merged weights - adapter -> the base, up to rounding."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from finchtune.errors import UserError
+from finchtune.files import atomic_path, read_json, sha256
+from finchtune.weights.adapter_files import adapter_record, read_adapter, record_hash
+from finchtune.weights.base import fitting_model, read_base
+from finchtune.weights.hashing import weights_sha256
+from finchtune.weights.merging import (
+    changed_weights,
+    filled_adapter,
+    group_by_weight,
+    largest_gap,
+    receipt_path,
+    write_weights,
+)
+from finchtune.weights.stated import spec_of
+
+
+def unmerge_files(
+    merged: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    base: str | Path | None = None,
+    stated: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Take an adapter off merged weights again and write the base to `output`.
+
+    Both merging and this round to the file's dtype, so the base comes back up to rounding only.
+    Returns {"base_sha256", "exact", "largest_difference"}: whether the bytes are the base's by
+    its hash in the adapter's JSON or the receipt (None if neither knows), and how far the
+    numbers are from those of the file `base`, if that is given (else None).
+
+    Raises UserError where the base is not to be had from the two files.
+    """
+    tensors, weights = read_adapter(adapter), read_base(merged)
+    fitting_model(weights, merged)
+    record, receipt = adapter_record(adapter), read_receipt(merged)
+    known = record or ({"adapter": receipt["adapter_spec"]} if receipt else None)
+    spec = spec_of(known, tensors, stated or {}, adapter)
+    if "quant" in spec:
+        raise UserError(f"{merged} was made of a quantised base: the weights themselves are lost")
+    if receipt and receipt["adapter"]["sha256"] != weights_sha256(adapter):
+        raise UserError(f"{merged} was merged from another adapter than {adapter}")
+    changes = group_by_weight(tensors, weights, adapter)
+    lost = [name for name, change in changes.items() if "" in change]
+    if lost:
+        raise UserError(f"{adapter} replaced {lost[0]}: the base's own is in neither file")
+
+    def unmerged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Tensor:
+        return filled_adapter(name, weight, change, spec).unmerged(weight).to(weight.dtype)
+
+    with atomic_path(output) as temporary:
+        changed, _ = changed_weights(weights, changes, unmerged, merged)
+        digest = write_weights(changed, temporary, output)
+        wanted = record_hash(record) or receipt.get("base", {}).get("sha256")
+        exact = digest == wanted if wanted else None
+    return {
+        "base_sha256": wanted,
+        "exact": exact,
+        "largest_difference": largest_difference(output, base) if base else None,
+    }
+
+
+def largest_difference(path: str | Path, other: str | Path) -> float:
+    """The largest difference between the tensors of two files of one model."""
+    mine, theirs = read_base(path), read_base(other)
+    if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
+        raise UserError(f"{other} holds other tensors than {path}; it is not its base")
+    return max(largest_gap(mine[name], theirs[name]) for name in mine)
+
+
+def read_receipt(merged: str | Path) -> dict[str, Any]:
+    """The receipt beside a merged file; {} if there is none. Raises UserError if it is of
+    another file.
+    """
+    path = receipt_path(merged)
+    if not path.exists():
+        return {}
+    receipt = read_json(path)
+    try:
+        output, _ = receipt["output"]["sha256"], receipt["adapter"]["sha256"]
+        sound = isinstance(receipt["adapter_spec"], dict) and isinstance(receipt["base"], dict)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path} is no receipt of a merge; take it away if it belongs elsewhere")
+    if output != sha256(merged):
+        raise UserError(f"{merged} is not the file that {receipt_path(merged)} tells of")
+    return receipt
