@@ -152,4 +152,4 @@ def test_escape_sequences_never_reach_a_terminal(run, tmp_path):
     path = save_model(model, tmp_path / "m.pth")
     flags = ["--model", path, "--tokens", 3, *GREEDY]
     _, out, _ = run(*flags, "--prompt", "a\x1b[31m\r\x9b\tb\n")
-    assert out == "a\\x1b[31m\\x0d\\x9b\tb\n" + "\\x1b" * 3 + "\n"
+    assert out == "a\\x1b[31m\\r\\x9b\tb\n" + "\\x1b" * 3 + "\n"
