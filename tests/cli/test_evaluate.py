@@ -20,6 +20,7 @@ from helpers.support import (
 from finchtune.data import templates
 from finchtune.inference.generate import generate_batch
 from finchtune.tokenizer import BytesTokenizer
+from finchtune.weights.adapter_files import read_adapter, save_adapter
 
 SCRIPT = REPOSITORY / "scripts" / "evaluate.py"
 QUESTIONS = [
@@ -150,9 +151,10 @@ class TestGiven:
 
     def test_adapter_is_used_and_the_template_that_it_was_trained_with(self, run, data, tmp_path):
         base, adapted, adapter = make_adapter(tmp_path, "bone", {"r": 8})
-        beside = adapter.with_suffix(".json")
-        record = json.loads(beside.read_text())
-        beside.write_text(json.dumps(record | {"template": templates.get("chat").record()}))
+        record = json.loads(adapter.with_suffix(".json").read_text())
+        record["template"] = templates.get("chat").record()
+        del record["sha256"]  # of the file, which is written anew
+        save_adapter(read_adapter(adapter), record, adapter)
         flags = ["--task", "exact", "--data", data, "--model", base, "--output", tmp_path / "o"]
         short = ["--limit", 5, "--tokens", 8]
         assert run(*flags, *short, "--peft_checkpoint", adapter)[0] == 0

@@ -58,7 +58,9 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelSizes, block: type[nn.Module], grad_checkpoint: int = 0):
         super().__init__()
         self.config, self.grad_checkpoint = config, grad_checkpoint
-        self.emb = nn.Embedding(config.vocab_size, config.n_embd)
+        # Not nn.Embedding(...), whose random numbers on the meta device import torch's compiler.
+        empty = torch.empty(config.vocab_size, config.n_embd)
+        self.emb = nn.Embedding.from_pretrained(empty, freeze=False)
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)

@@ -68,10 +68,14 @@ def loaded_devices() -> frozenset[str]:
     return loaded
 
 
-@torch.compiler.assume_constant_result
 def has_kernels(device_type: str) -> bool:
     """Whether compiled kernels run on this type of device; compiles them on first use."""
     return device_type in DTYPES and device_type in loaded_devices()
+
+
+# What torch.compiler.assume_constant_result sets. It would import torch's compiler, a second of
+# every command's time.
+has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 _set_aside: list[None] = []  # one for each time they are
