@@ -78,8 +78,8 @@ def recall(train: Path, test: Path, steps: int, chunk: int, seeds: int, rate: fl
     records, held_out = (
         [json.loads(line) for line in path.read_text().splitlines()] for path in (train, test)
     )
-    for exact in (True, False):
-        for seed in range(seeds):
+    for seed in range(seeds):
+        for exact in (True, False):
             curve = train_recall(records, held_out, steps, chunk, seed, rate, exact)
             name = "exact" if exact else "truncated"
             print(json.dumps({"bptt": name, "seed": seed, "right": curve}), flush=True)

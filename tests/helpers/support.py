@@ -1,5 +1,6 @@
 """What several tests need: small models, another runtime's logits, running train.py."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -71,6 +72,15 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest deviation, relative to the largest expected magnitude."""
     found, expected = found.double(), expected.double()
     return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def peak_bytes(work):
+    """The peak of live tensor memory during `work`, by torch's own account."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        work()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(nbytes for _, nbytes in changes))
 
 
 REPOSITORY = Path(__file__).parents[2]

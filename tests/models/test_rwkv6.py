@@ -1,11 +1,16 @@
 """The model against the independent `rwkv` package, its own other forms, and its formulas."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch
-from helpers.support import relative_error, rwkv_package_logits, save_model, small_model
+from helpers.support import (
+    peak_bytes,
+    relative_error,
+    rwkv_package_logits,
+    save_model,
+    small_model,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -135,15 +140,6 @@ def test_selective_recomputation_makes_no_product_with_W_again(peft):
             model.loss(tokens, tokens)[0].backward()
         counts.append(counter.get_flop_counts()["Global"][torch.ops.finchtune.product_plus])
     assert counts[2] == counts[0] < counts[1]
-
-
-def peak_bytes(work):
-    """The peak of live tensor memory during `work`, by torch's own account."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        work()
-    events = profile.profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate(nbytes for _, nbytes in changes))
 
 
 @pytest.mark.parametrize(

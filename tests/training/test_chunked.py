@@ -1,12 +1,15 @@
 """Contexts trained on in chunks, against the whole context at once."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
-from helpers.contexts import gradients, long_batch, plain_gradients, trainable
-from helpers.support import relative_error
+from helpers.contexts import gradients, long_batch, plain_gradients, segments, trainable
+from helpers.support import peak_bytes, relative_error
+from torch.utils._pytree import tree_leaves
 
+from finchtune.data.batch import padded
 from finchtune.data.chunks import cut
 from finchtune.training.chunked import chunked_loss, exact_backward, truncated_backward
 
@@ -132,3 +135,16 @@ def test_a_batch_without_labels_contributes_nothing():
 
 def test_rows_are_read_no_further_than_their_last_label():
     assert [len(chunk.batch.tokens) for chunk in cut(long_batch("rows"), 10)] == [3, 2, 2, 1, 1]
+
+
+def test_longer_contexts_take_the_memory_of_the_states_between_chunks():
+    """By torch's own account, at 4 and at 32 chunks."""
+    model = trainable("bone")
+    _, state = model.hidden(torch.zeros(1, 16, dtype=torch.int64))
+    boundary = sum(leaf.nbytes for leaf in tree_leaves(state))
+    peaks = []
+    for n_chunks in (4, 32):
+        batch = padded(segments((16 * n_chunks,)), 16 * n_chunks)
+        peaks.append(peak_bytes(partial(exact_backward, *calls(model), cut(batch, 16), scaled())))
+    assert 0.5 * 28 * boundary < peaks[1] - peaks[0] < 1.5 * 28 * boundary
+    assert peaks[0] > 10 * boundary
