@@ -21,8 +21,8 @@ from finchtune.weights.tensors import write_tensors
 
 def test_the_record_is_in_the_file_where_other_readers_do_not_look(tmp_path):
     tensors = small_model().state_dict()
-    record = {"adapter": {}, "base": {"file": "b", "sha256": "0"}, "config": {"text": "芬奇"}}
-    save_adapter(tensors, record, tmp_path / "with.pth")
+    record = {"adapter": {"targets": "芬奇"}, "base": {"file": "b", "sha256": "0"}}
+    save_adapter(tensors, record | {"config": {"proj_dir": "a"}}, tmp_path / "with.pth")
     (tmp_path / "with.json").unlink()
     write_tensors(tensors, tmp_path / "without.pth")
     assert adapter_record(tmp_path / "with.pth") == record
@@ -33,7 +33,8 @@ def test_the_record_is_in_the_file_where_other_readers_do_not_look(tmp_path):
     logits = [rwkv_package_logits(tmp_path / f"{n}.pth", [5, 6, 7]) for n in ("with", "without")]
     assert torch.equal(*logits)
     assert zipfile.ZipFile(tmp_path / "with.pth").testzip() is None
-    save_adapter(tensors, record, tmp_path / "again.pth")
+    save_adapter(tensors, record | {"config": {"proj_dir": "b"}}, tmp_path / "again.pth")
+    assert sha256(tmp_path / "again.pth") == sha256(tmp_path / "with.pth"), "of another run"
     renamed = shutil.copy(tmp_path / "with.pth", tmp_path / "a name.pth")
     assert adapter_record(renamed) == record
 

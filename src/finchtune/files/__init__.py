@@ -1,7 +1,6 @@
 """Files that are what they say: published whole or not at all, hashed, and checked."""
 
 from finchtune.files.content import (
-    cache_folder,
     check_sums,
     json_text,
     read_json,
@@ -17,6 +16,7 @@ from finchtune.files.places import (
     remove_empty,
     require_space,
 )
+from finchtune.files.private import cache_folder, make_private, require_private
 from finchtune.files.publish import FileSet, atomic_folder, atomic_path
 from finchtune.files.temporary import discard, finish_interrupted, remove, remove_leftovers
 
@@ -31,11 +31,13 @@ __all__ = [
     "finish_interrupted",
     "is_disk_full",
     "json_text",
+    "make_private",
     "missing_parents",
     "read_json",
     "remove",
     "remove_empty",
     "remove_leftovers",
+    "require_private",
     "require_space",
     "sha256",
     "sums_text",

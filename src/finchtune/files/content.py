@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,11 +11,6 @@ from finchtune.errors import UserError
 from finchtune.files.publish import atomic_path
 
 SUM = re.compile(r"([0-9a-f]{64})  ([^/\n]+)\n")
-
-
-def cache_folder() -> Path:
-    """Where what was compiled is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finchtune"
 
 
 def write_text(path: str | Path, text: str) -> None:

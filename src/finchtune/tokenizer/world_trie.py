@@ -9,7 +9,9 @@ import functools
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,7 +20,17 @@ from pathlib import Path
 import numpy as np
 
 from finchtune.errors import UserError
-from finchtune.files import atomic_path, cache_folder
+from finchtune.files import (
+    FileSet,
+    atomic_path,
+    cache_folder,
+    check_sums,
+    finish_interrupted,
+    make_private,
+    require_private,
+    sha256,
+    sums_text,
+)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC"]
@@ -74,9 +86,11 @@ def kept_states(
     """`build_states` of a vocabulary file, from an earlier run where it is kept intact."""
     key = _digest(vocab_file.read_bytes() + SOURCE.read_bytes()).hex()
     path = cache_folder() / f"finchtune_world_states_{key}.bin"
-    kept = path.read_bytes() if path.is_file() else b""
-    if kept and _digest(kept[DIGEST_BYTES:]) == kept[:DIGEST_BYTES]:
-        return np.frombuffer(kept, np.uint8, offset=DIGEST_BYTES)
+    with suppress(OSError, UserError):
+        require_private(path)
+        kept = path.read_bytes()
+        if _digest(kept[DIGEST_BYTES:]) == kept[:DIGEST_BYTES]:
+            return np.frombuffer(kept, np.uint8, offset=DIGEST_BYTES)
     states = build_states(library, table())
     with suppress(OSError, UserError), atomic_path(path) as temporary:
         temporary.write_bytes(_digest(states.tobytes()) + states.tobytes())
@@ -94,15 +108,37 @@ def load_library() -> ctypes.CDLL | None:
     library = cache_folder() / f"finchtune_world_trie_{key}.so"
     compiler = os.environ.get("CXX", "c++")
     try:
-        if not library.exists():
-            with atomic_path(library) as temporary:
-                command = [compiler, *FLAGS, "-o", str(temporary), str(SOURCE)]
-                subprocess.run(command, check=True, capture_output=True, text=True)
+        make_private(library.parent)
+        if not _is_whole(library):
+            _compile(compiler, library)
         return _declare(ctypes.CDLL(str(library)))
     except (OSError, UserError, subprocess.CalledProcessError) as error:
         reason = getattr(error, "stderr", None) or error
         warnings.warn(f"tokenising takes twice as long without g++: {reason}", stacklevel=2)
         return None
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether a library of an earlier run is what was written; UserError if others can write it."""
+    finish_interrupted(library.parent)
+    if not library.exists():
+        return False
+    require_private(library)
+    with suppress(UserError):
+        check_sums(library.with_suffix(".sha256"), {library.name})
+        return True
+    return False
+
+
+def _compile(compiler: str, library: Path) -> None:
+    """Compile, and publish the library together with its sha256."""
+    with tempfile.TemporaryDirectory() as folder, FileSet() as files:
+        made = Path(folder, library.name)
+        command = [compiler, *FLAGS, "-o", str(made), str(SOURCE)]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        shutil.copyfile(made, files.add(library))
+        sums = sums_text({library.name: sha256(made)})
+        files.add(library.with_suffix(".sha256")).write_text(sums)
 
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:

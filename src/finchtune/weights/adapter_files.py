@@ -20,6 +20,9 @@ from finchtune.weights.pth import check_members, read_record, write_pth
 from finchtune.weights.tensors import check_finite, check_shapes, finite, read_tensors, unwrapped
 
 FORMAT = "finchtune 1"  # of an adapter file's record
+INSIDE = ("format", "adapter", "base", "template")
+"""What of a record lies in the .pth too: what the tensors mean, but not how they came about, since
+the same tensors are to give the same file."""
 
 
 def adapter_keys(model: LanguageModel) -> dict[str, str]:
@@ -87,7 +90,8 @@ def save_adapter(
     require_ours(beside)
     good = finite(tensors, tensors.values() if stream is None else stream, path)
     with FileSet() as files:
-        digest = write_pth(tensors, good, files.add(path), record)
+        inside = {key: record[key] for key in INSIDE if key in record}
+        digest = write_pth(tensors, good, files.add(path), inside)
         files.add(beside).write_text(json_text(record | {"sha256": digest}))
 
 
@@ -126,7 +130,7 @@ def adapter_record(path: str | Path) -> dict[str, Any] | None:
             f"{path} ({path.stat().st_size:,} bytes) does not match its checksum in "
             f"{beside.name}; copy both again, or take the JSON away if you changed the file"
         )
-    if inside is not None and inside != {k: v for k, v in record.items() if k != "sha256"}:
+    if inside is not None and inside != {key: record[key] for key in INSIDE if key in record}:
         raise UserError(f"{beside} differs from the record in {path.name} itself; take it away")
     return record
 

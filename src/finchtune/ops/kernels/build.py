@@ -17,7 +17,18 @@ from pathlib import Path
 
 import torch
 
-from finchtune.files import cache_folder
+from finchtune.errors import UserError
+from finchtune.files import (
+    FileSet,
+    cache_folder,
+    check_sums,
+    finish_interrupted,
+    make_private,
+    require_private,
+    sha256,
+    sums_text,
+)
+from finchtune.ops.kernels.compiling import compile_apart
 from finchtune.ops.kernels.toolkit import BuildError, Toolkit, find_toolkit
 
 PACKAGED = Path(__file__).parents[2] / "cuda"
@@ -111,30 +122,48 @@ def link_folder(toolkit: Toolkit, folder: Path) -> list[str]:
     return [f"-L{folder}"]
 
 
-def compile_and_load(library: Path, part: Part, toolkit: Toolkit | None) -> None:
-    """Compile in a fresh folder, load, and move the finished library to its place in one step."""
-    from torch.utils import cpp_extension  # slow to import, so only where it is needed
-
+def compile_library(library: Path, part: Part, toolkit: Toolkit | None) -> None:
+    """Compile in a fresh folder and publish the library together with its sha256."""
     for leftover in library.parent.glob(f"{library.stem}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(".tmp", f"{library.stem}.", library.parent))
     what = "CPU" if toolkit is None else "GPU"
     print(f"compiling the {what} kernels, once for this machine ...", file=sys.stderr, flush=True)
+    options = {
+        "name": library.stem,
+        "sources": [str(path) for path in source_files(part)],
+        "extra_cflags": C_FLAGS,
+        "extra_ldflags": [] if toolkit is None else link_folder(toolkit, folder),
+        "build_directory": str(folder),
+        "with_cuda": toolkit is not None,
+        "is_python_module": False,
+    }
     try:
-        if toolkit is not None:  # torch's own guess is the folder above the first nvcc on the PATH
-            cpp_extension.CUDA_HOME = str(toolkit.home)
-        cpp_extension.load(
-            name=library.stem,
-            sources=[str(path) for path in source_files(part)],
-            extra_cflags=C_FLAGS,
-            extra_ldflags=[] if toolkit is None else link_folder(toolkit, folder),
-            build_directory=str(folder),
-            with_cuda=toolkit is not None,
-            is_python_module=False,
-        )
-        os.replace(folder / library.name, library)
+        compile_apart(None if toolkit is None else str(toolkit.home), options)
+        with FileSet() as files:
+            shutil.copyfile(folder / library.name, files.add(library))
+            sums = sums_text({library.name: sha256(folder / library.name)})
+            files.add(library.with_suffix(".sha256")).write_text(sums)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_kept(library: Path) -> bool:
+    """Load a library of an earlier run; False where it is not there, or not what was written.
+
+    Raises UserError, for who may write it may have put any code there.
+    """
+    finish_interrupted(library.parent)
+    if not library.exists():
+        return False
+    require_private(library)
+    try:
+        # Loading a file that was cut short would end the process by a signal.
+        check_sums(library.with_suffix(".sha256"), {library.name})
+        torch.ops.load_library(str(library))
+    except (UserError, OSError):
+        return False
+    return True
 
 
 def build_or_wait(library: Path, part: Part, toolkit: Toolkit | None) -> None:
@@ -142,13 +171,13 @@ def build_or_wait(library: Path, part: Part, toolkit: Toolkit | None) -> None:
     failure = library.with_suffix(".log")
     began = time.time()
     with machine_lock(library.with_suffix(".lock")):
-        if library.exists():
-            torch.ops.load_library(str(library))
+        if load_kept(library):
             return
         if failure.exists() and failure.stat().st_mtime >= began:  # failed while this one waited
             raise BuildError(failure.read_text())
         try:
-            compile_and_load(library, part, toolkit)
+            compile_library(library, part, toolkit)
+            torch.ops.load_library(str(library))
         except (RuntimeError, OSError, subprocess.SubprocessError) as error:
             needs = NEEDS if toolkit is None else f"{NEEDS}; compiled with {toolkit.nvcc}"
             message = f"compiling the kernels in {SOURCE_FOLDER} failed ({needs}):\n{error}"
@@ -162,7 +191,8 @@ def load_part(part: Part, toolkit: Toolkit | None, cache: Path) -> None:
     Safe to call from several processes at once: one compiles, the others wait.
 
     Raises:
-        BuildError: no sources, no compiler, or a compiler that fails (its output is shown).
+        BuildError: no sources, no compiler, a compiler that fails (its output is shown), or a cache
+            that others can write to.
     """
     if not all(path.exists() for path in source_files(part)):
         raise BuildError(f"no kernel sources in {SOURCE_FOLDER}: install finchtune anew")
@@ -171,11 +201,12 @@ def load_part(part: Part, toolkit: Toolkit | None, cache: Path) -> None:
         if toolkit is not None:
             compiler += compiler_version(str(toolkit.nvcc))
         library = cache / f"{part.name}_{build_key(part, compiler, toolkit)}.so"
-        if library.exists():
-            torch.ops.load_library(str(library))
-        else:
-            cache.mkdir(parents=True, exist_ok=True)
-            build_or_wait(library, part, toolkit)
+        try:
+            if not load_kept(library):
+                make_private(cache)
+                build_or_wait(library, part, toolkit)
+        except (UserError, OSError) as error:
+            raise BuildError(str(error)) from error
 
 
 def load_libraries(cache: Path | None = None) -> dict[str, BuildError | None]:
