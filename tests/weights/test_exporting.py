@@ -12,6 +12,7 @@ from finchtune.weights.adapter_files import save_adapter
 from finchtune.weights.base import load_model, read_base
 from finchtune.weights.exporting import export_adapter, export_model, receipt_path
 from finchtune.weights.forms import FORMS, Settings
+from finchtune.weights.merging import merge_files
 
 LORAS = {
     "bone": {"r": 24},
@@ -110,3 +111,21 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
         export_model(base, tmp_path / "x" / "out.st", FORMS["web-rwkv"], Settings("fp16", "x"))
     assert [path.name for path in tmp_path.iterdir()] == ["base.pth"]
     assert read_base(base)["head.weight"][0, 0] == 1e5
+
+
+def test_another_base_is_taken_only_when_asked_and_told_of(tmp_path):
+    base, _, adapter = make_adapter(tmp_path, "bone", {"r": 8})
+    first, second = tmp_path / "first.pth", tmp_path / "second.pth"
+    merge_files(base, adapter, first)
+    with pytest.raises(UserError, match=r"first.pth is not the base of"):
+        merge_files(first, adapter, second)
+    receipt = merge_files(first, adapter, second, other_base=True)
+    assert receipt["base"] == {"file": "first.pth", "sha256": sha256(first)}
+    assert receipt["trained_on"] == {"file": "base.pth", "sha256": sha256(base)}
+    plain, once, twice = (torch.load(path) for path in (base, first, second))
+    name = "blocks.0.ffn.key.weight"
+    torch.testing.assert_close(twice[name] - once[name], once[name] - plain[name])
+    export_model(first, tmp_path / "on.safetensors", FORMS["safetensors"], FP32, adapter,
+                 other_base=True)  # fmt: skip
+    exported = read_base(tmp_path / "on.safetensors")
+    assert all(torch.equal(exported[key], tensor) for key, tensor in twice.items())
