@@ -41,7 +41,7 @@ def test_tensorboard_gets_every_number_and_forgets_steps_that_come_again(tmp_pat
 
 
 def test_a_logger_that_is_not_installed_is_one_line(monkeypatch):
-    monkeypatch.setattr("finchtune.config.find_spec", lambda name: None)
+    monkeypatch.setattr("finchtune.config.checks.find_spec", lambda name: None)
     config = TrainConfig(load_model="a", data_file="b", tensorboard=True)
     with pytest.raises(UserError, match="pip install tensorboard"):
         config.validate()
