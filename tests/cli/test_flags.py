@@ -156,7 +156,7 @@ def test_quantised_bases_are_asked_for_as_in_the_incumbent(kind):
         ("--peft state", "none", True, False, STATE_LR),
         ("--peft state --train_type infctx --chunk_ctx 512", "none", True, False, STATE_LR),
         ("--peft bone --train_type state", "bone", True, False, 2e-5),
-        ("--train_type state --lr_init 1 --lr_final 0.01", "none", True, False, 1.0),
+        ("--train_type state --lr_init 3 --lr_final 0.01", "none", True, False, 3.0),
         ("--peft bone --train_type infctx --bptt truncated", "bone", False, False, 2e-5),
     ],
 )

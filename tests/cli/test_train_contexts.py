@@ -77,8 +77,10 @@ def test_a_rash_rate_is_warned_of_and_a_lost_flag_refused(folder):
     words = ["--epoch_steps", 1, "--lr_init", 1]
     done = run_script("train.py", *flags(folder, "lost", *words))
     assert_one_error_line(done, "--train_type state")
-    done = train(*flags(folder, "rash", *words, "--train_type", "state"))
-    assert "warning: a learning rate of 1 for states" in done.stdout
+    words = ["--epoch_steps", 1, "--train_type", "state"]
+    for rate, warned in ((20, True), (1, False)):
+        done = train(*flags(folder, f"rate{rate}", *words, "--lr_init", rate))
+        assert (f"warning: a learning rate of {rate} for states" in done.stdout) == warned
 
 
 def test_chunks_of_whole_documents_train_as_long_rows_do(folder, chunked_run):

@@ -7,7 +7,7 @@ from typing import Any
 from finchtune.methods import flag_methods, method_files, method_flags
 
 METHODS = ("none", "state", *method_files())
-LR, STATE_LR = 2e-5, 0.1
+LR, STATE_LR = 2e-5, 1.0
 """Default learning rates: of weights and adapters, and of states."""
 QUANT = ("none", "nf4", "fp4", "int8", "fp8")
 STAGES = {

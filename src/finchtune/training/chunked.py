@@ -56,7 +56,10 @@ def boundary_states(
     for index, (chunk, after) in enumerate(itertools.pairwise(chunks)):
         torch.manual_seed(seed + index)
         state = carried_into(after, read(chunk.batch, state))
-        before.append(tree_map(Tensor.cpu, state) if offload and state else state)
+        # A copy, made now that the chunk's activations are freed, lies in their place: left where
+        # it was made among them, each state would keep a CPU's heap from being used again.
+        state = tree_map(torch.clone, state)
+        before.append(tree_map(Tensor.cpu, state) if offload else state)
     return before
 
 

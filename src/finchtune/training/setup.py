@@ -136,7 +136,7 @@ def check_processes(config: TrainConfig) -> None:
     if config.trains_state and config.state_lr > STATE_LR:
         distributed.print_rank_zero(
             f"warning: a learning rate of {config.state_lr:g} for states is above {STATE_LR:g}, "
-            "from which on they tend to learn less or to fail"
+            "the usual one; watch the loss"
         )
 
 
