@@ -1,4 +1,4 @@
-"""Hold the memory that --plan foretells against what training steps really take.
+"""Hold the memory that --plan estimates against what training steps really take.
 
     python scripts/bench/check_plan.py                # one process
     python scripts/bench/check_plan.py --devices 2    # ZeRO 1 to 3 among two, each offloaded too

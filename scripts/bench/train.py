@@ -194,7 +194,7 @@ def deepspeed_step(
 
 
 class BareLoop:
-    """The same step in plain torch: fp32 masters of trained bf16 tensors, clipping, AdamW."""
+    """The same step in plain torch: fp32 master weights of bf16 tensors, clipping, AdamW."""
 
     def __init__(self, case: Case, model: RWKV6, tokens: Tensor, labels: Tensor):
         self.case, self.model, self.tokens, self.labels = case, model, tokens, labels

@@ -66,7 +66,7 @@ def test_a_signal_saves_and_resuming_ends_like_no_signal(folder):
     out, err = interrupt(process, signal.SIGTERM, folder / "stopped")
     assert process.returncode == INTERRUPTED, out + err
     assert "SIGTERM: stopping after this step" in err
-    assert "go on with --resume auto" in out
+    assert "resume with --resume auto" in out
     done = train(*flags(folder, "stopped", *words, "--save_every", 60, "--resume", "auto"))
     assert "resumed from" in done.stdout
     assert final_state(folder / "stopped") == final_state(folder / "whole")
@@ -94,7 +94,7 @@ def test_torchrun_passes_a_signal_on(folder):
     process = start(*arguments, launcher=AGENTS["torchrun"])
     out, err = interrupt(process, signal.SIGTERM, folder / "torchrun")
     assert process.returncode != 0
-    assert "saved; go on with --resume auto" in out, out + err
+    assert "saved; resume with --resume auto" in out, out + err
     assert len(list((folder / "torchrun" / "checkpoints").iterdir())) == 1
 
 
@@ -163,7 +163,7 @@ def test_a_run_stops_when_deepspeeds_runner_is_killed(folder, number):
     started = [agent, *children_of(agent)]
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert "saved; go on with --resume auto" in out, out + err
+    assert "saved; resume with --resume auto" in out, out + err
     assert len(list((folder / proj / "checkpoints").iterdir())) == 1
     assert not alive_after(30, started)  # a process closes its output before it ends
 

@@ -111,7 +111,7 @@ def test_a_signal_on_one_host_saves_and_ends_both(folder, hosts):
     processes[1].send_signal(signal.SIGTERM)
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert all(process.returncode for process in processes)
-    assert any("saved; go on with --resume auto" in output for output in outputs), outputs
+    assert any("saved; resume with --resume auto" in output for output in outputs), outputs
     (checkpoint,) = (folder / "signal" / "checkpoints").iterdir()
     state = torch.load(checkpoint / "state.pth", weights_only=True)
     assert f"step-{state['adam_step']}" == checkpoint.name

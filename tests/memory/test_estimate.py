@@ -1,4 +1,4 @@
-"""The memory that is foretold against what torch's allocator hands out and autograd keeps."""
+"""The memory that is estimated against what torch's allocator hands out and autograd keeps."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_gradients_are_shared_from_stage_two_on(stage, share):
 
 @pytest.mark.parametrize("strategy", ["1", "2_offload", "3", "3_offload"])
 @pytest.mark.parametrize("peft", ["none", "bone"])
-def test_the_peak_of_a_step_under_deepspeed_is_foretold(strategy, peft):
+def test_the_peak_of_a_step_under_deepspeed_is_estimated(strategy, peft):
     hyperparameters = {"bone_r": 16} if peft == "bone" else {}
     config = run_config(peft, hyperparameters, strategy=f"deepspeed_stage_{strategy}")
     device = torch.device("cpu")

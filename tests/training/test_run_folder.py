@@ -70,7 +70,7 @@ def test_finished_weights_are_not_written_over_and_the_advice_works(tmp_path):
     assert choose_checkpoint(config_for(tmp_path, overwrite=True)) is None
     state = {"trained": {"a": torch.zeros(2)}, "adam_step": 1}
     path = save_checkpoint(tmp_path / "checkpoints", 1, state, tensors_of(state), {})
-    with pytest.raises(UserError, match="go on with --resume auto"):
+    with pytest.raises(UserError, match="resume with --resume auto"):
         choose_checkpoint(config_for(tmp_path))
     assert choose_checkpoint(config_for(tmp_path, resume="auto")) == path
 

@@ -128,5 +128,5 @@ def lost_rank_message(error: Exception) -> str:
     names = ", ".join(map(str, lost)) or "unknown (all answer, but one was too late)"
     return (
         f"lost rank {names} of {world}, which died or hangs ({asked}); its own message, if any, "
-        "says why; go on with --resume auto"
+        "says why; resume with --resume auto"
     )

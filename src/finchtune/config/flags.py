@@ -197,9 +197,9 @@ class RecordFlags:
     proj_dir: str = flag("out", "folder of everything the run writes", free=True)
     save_every: int = flag(0, "steps between resumable checkpoints; 0 = none", free=True)
     keep_last: int = flag(0, "checkpoints to keep, the newest; 0 = all", free=True)
-    resume: str = flag("", "auto, or a checkpoint folder, to go on from", free=True)
+    resume: str = flag("", "auto, or a checkpoint folder, to resume from", free=True)
     data_changed: bool = flag(
-        False, "with --resume: go on although the data are no longer the same", free=True
+        False, "with --resume: continue although the data are no longer the same", free=True
     )
     overwrite: bool = flag(False, "throw away an earlier run in proj_dir", free=True)
     wandb: str = flag("", "Weights & Biases project to log to", free=True)

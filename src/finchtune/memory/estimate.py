@@ -43,7 +43,7 @@ class StorageCount(TorchDispatchMode):
         return result
 
     def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is let go, unless it is counted already."""
+        """Count a tensor's storage until it is freed, unless it is counted already."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known:
@@ -170,7 +170,7 @@ def materialise(model: nn.Module) -> None:
 
 @contextmanager
 def dropped_gradients(model: nn.Module) -> Iterator[None]:
-    """Let go of every gradient as soon as it is there: the formulas below count them."""
+    """Free every gradient as soon as it is there: the formulas below count them."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None

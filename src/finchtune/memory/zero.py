@@ -53,7 +53,7 @@ def effective_stage(stage: int, dtype: torch.dtype, accumulates: bool) -> tuple[
 class Zero:
     """ZeRO `stage` 0 to 3 of a model whose parameters have `dtype`, among `world` devices.
 
-    Stage 1 shares fp32 masters and Adam's two moments among them, 2 the gradients too, 3 the
+    Stage 1 shards fp32 master weights and Adam's two moments among them, 2 the gradients too, 3 the
     weights too. `on_gpu`: gradients are exchanged during backward, from two buffers in turn.
     `accumulates`: over several micro batches, in bf16 as `Engine` has it, in fp32 sums and with
     stage 2 at least.
@@ -75,29 +75,29 @@ class Zero:
         self.stage, self.sums_in_fp32 = effective_stage(stage, dtype, accumulates)
         numels = [p.numel() for p in model.parameters() if p.requires_grad]
         self.trained = sum(numels)
-        self.share = -(-self.trained // world) if stage else self.trained
+        self.shard = -(-self.trained // world) if stage else self.trained
         self.largest = max(numels, default=0)
-        self.piece = min(self.largest, self.share)
+        self.piece = min(self.largest, self.shard)
         self.bucket = self.width * min(self.trained, REDUCE_BUCKET)
         self.many_buckets = self.trained > REDUCE_BUCKET
-        # What the optimizer reads: an fp32 copy of the gradients' share, made from a flat one.
-        self.flat = self.width * self.share
-        self.master_gradients = 4 * self.share if self.width < 4 else 0
+        # What the optimizer reads: an fp32 copy of the gradients' shard, made from a flat one.
+        self.flat = self.width * self.shard
+        self.master_gradients = 4 * self.shard if self.width < 4 else 0
 
     def state(self) -> ZeroState:
         """What there is at each moment of a step."""
         if self.stage == 0:
-            return self.not_shared()
-        return self.whole_weights() if self.stage < 3 else self.shared_weights()
+            return self.replicated()
+        return self.replicated_weights() if self.stage < 3 else self.sharded_weights()
 
-    def not_shared(self) -> ZeroState:
+    def replicated(self) -> ZeroState:
         """Plain data parallelism."""
         gradients = {"gradients": self.width * self.trained}
         between = gradients if self.accumulates else {}
         return ZeroState(
             {
                 "weights": tensor_bytes(self.model),
-                "masters": self.master_gradients,
+                "master weights": self.master_gradients,
                 "moments": 8 * self.trained,
             },
             forward=between,
@@ -107,13 +107,13 @@ class Zero:
             update=gradients | {"update": self.master_gradients},
         )
 
-    def whole_weights(self) -> ZeroState:
+    def replicated_weights(self) -> ZeroState:
         """Stages 1 and 2, as stage_1_and_2.py has them."""
         # Without overlap stage 1 exchanges gradients when all are there, else as they come.
         waits = self.stage == 1 and not (self.on_gpu and not self.accumulates)
         # averaged_gradients; offloaded ones go straight to the host, except sums in fp32.
         kept = 0 if self.offload else self.flat
-        kept = 4 * self.share if self.sums_in_fp32 else kept
+        kept = 4 * self.shard if self.sums_in_fp32 else kept
         all_gradients = self.width * self.trained
         between = (all_gradients if waits else kept) if self.accumulates else 0
         buckets = self.bucket * (2 if self.on_gpu else 1)
@@ -122,30 +122,30 @@ class Zero:
         if self.offload:
             standing["staging"] = self.width * self.largest  # temp_grad_buffer_for_gpu_offload
         else:
-            standing |= {"masters": 4 * self.share, "moments": 8 * self.share}
+            standing |= {"master weights": 4 * self.shard, "moments": 8 * self.shard}
         return ZeroState(
             standing,
-            self.host_of_whole_weights() if self.offload else 0,
+            self.host_of_replicated_weights() if self.offload else 0,
             self.many_buckets and not waits,
             forward={"gradients": between},
             loss={"gradients": between},
             backward={"gradients": between, "buffers": buckets},
             backward_end={"gradients": all_gradients if waits else between, "buffers": buckets},
-            exchange=self.exchange_of_whole_weights(
+            exchange=self.exchange_of_replicated_weights(
                 all_gradients - self.bucket if waits else between, kept, buckets
             ),
             norm={"gradients": kept, "update": NORM_BYTES * self.piece},
             update={"gradients": kept, "update": copies},
         )
 
-    def host_of_whole_weights(self) -> int:
-        """Masters, their gradients and moments, and buffers on the way there and back."""
+    def host_of_replicated_weights(self) -> int:
+        """Master weights, their gradients and moments, and buffers on the way there and back."""
         # param_buffer_of_bit16_for_cpu_offload_groups, temp_grad_buffer_for_cpu_offload
-        host = 16 * self.share + self.flat + self.width * self.largest
+        host = 16 * self.shard + self.flat + self.width * self.largest
         accumulated = self.accumulates and not self.sums_in_fp32  # accumulated_grads_in_cpu
         return host + (self.flat if accumulated else 0)
 
-    def exchange_of_whole_weights(self, before: int, kept: int, buckets: int) -> Parts:
+    def exchange_of_replicated_weights(self, before: int, kept: int, buckets: int) -> Parts:
         """`before` bytes of gradients are there already, `kept` are there afterwards."""
         # allreduce_bucket flattens slices of several ranks into a copy of the bucket.
         copy = self.bucket if self.world > 1 else 0
@@ -154,11 +154,11 @@ class Zero:
         if self.sums_in_fp32:
             # Kept already while slices of the copy are added to it, each as fp32.
             return {"gradients": kept, "buffers": buckets + copy + 4 * self.piece}
-        # The copy of a bucket that holds all gradients is let go before they are kept.
+        # The copy of a bucket that holds all gradients is freed before they are stored.
         extra = copy if self.many_buckets else max(0, copy - kept)
         return {"gradients": before + kept, "buffers": buckets + extra}
 
-    def shared_weights(self) -> ZeroState:
+    def sharded_weights(self) -> ZeroState:
         """Stage 3, as stage3.py and partition_parameters.py have it."""
         numels = [p.numel() for p in self.model.parameters()]
         small = sum(n for n in numels if n <= PERSISTENT_ELEMENTS)
@@ -167,14 +167,14 @@ class Zero:
         embedding *= embedding > PERSISTENT_ELEMENTS
         if self.world == 1 and not (self.offload and self.on_gpu):
             small = large = embedding = 0  # nothing is gathered where one device has everything
-        share = self.width * -(-sum(numels) // self.world)
+        shard = self.width * -(-sum(numels) // self.world)
         # Gathered weights stay until backward, but a frozen embedding is not used there again.
         read_again = self.model.emb.weight.requires_grad
         gathered = self.width * min(large - (0 if read_again else embedding), LIVE_ELEMENTS)
         last = self.width * embedding if read_again else 0
         # reduce_scatter_coalesced reorders the bucket into a copy; gloo takes another.
         copies = self.bucket * (1 if self.on_gpu else 2)
-        gradients = (4 if self.sums_in_fp32 else self.width) * self.share
+        gradients = (4 if self.sums_in_fp32 else self.width) * self.shard
         norm = NORM_BYTES * -(-self.piece // self.world)
         standing = {
             "weights": self.width * small + sum(t.nbytes for t in self.model.buffers()),
@@ -182,13 +182,13 @@ class Zero:
         }
         host = 0
         if self.offload:
-            # The share of all weights; masters, their gradients and moments; gradients.
-            host = share + 16 * self.share + gradients
+            # The shard of all weights; master weights, their gradients and moments; gradients.
+            host = shard + 16 * self.shard + gradients
         else:
-            standing["weights"] += share
-            standing |= {"masters": 4 * self.share, "moments": 8 * self.share}
+            standing["weights"] += shard
+            standing |= {"master weights": 4 * self.shard, "moments": 8 * self.shard}
             standing["gradients"] = gradients  # grad_partitions_flat_buffer
-        copies_of_share = gradients + (0 if self.sums_in_fp32 else self.master_gradients)
+        copies_of_shard = gradients + (0 if self.sums_in_fp32 else self.master_gradients)
         return ZeroState(
             standing,
             host,
@@ -201,7 +201,7 @@ class Zero:
             backward_end={"gathered": last},
             exchange={"gathered": gathered if self.many_buckets else last, "buffers": copies},
             norm={"update": norm},
-            update={"update": 0 if self.offload else copies_of_share},
+            update={"update": 0 if self.offload else copies_of_shard},
         )
 
 

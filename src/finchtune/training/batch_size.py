@@ -100,7 +100,7 @@ def free_memory(config: TrainConfig, device: torch.device) -> int:
 def trial(config: TrainConfig, model: LanguageModel, need: Estimate) -> bool:
     """Whether a forward and backward goes through beside what DeepSpeed will hold."""
     device = next(model.parameters()).device
-    state = ("masters", "moments", "buffers")
+    state = ("master weights", "moments", "buffers")
     held = sum(need.parts.get(part, 0) for part in state)
     shape = (config.micro_bsz, config.ctx_len)
     try:

@@ -162,7 +162,7 @@ class Engine:
         return loss_sum / max(1.0, targets / self.sharing)
 
     def close(self) -> None:
-        """Let go of DeepSpeed's hooks and buffers; the model is a plain module again."""
+        """Release DeepSpeed's hooks and buffers; the model is a plain module again."""
         self.ds.destroy()
 
     def full_parameter(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:

@@ -121,7 +121,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
             saver.save_checkpoint(done, {"validation": validation.history})
         if result.stopping and done < total:
             distributed.print_rank_zero(
-                f"stopped after step {done}, saved; go on with --resume auto"
+                f"stopped after step {done}, saved; resume with --resume auto"
             )
             status = INTERRUPTED
             break

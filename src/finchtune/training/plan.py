@@ -40,7 +40,7 @@ STRATEGIES = {
 }
 COLUMNS = {
     "weights": ("weights",),
-    "optimizer": ("masters", "moments", "update"),
+    "optimizer": ("master weights", "moments", "update"),
     "gradients": ("gradients",),
     "activations": ("activations",),
     "loss": ("loss",),

@@ -1,4 +1,4 @@
-"""A run's folder: what may start in it, and what it may go on from."""
+"""A run's folder: what may start in it, and what it may resume from."""
 
 import dataclasses
 import fcntl
@@ -30,7 +30,7 @@ HARMLESS = ("*.log", "*.out", "*.err", ".*", "wandb", "data_cache")
 
 
 def choose_checkpoint(config: TrainConfig) -> Path | None:
-    """The intact checkpoint to go on from; None to start anew. Changes nothing on the disk.
+    """The intact checkpoint to resume from; None to start anew. Changes nothing on the disk.
 
     Raises UserError for a damaged checkpoint, and for a proj_dir that holds something already
     unless --resume or --overwrite asks for it. A collective call: rank 0 looks.
@@ -40,7 +40,7 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
 
 def _choose_checkpoint(config: TrainConfig) -> Path | None:
     if config.resume and config.overwrite:
-        raise UserError("--resume goes on with a run, --overwrite throws it away; choose one")
+        raise UserError("--resume continues a run, --overwrite throws it away; choose one")
     folder = Path(config.proj_dir)
     check_folder(folder)
     if config.resume == "auto":
@@ -54,10 +54,10 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
             raise UserError(f"--resume {path}: {problem}; use --resume auto or an earlier one")
         return path
     if run_files(folder) and not config.overwrite:
-        go_on = "go on with --resume auto, " if checkpoints(folder / "checkpoints") else ""
+        resume = "resume with --resume auto, " if checkpoints(folder / "checkpoints") else ""
         raise UserError(
-            f"--proj_dir {folder} already holds a run; {go_on}throw it away with --overwrite 1, or "
-            "choose another folder"
+            f"--proj_dir {folder} already holds a run; {resume}throw it away with --overwrite 1, "
+            "or choose another folder"
         )
     if foreign_files(folder) and not config.overwrite:
         raise UserError(

@@ -27,7 +27,7 @@ class Saver:
     """Saves what a run makes: adapter or model files by epoch, checkpoints that resume."""
 
     def __init__(self, config: TrainConfig, engine: Engine, data: Data, manifest: dict[str, Any]):
-        """`manifest` is that of the checkpoint to go on from, empty for a new run.
+        """`manifest` is that of the checkpoint to resume from, empty for a new run.
 
         A collective call. Raises UserError if the checkpoint is another run's.
         """
@@ -174,7 +174,7 @@ class Saver:
         told = [f"{k} {counts.get(k)} -> {v}" for k, v in self.data.items() if counts.get(k) != v]
         return [
             f"the data were edited or reordered ({', '.join(told) or 'of the same sizes'}); take "
-            "the old ones, or go on with these by --data_changed 1"
+            "the old ones, or continue with these by --data_changed 1"
         ]
 
 

@@ -19,7 +19,7 @@ class StepWatch:
 
     Rows of skipped.jsonl: step (1-based), loss ("nan", "inf" or a number), documents (their
     numbers in the data set). `total` is the number of the run's steps, and `start` the step that a
-    resumed run goes on from; rows of later
+    run resumes from; rows of later
     steps are dropped, and bad steps in a row just before it still count.
     """
 
@@ -85,6 +85,6 @@ class StepWatch:
             raise NotFinite(
                 f"{self.in_a_row} steps in a row had NaN or infinity, the last of them step "
                 f"{step + 1}; checkpoints from before are good; look at the documents named in "
-                f"{self.path}, or go on from an earlier checkpoint with a lower --lr_init, more "
+                f"{self.path}, or resume from an earlier checkpoint with a lower --lr_init, more "
                 "--warmup_steps, or --precision fp32"
             )

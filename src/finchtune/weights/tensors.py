@@ -145,6 +145,6 @@ def finite(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> Itera
         if not is_finite(tensor):
             raise NotFinite(
                 f"{name} holds NaN or infinity; {path} is not written, earlier files stay; a run "
-                "goes on from an earlier checkpoint, with a lower --lr_init or --grad_clip"
+                "resumes from an earlier checkpoint, with a lower --lr_init or --grad_clip"
             )
         yield tensor

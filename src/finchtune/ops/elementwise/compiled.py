@@ -1,4 +1,4 @@
-"""Element-wise parts of a block by the compiled CPU kernels: few walks through memory.
+"""Element-wise parts of a block by the compiled CPU kernels: few memory passes.
 
 The same functions as in `plain`, which is their oracle, in fp32 and bf16. The kernels compute in
 fp32; what they store is rounded.

@@ -1,6 +1,6 @@
 """Element-wise parts of a block in torch's operators, for any device and dtype.
 
-Their backward is written out: autograd would keep every intermediate result and walk through
+Their backward is written out: autograd would keep every intermediate result and pass over
 memory once for each operation; these keep what backward cannot cheaply make again, and work in
 place.
 """
