@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from finchtune.adapters import METHODS, AdaptedLinear, shards
+from finchtune.adapters import METHODS, AdaptedLinear, Adapter, shards
 from finchtune.adapters.frozen import product_plus
 from finchtune.adapters.methods import bat
 from finchtune.errors import UserError
@@ -81,7 +81,10 @@ def test_merged_weight_gives_the_forward(name, settings, size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_what_is_a_lora_says_so_exactly(name, settings, size):
     adapter, W = make(name, settings, *size)
-    if name in ("bat", "dora", "frozen_ft"):
+    refuses = type(adapter).low_rank is Adapter.low_rank
+    if name in FORMULAS:
+        assert refuses == (name in ("bat", "dora", "frozen_ft"))
+    if refuses:
         with pytest.raises(UserError, match=f"what {name} adds is no LoRA; merge it"):
             adapter.low_rank()
         return
