@@ -44,6 +44,7 @@ def run(folder, *words):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_it_trains_resumes_and_merges(copy):
     assert "--gain_factor X" in run(copy, "train.py", "--help")
     flags = (

@@ -103,7 +103,7 @@ def test_an_adapter_stays_unmerged(run, model_file, tmp_path, quant):
     ("flags", "message"),
     [
         (["--tokens", 0], "--tokens must be at least 1, not 0"),
-        (["--temperature", -1], "temperature must be at least 0"),
+        (["--temperature", -1], "temperature must be in"),
         (["--top_p", 2], "top_p must be in (0, 1]"),
         (["--seed", -3], "seed must be in"),
         (["--model", "none.pth"], "none.pth: no such file"),

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from helpers.support import (
     assert_one_error_line,
@@ -12,6 +13,7 @@ from helpers.support import (
 from finchtune.weights.base import load_model
 
 
+@pytest.mark.slow
 def test_init_model_writes_a_file_that_other_runtimes_load(tmp_path):
     path = tmp_path / "new.pth"
     words = "--n_layer 3 --n_embd 64 --vocab_size 300 --head_size_a 16".split()

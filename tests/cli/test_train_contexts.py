@@ -60,6 +60,7 @@ def test_states_alone_are_trained_saved_merged_and_used(folder):
     assert losses(folder / "state-again")[0] < losses(folder / "state")[0]
 
 
+@pytest.mark.slow
 def test_states_beside_an_adapter(folder):
     train(*flags(folder, "both", *BONE, "--train_type", "state", "--lr_state", "0.05"))
     kinds = {name.rpartition(".")[2] for name in read_tensors(folder / "both/rwkv-0.pth")}
@@ -101,6 +102,7 @@ def test_a_chunked_run_resumes_to_the_same_bits(folder, chunked_run):
     assert sha256(proj / "rwkv-0.pth") == sha256(chunked_run / "rwkv-0.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -118,6 +120,7 @@ def test_other_processes_and_stages_give_the_same_losses(folder, chunked_run, wo
     assert losses(proj) == pytest.approx(losses(chunked_run), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_packed_rows_of_whole_contexts_are_shared(folder):
     for name, words in (("one", ""), ("two", "--devices 2 --context_parallel 2")):
         common = [*BONE, "--dataload", "pack", "--ctx_len", 128, *words.split()]
@@ -125,6 +128,7 @@ def test_packed_rows_of_whole_contexts_are_shared(folder):
     assert losses(folder / "shared-two") == pytest.approx(losses(folder / "shared-one"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_truncated_runs_and_states_in_long_contexts(folder):
     words = [*ROWS, "--peft", "state", "--train_type", "infctx", "--chunk_ctx", 32]
     for bptt in ("exact", "truncated"):
@@ -135,6 +139,7 @@ def test_truncated_runs_and_states_in_long_contexts(folder):
     assert first[-1] < first[0]
 
 
+@pytest.mark.slow
 def test_processes_that_cannot_share_are_refused(folder):
     words = ["--devices", 2, "--context_parallel", 3]
     assert_one_error_line(
@@ -142,6 +147,7 @@ def test_processes_that_cannot_share_are_refused(folder):
     )
 
 
+@pytest.mark.slow
 def test_the_plan_knows_chunks(folder):
     common = ["--plan", "--ctx_len", 4096, "--micro_bsz", 1, "--grad_cp", 0, *BONE[-4:]]
     totals = []

@@ -45,6 +45,7 @@ def test_every_flipped_bit_of_an_entry_is_seen_and_mended(source):
             assert path.read_bytes() == whole, (path, place)
 
 
+@pytest.mark.slow
 def test_an_entry_is_whole_whenever_its_making_is_killed(source):
     folder = source.parent / "c"
     read(source)

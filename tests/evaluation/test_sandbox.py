@@ -30,6 +30,7 @@ HOSTILE = {
     "sleep": "import time\ntime.sleep(1000)",
     "endless_output": "while True:\n    print('x' * 100_000)",
     "exit": "import sys\nsys.exit(0)",
+    "exit as if nothing were isolated": "import sys\nsys.exit(125)",
     "hard_exit": "import os\nos._exit(0)",
     "reads_passwd": "open('/etc/passwd').read()",
     "reads_marker": "open({marker!r}).read()",

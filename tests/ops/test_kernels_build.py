@@ -102,6 +102,7 @@ def test_a_killed_build_ends_at_once_and_leaves_no_compiler(sources, tmp_path, n
         assert not list(cache.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_damaged_library_is_compiled_again(sources, tmp_path):
     cache = tmp_path / "cache"

@@ -9,7 +9,7 @@ from helpers.contexts import gradients, long_batch, plain_gradients, segments, t
 from helpers.support import peak_bytes, relative_error
 from torch.utils._pytree import tree_leaves
 
-from finchtune.data.batch import padded
+from finchtune.data.batch import Batch, padded
 from finchtune.data.chunks import cut
 from finchtune.training.chunked import chunked_loss, exact_backward, truncated_backward
 
@@ -131,6 +131,17 @@ def test_a_batch_without_labels_contributes_nothing():
     assert len(chunks) == 1
     assert exact_backward(*calls(model), chunks, scaled()) == 0
     assert not any(gradient.any() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("length", [9, 10, 12, 16])
+def test_no_chunk_begins_after_the_last_label(length):
+    """The last label lies at 9; rounding up to 16 tokens must not make a chunk of its own."""
+    tokens = torch.randint(1, 64, (2, 64))
+    labels = torch.full_like(tokens, -100)
+    labels[:, :10] = tokens[:, :10]
+    chunks = cut(Batch(tokens, labels), length)
+    assert all(len(chunk.batch.tokens) for chunk in chunks)
+    assert sum(int((chunk.batch.labels != -100).sum()) for chunk in chunks) == 20
 
 
 def test_rows_are_read_no_further_than_their_last_label():

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finchtune.cli.stated import stated_of
 from finchtune.cli.writing import (
     add_adapter_flag,
     add_model_flags,
@@ -16,7 +17,7 @@ from finchtune.errors import UserError
 from finchtune.evaluation.runner import Asked, Given, evaluate, read_answers, read_items
 from finchtune.evaluation.task import Choices
 from finchtune.evaluation.tasks import TASKS
-from finchtune.files import sha256
+from finchtune.weights.hashing import weights_sha256
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -86,19 +87,20 @@ def flags() -> argparse.ArgumentParser:
 
 def identity_of(given: argparse.Namespace, choices: Choices) -> dict[str, Any]:
     """What the answers depend on: a folder is of one evaluation only."""
-    names = ("data", "model", "peft_checkpoint", "state", "answers")
+    names = ("data", "model", "peft_checkpoint", "lora_init", "state", "answers")
     files = {name: getattr(given, name) for name in names}
     kept = ("limit", "shots", "tokenizer", "device", "dtype")
     settings = asdict(choices) | {name: getattr(given, name) for name in kept}
     settings["template"] = choices.template and choices.template.record()
     settings["fields"] = given.fields
+    settings["stated"] = stated_of(given)
     hashes = {f"{name}_sha256": path and sha256_of(path) for name, path in files.items()}
     return {"task": given.task, "model": name_of(given), **settings, **hashes}
 
 
 def sha256_of(path: str) -> str:
     try:
-        return sha256(path)
+        return weights_sha256(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 

@@ -29,6 +29,8 @@ def main(arguments: list[str] | None = None) -> None:
     check(given, form)
     settings = settings_of(given, form)
     options: dict[str, Any] = {"stated": stated_of(given), "other_base": bool(given.other_base)}
+    if given.adapter_only and given.lora_init:
+        raise UserError("--lora_init goes with a merged export; merge first, or --adapter_only 0")
     if given.adapter_only:
         receipt = export_adapter(
             given.model, given.peft_checkpoint, given.output, form, settings, **options

@@ -108,7 +108,8 @@ def contradictions_of_method(config: "TrainConfig") -> Iterator[str]:
         yield "--quant needs --peft: a quantised weight cannot be trained itself"
     if config.decay_adapters and not (config.weight_decay and config.adapter != "none"):
         yield "--decay_adapters goes with --weight_decay and --peft"
-    if config.weight_decay and not config.trains_all and not config.decay_adapters:
+    acts = config.trains_all or config.decay_adapters or config.train_parts
+    if config.weight_decay and not acts:
         yield (
             f"--weight_decay {config.weight_decay:g} would act on nothing: adapter matrices are "
             "not decayed unless --decay_adapters 1 is given"

@@ -26,9 +26,10 @@ def cut(batch: Batch, length: int) -> list[Chunk]:
     What no counted label depends on is left out: rows from the chunk after their last label on.
     """
     counted = (batch.labels != IGNORED).nonzero()
-    n_tokens = int(counted[:, 1].max()) + 1 if len(counted) else 1
-    n_tokens = min(batch.tokens.shape[1], -(-n_tokens // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
-    places = [(start, min(start + length, n_tokens)) for start in range(0, n_tokens, length)]
+    last = int(counted[:, 1].max()) + 1 if len(counted) else 1
+    n_tokens = min(batch.tokens.shape[1], -(-last // LENGTH_MULTIPLE) * LENGTH_MULTIPLE)
+    # No chunk begins after the last label: it would hold nothing but the rounding.
+    places = [(start, min(start + length, n_tokens)) for start in range(0, last, length)]
     if batch.cu_seqlens is None:
         return _rows(batch, places)
     return [_packed(batch, start, stop) for start, stop in places]

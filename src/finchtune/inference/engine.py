@@ -228,7 +228,8 @@ class Engine:
         """The next token of each row, from the last hidden states (rows, C)."""
         logits = self.form.logits(last)
         if self.tokenizer is not None:
-            logits = logits[:, : self.tokenizer.vocab_size]
+            logits = logits.clone()  # ids that no text has, such as padding, are never drawn
+            logits[:, self.tokenizer.vocab_size :] = -torch.inf
         greedy = [row.request.sampling.is_plain_greedy for row in rows]
         likeliest = logits.argmax(-1).tolist() if any(greedy) else []
         tokens = [

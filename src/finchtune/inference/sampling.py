@@ -8,11 +8,12 @@ from torch import Tensor
 
 from finchtune.errors import UserError
 
+COLD = 1e-4  # a temperature below which only the likeliest token has a weight
 LIMITS = {
-    "temperature": ("at least 0", lambda x: x >= 0),
+    "temperature": ("in [0, 100]", lambda x: 0 <= x <= 100),
     "top_p": ("in (0, 1]", lambda x: 0 < x <= 1),
     "top_k": ("at least 0", lambda x: x >= 0),
-    "repetition_penalty": ("above 0", lambda x: x > 0),
+    "repetition_penalty": ("in [0.01, 100]", lambda x: 0.01 <= x <= 100),
     "presence_penalty": ("in [-2, 2]", lambda x: -2 <= x <= 2),
     "frequency_penalty": ("in [-2, 2]", lambda x: -2 <= x <= 2),
     "penalty_decay": ("in (0, 1]", lambda x: 0 < x <= 1),
@@ -45,7 +46,7 @@ class Sampling:
         for name, (limits, holds) in LIMITS.items():
             value = getattr(self, name)
             if not holds(value):  # false for NaN too
-                raise UserError(f"{name} must be {limits}, not {value:g}")
+                raise UserError(f"{name} must be {limits}, not {str(value)[:40]}")
 
     @property
     def is_plain_greedy(self) -> bool:
@@ -95,7 +96,7 @@ class Sampler:
 
     def _choose(self, logits: Tensor) -> int:
         settings = self.sampling
-        if settings.temperature == 0:
+        if settings.temperature < COLD:
             return int(logits.argmax())
         ids = None
         if 0 < settings.top_k < len(logits):

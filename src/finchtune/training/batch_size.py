@@ -9,7 +9,7 @@ import torch
 from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
-from finchtune.memory.estimate import Estimate, estimate
+from finchtune.memory.estimate import Estimate, estimate, tokens_at_once
 from finchtune.models import LanguageModel
 from finchtune.training.setup import model_plan
 
@@ -102,7 +102,7 @@ def trial(config: TrainConfig, model: LanguageModel, need: Estimate) -> bool:
     device = next(model.parameters()).device
     state = ("master weights", "moments", "buffers")
     held = sum(need.parts.get(part, 0) for part in state)
-    shape = (config.micro_bsz, config.ctx_len)
+    shape = (config.micro_bsz, tokens_at_once(config))
     try:
         placeholder = torch.empty(held, dtype=torch.uint8, device=device)
         tokens = torch.randint(model.config.vocab_size, shape, device=device)

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
@@ -97,14 +98,29 @@ def check_flags(checkpoint: Path, config: TrainConfig) -> None:
 
     Before anything is built by them: what they change need not fit the checkpoint's tensors.
     """
-    old, new = read_manifest(checkpoint).get("config"), dataclasses.asdict(config)
+    manifest, new = read_manifest(checkpoint), dataclasses.asdict(config)
+    old = manifest.get("config")
     if not isinstance(old, dict):
         raise UserError(f"--resume {checkpoint}: its manifest holds no configuration")
     free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
     changed = [k for k in new if k not in free and old.get(k) != new[k]]
-    if changed:
-        told = "; ".join(f"--{k} {old.get(k)} -> {new[k]}" for k in changed)
-        raise UserError(f"cannot resume with another configuration: {told}")
+    told = [f"--{k} {old.get(k)} -> {new[k]}" for k in changed]
+    readers = config.readers(distributed.world_size())
+    batch = config.global_bsz or config.micro_bsz * config.accumulate_grad_batches * readers
+    if batch and "global_batch" in manifest:  # 0 while --micro_bsz auto is not resolved
+        told += changed_batch(manifest.get("global_batch"), batch, readers)
+    if told:
+        raise UserError(f"cannot resume with another configuration: {'; '.join(told)}")
+
+
+def changed_batch(old: Any, new: int, readers: int) -> list[str]:
+    """What to say of a step of `new` rows where the checkpoint's had `old`."""
+    if old == new:
+        return []
+    return [
+        f"global_batch {old} -> {new}: choose --micro_bsz and --accumulate_grad_batches so that "
+        f"their product, times {readers} processes, is {old} again"
+    ]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from finchtune.models import LanguageModel
 from finchtune.training.checkpoints import load_checkpoint, save_checkpoint
 from finchtune.training.engine import Engine, full_parameter_like
 from finchtune.training.metrics import Metrics
-from finchtune.training.run_folder import clean_folder
+from finchtune.training.run_folder import changed_batch, clean_folder
 from finchtune.weights.adapter_files import FORMAT, adapter_keys, save_adapter
 from finchtune.weights.hashing import weights_sha256
 
@@ -75,6 +75,7 @@ class Saver:
                 "sha256": self.base_sha256(),
             },
             "config": dataclasses.asdict(self.config),
+            "dtype": str(self.base_dtype),
             "global_batch": self.global_batch,
             "data": self.data,
             "content": self.content(),
@@ -149,13 +150,19 @@ class Saver:
 
         Flags are compared before, by `check_flags`.
         """
-        differing = []
-        if manifest["global_batch"] != self.global_batch:
-            readers = self.config.readers(distributed.world_size())
+        readers = self.config.readers(distributed.world_size())
+        differing = changed_batch(manifest["global_batch"], self.global_batch, readers)
+        cut = manifest["config"].get("micro_bsz")
+        if self.config.loss_mean == "micro_batches" and cut != self.config.micro_bsz:
             differing.append(
-                f"global_batch {manifest['global_batch']} -> {self.global_batch}: choose "
-                "--micro_bsz and --accumulate_grad_batches so that their product, times "
-                f"{readers} processes, is {manifest['global_batch']} again"
+                f"--micro_bsz {cut} -> {self.config.micro_bsz}, which changes the loss under "
+                "--loss_mean micro_batches"
+            )
+        dtype = manifest.get("dtype", str(self.base_dtype))
+        if dtype != str(self.base_dtype):
+            differing.append(
+                f"weights in {dtype.removeprefix('torch.')} -> "
+                f"{str(self.base_dtype).removeprefix('torch.')}: give --precision as it was"
             )
         if (manifest["data"], manifest["content"]) != (self.data, self.content()):
             differing += self._changed_data(manifest)
@@ -186,7 +193,12 @@ def restore_tensors(
     own = model.state_dict()
     if set(state.get("trained", {})) != {n for n, p in model.named_parameters() if p.requires_grad}:
         raise UserError(f"--resume {checkpoint}: it trains other parameters than this run")
+    tensors = state["trained"] | state["frozen"]
+    if any(name not in own or own[name].shape != t.shape for name, t in tensors.items()):
+        raise UserError(
+            f"--resume {checkpoint}: its tensors do not fit --load_model; is it the same base?"
+        )
     with torch.no_grad():
-        for name, tensor in (state["trained"] | state["frozen"]).items():
+        for name, tensor in tensors.items():
             own[name].copy_(tensor)
     return state, manifest

@@ -12,10 +12,10 @@ from finchtune.files import read_json
 from finchtune.models import generation_of, sizes_of
 from finchtune.weights import exporting, merging
 from finchtune.weights.adapter_files import adapter_record, detect_spec, read_adapter
-from finchtune.weights.base import unwrapped
 from finchtune.weights.forms import DTYPES, FORMS, adapter_form_of, form_of
 from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.lazy import layout_of
+from finchtune.weights.tensors import unwrapped
 
 BASE_COMMANDS = "train --load_model, merge --base_model, generate, evaluate, export --model"
 ADAPTER_COMMANDS = "train --peft_load, merge, generate and export --peft_checkpoint, convert"

@@ -119,7 +119,7 @@ def file_and_hash(path: str | Path) -> dict[str, str]:
 
 def receipt_path(output: str | Path) -> Path:
     """Where the receipt of an exported file or folder lies."""
-    return Path(f"{output}.export.json")
+    return Path(f"{Path(output)}.export.json")  # without a slash at the end of a folder
 
 
 def write_beside(

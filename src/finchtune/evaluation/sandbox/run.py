@@ -62,7 +62,7 @@ def run_program(program: str, cpu_seconds: int = CPU_SECONDS) -> str:
     Raises UserError where this machine cannot isolate it.
     """
     status, output, errors = start(program, cpu_seconds)
-    if status == isolate.NOT_ISOLATED:
+    if status == isolate.NOT_ISOLATED and errors:  # else the program itself ended with it
         raise refusal(errors)
     if status == isolate.OUT_OF_TIME:
         return "out of time"

@@ -47,7 +47,8 @@ def weight_files(path: Path) -> list[Path]:
 
 def shards_of(index: Path) -> list[Path]:
     """The files that an index names, all beside it and all there."""
-    places = read_json(index).get("weight_map")
+    content = read_json(index)
+    places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
         raise UserError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in places.values()})
