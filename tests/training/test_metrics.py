@@ -3,6 +3,7 @@
 import pytest
 
 from finchtune.config import TrainConfig
+from finchtune.config.checks import validate
 from finchtune.errors import UserError
 from finchtune.training.metrics import Metrics, read_metrics
 
@@ -44,4 +45,4 @@ def test_a_logger_that_is_not_installed_is_one_line(monkeypatch):
     monkeypatch.setattr("finchtune.config.checks.find_spec", lambda name: None)
     config = TrainConfig(load_model="a", data_file="b", tensorboard=True)
     with pytest.raises(UserError, match="pip install tensorboard"):
-        config.validate()
+        validate(config)

@@ -17,6 +17,7 @@ from helpers.support import (
 
 from finchtune.adapters import attach
 from finchtune.config import TrainConfig
+from finchtune.config.checks import validate
 from finchtune.data import load_data
 from finchtune.errors import UserError
 from finchtune.files import read_json, sha256
@@ -165,9 +166,9 @@ def test_every_row_is_read_once_by_any_number_of_ranks(folder, dataload, world, 
 def test_flags_that_need_held_out_data_say_so():
     config = {"load_model": "a", "data_file": "b"}
     with pytest.raises(UserError, match="--val_every needs held-out data"):
-        TrainConfig(**config, val_every=3).validate()
+        validate(TrainConfig(**config, val_every=3))
     with pytest.raises(UserError, match="choose one"):
-        TrainConfig(**config, val_file="c", val_split=0.1).validate()
+        validate(TrainConfig(**config, val_file="c", val_split=0.1))
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from helpers.support import (
 
 from finchtune.adapters import attach
 from finchtune.config import TrainConfig
+from finchtune.config.checks import validate
 from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.training.setup import build_model
@@ -111,7 +112,7 @@ def model_from(base, path, method, **flags):
     config = TrainConfig(
         load_model=str(base), data_file="unused", peft=method, peft_load=str(path), **flags
     )
-    config.validate()
+    validate(config)
     return build_model(config, torch.float32, torch.device("cpu"))
 
 

@@ -19,6 +19,7 @@ from finchtune.cli.spellings.json_flags import JSON_FLAGS, PEFT_CONFIG, spread_j
 from finchtune.cli.spellings.other_tools import OURS, unknown_flag
 from finchtune.cli.values import check_choice, convert, is_list, type_of
 from finchtune.config import GROUPS, TrainConfig
+from finchtune.config.checks import validate
 from finchtune.errors import (
     INTERRUPTED,
     LOST_RANK,
@@ -102,7 +103,7 @@ def parse_command_line(arguments: list[str] | None = None) -> tuple[TrainConfig,
     if mistakes:  # what follows from words that were not understood is left out
         raise ConfigurationError(*mistakes)
     with mistakes.collected():
-        config.validate()
+        validate(config)
     mistakes += [*unused_flags(config, values), *guessed_alpha(config, values)]
     if mistakes:
         raise ConfigurationError(*mistakes)

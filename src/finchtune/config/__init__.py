@@ -1,10 +1,9 @@
-"""The configuration of a training run, its flags in flags.py, what is refused in checks.py."""
+"""The configuration of a training run, its flags are in flags.py, what is refused in checks.py."""
 
 import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from finchtune.config.checks import mistakes_of
 from finchtune.config.flags import (
     GROUPS,
     LR,
@@ -20,7 +19,6 @@ from finchtune.config.flags import (
     RecordFlags,
     StepFlags,
 )
-from finchtune.errors import ConfigurationError
 from finchtune.methods import flag_methods, method_flags
 
 __all__ = ["GROUPS", "METHODS", "STATE_LR", "TrainConfig", "config_yaml"]
@@ -94,12 +92,6 @@ class TrainConfig(
             if self.peft in flag.methods
         }
         return own if self.quant == "none" else own | {"quant": self.quant}
-
-    def validate(self) -> None:
-        """Raise ConfigurationError for all values, and pairs of values, that make no sense."""
-        mistakes = list(mistakes_of(self))
-        if mistakes:
-            raise ConfigurationError(*mistakes)
 
 
 def config_yaml(config: TrainConfig) -> str:

@@ -4,13 +4,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
+from finchtune.config import TrainConfig
 from finchtune.config.flags import ContextFlags
+from finchtune.errors import ConfigurationError
 from finchtune.methods import method_flags
-
-if TYPE_CHECKING:
-    from finchtune.config import TrainConfig
 
 DESTRUCTIVE_LR = 0.05  # of all weights
 AT_LEAST_ONE = {
@@ -40,14 +38,21 @@ ABOVE_ZERO = {
 }
 
 
-def mistakes_of(config: "TrainConfig") -> Iterator[str]:
+def validate(config: TrainConfig) -> None:
+    """Raise ConfigurationError for all values, and pairs of values, that make no sense."""
+    mistakes = list(mistakes_of(config))
+    if mistakes:
+        raise ConfigurationError(*mistakes)
+
+
+def mistakes_of(config: TrainConfig) -> Iterator[str]:
     """Everything that is missing, out of range or contradictory."""
     yield from missing(config)
     yield from out_of_range(config)
     yield from contradictions(config)
 
 
-def missing(config: "TrainConfig") -> Iterator[str]:
+def missing(config: TrainConfig) -> Iterator[str]:
     for name in ("load_model",) if config.plan else ("load_model", "data_file"):
         if not getattr(config, name):
             yield f"--{name} is missing"
@@ -56,7 +61,7 @@ def missing(config: "TrainConfig") -> Iterator[str]:
             yield f"--{package} needs the package: pip install {package}"
 
 
-def out_of_range(config: "TrainConfig") -> Iterator[str]:
+def out_of_range(config: TrainConfig) -> Iterator[str]:
     for field in dataclasses.fields(config):
         name, value = field.name, getattr(config, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -76,7 +81,7 @@ def out_of_range(config: "TrainConfig") -> Iterator[str]:
         yield f"--grad_cp must be 0, 1 or 2, not {config.grad_cp}"
 
 
-def contradictions(config: "TrainConfig") -> Iterator[str]:
+def contradictions(config: TrainConfig) -> Iterator[str]:
     yield from contradictions_of_method(config)
     yield from contradictions_of_contexts(config)
     if config.lr_schedule == "exp" and config.lr_final == 0:
@@ -99,7 +104,7 @@ def contradictions(config: "TrainConfig") -> Iterator[str]:
         yield "--sft_field goes with --data_type jsonl; binidx files carry their masks"
 
 
-def contradictions_of_method(config: "TrainConfig") -> Iterator[str]:
+def contradictions_of_method(config: TrainConfig) -> Iterator[str]:
     if config.pissa_init and not (config.peft == "pissa" and config.peft_load):
         yield "--pissa_init goes with --peft pissa and --peft_load"
     if config.trains_all and (config.train_parts or config.peft_load):
@@ -116,7 +121,7 @@ def contradictions_of_method(config: "TrainConfig") -> Iterator[str]:
         )
 
 
-def contradictions_of_contexts(config: "TrainConfig") -> Iterator[str]:
+def contradictions_of_contexts(config: TrainConfig) -> Iterator[str]:
     if config.trains_all and config.lr_init >= DESTRUCTIVE_LR:
         yield (
             f"--lr_init {config.lr_init:g} would destroy a model whose every weight is trained; "
