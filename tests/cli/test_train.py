@@ -65,7 +65,9 @@ def test_merged_run_gives_the_trained_models_logits_elsewhere(folder, bone_run, 
     assert relative_error(model(tokens)[0][0], expected) < 1e-4
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_two_processes_give_the_losses_of_one(folder, bone_run, stage):
     proj = folder / f"two-{stage}"
     words = "--peft bone --bone_r 8 --micro_bsz 4 --epoch_steps 6 --devices 2".split()

@@ -74,6 +74,7 @@ def test_states_beside_an_adapter(folder):
     assert "16 tensors merged, 2 tensors replaced" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_rash_rate_is_warned_of_and_a_lost_flag_refused(folder):
     words = ["--epoch_steps", 1, "--lr_init", 1]
     done = run_script("train.py", *flags(folder, "lost", *words))
@@ -84,6 +85,7 @@ def test_a_rash_rate_is_warned_of_and_a_lost_flag_refused(folder):
         assert (f"warning: a learning rate of {rate} for states" in done.stdout) == warned
 
 
+@pytest.mark.slow
 def test_chunks_of_whole_documents_train_as_long_rows_do(folder, chunked_run):
     train(*flags(folder, "long-rows", *BONE, "--ctx_len", 512, data="long.jsonl"))
     assert losses(chunked_run) == pytest.approx(losses(folder / "long-rows"), rel=1e-5)
@@ -92,6 +94,7 @@ def test_chunks_of_whole_documents_train_as_long_rows_do(folder, chunked_run):
         assert relative_error(found[name], tensor) < 1e-3, name
 
 
+@pytest.mark.slow
 def test_a_chunked_run_resumes_to_the_same_bits(folder, chunked_run):
     proj = folder / "chunked-resumed"
     shutil.copytree(chunked_run, proj)

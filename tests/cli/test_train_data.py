@@ -25,6 +25,7 @@ def test_labels_that_are_lost_are_told_before_step_1(folder):
     assert "ctx_len: 120 keeps all trained tokens of 95% of the documents" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "name"),
     [
