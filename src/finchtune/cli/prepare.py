@@ -84,7 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not flags.overwrite:
         refuse_existing(output, recipe.val_split > 0)
     size = sum(path.stat().st_size for path in find_inputs(inputs))
-    with tqdm(total=size, unit="B", unit_scale=True, mininterval=interval()) as bar:
+    interval, file = (0.2, sys.stderr) if sys.stderr.isatty() else (10.0, Log())
+    with tqdm(total=size, unit="B", unit_scale=True, mininterval=interval, file=file) as bar:
 
         def show(totals: Totals) -> None:
             bar.set_postfix_str(f"{totals.tokens:,} tokens", refresh=False)
@@ -170,9 +171,14 @@ def vocabulary(path: str | None) -> str:
     return path
 
 
-def interval() -> float:
-    """Seconds between two states of the progress line."""
-    return 0.2 if sys.stderr.isatty() else 10.0
+class Log:
+    """Standard error that is no terminal: every state of the progress line is a line of its own."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text.replace("\r", "\n"))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def summary(output: str, totals: Totals) -> str:

@@ -139,7 +139,7 @@ def evaluate(
     settings = begun(folder, identity)
     rows = kept_rows(folder / ROWS, settings.get("group", 1), len(items))
     total, done = len(items) * task.n_turns, len(rows) * task.n_turns
-    with tqdm(total=total, initial=done, unit="answer", leave=False) as bar:
+    with tqdm(total=total, initial=done, unit="answer", leave=False, disable=None) as bar:
         if len(rows) < len(items):
             chosen = source.open(settings, bar.update)
             if not settings:
