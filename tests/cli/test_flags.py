@@ -83,7 +83,7 @@ def test_json_spellings(words, expected):
         (["--epoch_steps", str(10**20)], "--epoch_steps must be at most 1,000,000,000, not"),
         (["--random_seed", str(2**64)], "--random_seed must be at most"),
         (["--timeout_minutes", "1e9"], "--timeout_minutes must be at most"),
-        (["--lr_init", "101"], "--lr_init must be at most 100"),
+        (["--lr_init", "10001"], "--lr_init must be at most 10,000"),
         (["--micro_bsz", "0"], "--micro_bsz must be at least 1"),
         (["--beta2", "1"], "--beta2 must be below 1"),
         (["--grad_cp", "yes"], "--grad_cp takes a whole number"),

@@ -19,7 +19,8 @@ from finchtune import distributed
 from finchtune.config import TrainConfig
 from finchtune.data import Batch
 from finchtune.training.engine import Engine
-from finchtune.training.run import Run, build_model
+from finchtune.training.saver import Saver
+from finchtune.training.setup import build_model, open_data
 
 folder, stage = Path(sys.argv[1]), sys.argv[2]
 
@@ -41,13 +42,14 @@ def peak_of(work):
     return max(peaks) - peaks[0]
 
 distributed.init_process_group(torch.device("cpu"))
-config = TrainConfig(load_model=str(folder / "base.pth"), data_file="d", proj_dir=str(folder),
+config = TrainConfig(load_model=str(folder / "base.pth"), data_file=str(folder / "d.jsonl"),
+                     data_type="jsonl", tokenizer="bytes", ctx_len=16, proj_dir=str(folder),
                      strategy=f"deepspeed_stage_{stage}")
 model = build_model(config, torch.float32, torch.device("cpu"))
 engine = Engine(model, config, torch.device("cpu"))
 tokens = torch.ones(1, 16, dtype=torch.int64)
 engine.step([Batch(tokens, tokens)], 1e-3)
-run = Run(config, engine, {}, {})
+run = Saver(config, engine, open_data(config, 65536), {})
 taken = [peak_of(lambda: run.save_checkpoint(1, {})), peak_of(lambda: run.save_epoch(0, 1))]
 (folder / f"taken-{distributed.rank()}.json").write_text(json.dumps(taken))
 distributed.shutdown()
@@ -61,6 +63,7 @@ def test_saving_takes_the_memory_of_a_few_tensors(tmp_path, stage):
     """Of L6 C256 V65536, 39 million parameters; both moments and the weights are 451 MiB."""
     model = small_model(n_layer=6, n_embd=256, vocab_size=65536, head_size=64)
     save_model(model, tmp_path / "base.pth")
+    (tmp_path / "d.jsonl").write_text('{"text": "some words"}\n')
     assert run_processes(2, ["-c", PROGRAM, str(tmp_path), str(stage)]) == 0
     largest = max(p.nbytes for p in model.parameters())
     for rank in (0, 1):

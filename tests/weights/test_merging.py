@@ -245,6 +245,6 @@ def test_merging_needs_the_memory_of_a_few_tensors(tmp_path, method):
     assert done.returncode == 0, done.stderr
     used = int(done.stdout) / (2048 * 4096 * 4)
     print(f"{method}: {used:.2f} tensors in float32")
-    assert 1 < used < 5
+    assert 0.5 < used < 5
     merged = torch.load(paths[2], mmap=True)
     assert not torch.equal(merged[f"{names[-1]}.weight"], weight)

@@ -20,7 +20,7 @@ AT_LEAST_ONE = {
 }
 AT_MOST = {
     **dict.fromkeys(("devices", "num_nodes"), 1024),
-    **dict.fromkeys(("lr_init", "lr_final", "lr_state"), 100),
+    **dict.fromkeys(("lr_init", "lr_final", "lr_state"), 10**4),
     **dict.fromkeys(("adam_eps", "weight_decay", "l2wrap"), 1),
     "timeout_minutes": 10**6,
     "random_seed": 2**63 - 1,
