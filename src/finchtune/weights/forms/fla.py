@@ -22,7 +22,7 @@ from finchtune.weights.forms.base import (
     reshaped,
     to_form,
 )
-from finchtune.weights.forms.folders import config_of, read_folder, weight_files, write_folder
+from finchtune.weights.forms.folders import is_rwkv6_folder, read_folder, write_folder
 from finchtune.weights.lazy import layout_of
 
 ARCHITECTURE = "RWKV6ForCausalLM"
@@ -118,12 +118,7 @@ def multiplied(value: Tensor) -> Tensor:
 
 def recognise(path: Path) -> bool:
     """By config.json."""
-    if not path.is_dir() or not weight_files(path):
-        return False
-    config = config_of(path)
-    return ARCHITECTURE in (config.get("architectures") or []) or (
-        config.get("model_type") == "rwkv6" and "num_heads" in config
-    )
+    return is_rwkv6_folder(path, ARCHITECTURE, "num_heads")
 
 
 def read(path: Path) -> Mapping[str, Tensor]:

@@ -45,6 +45,16 @@ def weight_files(path: Path) -> list[Path]:
     return []
 
 
+def is_rwkv6_folder(path: Path, architecture: str, key: str) -> bool:
+    """Whether config.json names this architecture, or is of an RWKV-6 and has this key."""
+    if not path.is_dir() or not weight_files(path):
+        return False
+    config = config_of(path)
+    return architecture in (config.get("architectures") or []) or (
+        config.get("model_type") == "rwkv6" and key in config
+    )
+
+
 def shards_of(index: Path) -> list[Path]:
     """The files that an index names, all beside it and all there."""
     content = read_json(index)

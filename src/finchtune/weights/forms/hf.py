@@ -21,7 +21,7 @@ from finchtune.weights.forms.base import (
     official_names,
     to_form,
 )
-from finchtune.weights.forms.folders import config_of, read_folder, weight_files, write_folder
+from finchtune.weights.forms.folders import is_rwkv6_folder, read_folder, write_folder
 from finchtune.weights.lazy import layout_of
 from finchtune.weights.peft_form import to_hf_rwkv6
 
@@ -37,12 +37,7 @@ def entries(n_layer: int) -> list[Entry]:
 
 def recognise(path: Path) -> bool:
     """By config.json."""
-    if not path.is_dir() or not weight_files(path):
-        return False
-    config = config_of(path)
-    return ARCHITECTURE in (config.get("architectures") or []) or (
-        config.get("model_type") == "rwkv6" and "head_size" in config
-    )
+    return is_rwkv6_folder(path, ARCHITECTURE, "head_size")
 
 
 def read(path: Path) -> Mapping[str, Tensor]:
