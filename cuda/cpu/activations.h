@@ -125,8 +125,8 @@ static void squared_relu_backward(Element element, const void* y, const void* dy
   });
 }
 
-static void sigmoid_gate(Element element, const void* gate, const void* y, void* out,
-                         int64_t first, int64_t last) {
+static void sigmoid_gate(Element element, const void* gate, const void* y, void* out, int64_t first,
+                         int64_t last) {
   with_element(element, [=](auto e) __attribute__((always_inline)) {
     typedef decltype(e) E;
     for_vectors(first, last, [=](int64_t i, auto count) __attribute__((always_inline)) {

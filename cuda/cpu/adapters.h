@@ -106,7 +106,8 @@ static void bat_row_forward(const Shards& shape, const void* x, const float* D, 
       });
       to.store(moved, first, b, n);
     }
-    for (int64_t t = 0; t < n; ++t) store_row(sum.at(t), sums, Element::kFloat32, (first + t) * r, r);
+    for (int64_t t = 0; t < n; ++t)
+      store_row(sum.at(t), sums, Element::kFloat32, (first + t) * r, r);
   }
 }
 

@@ -39,8 +39,8 @@ struct GatedNorm {
   int64_t n_tokens, n_groups, group_size;
   float eps;
   Element element;
-  const void *y, *gate;          // (n_tokens, n_groups * group_size)
-  const void *weight, *bias;     // (n_groups * group_size)
+  const void *y, *gate;       // (n_tokens, n_groups * group_size)
+  const void *weight, *bias;  // (n_groups * group_size)
 };
 
 struct GatedNormGradients {

@@ -62,9 +62,8 @@ static float cross_entropy_row(float* x, int64_t n, int64_t label, float l2wrap,
   const float log_sum = std::log(sum);
   for (int64_t first = 0; first < n; first += kStrip) {
     const float scale = exponential((shifts[first / kStrip] - largest) - log_sum).value()[0];
-    transform(x + first, std::min(kStrip, n - first), [=](Vec v) __attribute__((always_inline)) {
-      return v * scale;
-    });
+    transform(x + first, std::min(kStrip, n - first),
+              [=](Vec v) __attribute__((always_inline)) { return v * scale; });
   }
   x[label] = exponential((at_label - largest) - log_sum).minus_one()[0];
   if (l2wrap != 0) x[place] += l2wrap * largest;

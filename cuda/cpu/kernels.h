@@ -16,8 +16,22 @@
 #include "wkv6_step.h"
 
 constexpr CpuKernels kKernels = {
-    wkv6_forward, wkv6_backward, cross_entropy, shard_sums, add_to_shards, bat_row_forward,
-    bat_row_backward, token_mix, token_mix_backward, shift_backward, gated_norm,
-    gated_norm_backward, squared_relu, squared_relu_backward, sigmoid_gate, sigmoid_gate_backward,
-    product, wkv6_step,
+    wkv6_forward,
+    wkv6_backward,
+    cross_entropy,
+    shard_sums,
+    add_to_shards,
+    bat_row_forward,
+    bat_row_backward,
+    token_mix,
+    token_mix_backward,
+    shift_backward,
+    gated_norm,
+    gated_norm_backward,
+    squared_relu,
+    squared_relu_backward,
+    sigmoid_gate,
+    sigmoid_gate_backward,
+    product,
+    wkv6_step,
 };

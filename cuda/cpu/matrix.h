@@ -128,6 +128,5 @@ static inline void unpack_transposed(float* padded, const float* dense, int64_t 
 }
 
 static inline void pack(float* dense, const float* padded, int64_t n, int64_t width) {
-  for (int64_t p = 0; p < n; ++p)
-    std::memcpy(dense + p * n, padded + p * width, n * sizeof(float));
+  for (int64_t p = 0; p < n; ++p) std::memcpy(dense + p * n, padded + p * width, n * sizeof(float));
 }

@@ -31,8 +31,8 @@ struct CpuKernels {
   // narrower; and s (rows, r) added to each shard.
   void (*shard_sums)(const void* x, Element element, int64_t k, int64_t r, void* sums,
                      Element of_sums, int64_t first, int64_t last);
-  void (*add_to_shards)(void* x, Element element, int64_t k, const void* s, Element of_s,
-                        int64_t r, int64_t first, int64_t last);
+  void (*add_to_shards)(void* x, Element element, int64_t k, const void* s, Element of_s, int64_t r,
+                        int64_t first, int64_t last);
   // Tokens: moved = x + u with u_b = D_b x_b, and the sums (n_tokens, r) of the u_b. Takes the D_b
   // transposed, in rows of width().
   void (*bat_row_forward)(const Shards&, const void* x, const float* D, void* moved, float* sums,

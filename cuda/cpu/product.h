@@ -4,9 +4,9 @@
 // tiles of any shape do the same. Tiles hold as many strands as fit into the registers: few rows
 // are limited by reading W, which is asked for ahead of its use, many rows by arithmetic.
 
-constexpr int kStrands = LANES == 16 ? 16 : 8;      // vectors of sums that a tile holds
+constexpr int kStrands = LANES == 16 ? 16 : 8;  // vectors of sums that a tile holds
 constexpr int kTileRows = LANES == 16 ? 4 : 2;
-constexpr int64_t kPanelRows = 64;                  // rows of x that stay in the second-level cache
+constexpr int64_t kPanelRows = 64;  // rows of x that stay in the second-level cache
 
 static inline Vec activated(Vec x, Activation activation) {
   if (activation == Activation::kSquaredRelu) {
@@ -36,8 +36,8 @@ static inline void product_tile(const Product& p, int64_t out, int64_t row) {
     for (int o = 0; o < kOuts; ++o) {
       w[o] = load<E>(p.W, weights[o] + i, count);
       if (kAhead)
-        __builtin_prefetch(static_cast<const typename E::Type*>(p.W) + weights[o] +
-                           kOuts * p.n_in + i);
+        __builtin_prefetch(static_cast<const typename E::Type*>(p.W) + weights[o] + kOuts * p.n_in +
+                           i);
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {

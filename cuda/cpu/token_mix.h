@@ -14,18 +14,18 @@ static inline __attribute__((always_inline)) void for_tokens(const TokenMix& mix
 template <typename E>
 static void token_mix_band(const TokenMix& mix, void* const* out, int64_t first, int64_t last) {
   const int64_t C = mix.n_channels;
-  for_tokens(mix, [&](int64_t t, const void* before, int64_t before_at)
-                      __attribute__((always_inline)) {
-    for_vectors(first, last, [&](int64_t c, auto count) __attribute__((always_inline)) {
-      const Vec x = load<E>(mix.x, t * C + c, count);
-      const Vec difference = load<E>(before, before_at + c, count) - x;
-      for (int64_t j = 0; j < mix.n_mixtures; ++j) {
-        Vec blend = load<E>(mix.maa, j * C + c, count);
-        if (mix.blends) blend += load<E>(mix.blends[j], t * C + c, count);
-        store<E>(out[j], t * C + c, x + difference * blend, count);
-      }
-    });
-  });
+  for_tokens(mix,
+             [&](int64_t t, const void* before, int64_t before_at) __attribute__((always_inline)) {
+               for_vectors(first, last, [&](int64_t c, auto count) __attribute__((always_inline)) {
+                 const Vec x = load<E>(mix.x, t * C + c, count);
+                 const Vec difference = load<E>(before, before_at + c, count) - x;
+                 for (int64_t j = 0; j < mix.n_mixtures; ++j) {
+                   Vec blend = load<E>(mix.maa, j * C + c, count);
+                   if (mix.blends) blend += load<E>(mix.blends[j], t * C + c, count);
+                   store<E>(out[j], t * C + c, x + difference * blend, count);
+                 }
+               });
+             });
 }
 
 static void token_mix(const TokenMix& mix, void* const* out, int64_t first, int64_t last) {
@@ -38,30 +38,30 @@ static void token_mix_backward_band(const TokenMix& mix, const TokenMixGradients
   const int64_t C = mix.n_channels;
   for (int64_t j = 0; d.maa && j < mix.n_mixtures; ++j)
     std::fill(d.maa + j * C + first, d.maa + j * C + last, 0.0f);
-  for_tokens(mix, [&](int64_t t, const void* before, int64_t before_at)
-                      __attribute__((always_inline)) {
-    for_vectors(first, last, [&](int64_t c, auto count) __attribute__((always_inline)) {
-      Vec sum = {}, blended = {}, difference = {};
-      if (mix.blends || d.maa)
-        difference = load<E>(before, before_at + c, count) - load<E>(mix.x, t * C + c, count);
-      for (int64_t j = 0; j < mix.n_mixtures; ++j) {
-        const Vec dout = load<E>(d.out[j], t * C + c, count), moved = dout * difference;
-        Vec blend = load<E>(mix.maa, j * C + c, count);
-        if (mix.blends) {
-          blend += load<E>(mix.blends[j], t * C + c, count);
-          store<E>(mix.blends[j], t * C + c, moved, count);
-        }
-        if (d.maa) {
-          const Vec so_far = load<Float32>(d.maa, j * C + c, count);
-          store<Float32>(d.maa, j * C + c, so_far + moved, count);
-        }
-        sum += dout;
-        blended += dout * blend;
-      }
-      store<E>(d.sum, t * C + c, sum, count);
-      store<E>(d.blended, t * C + c, blended, count);
-    });
-  });
+  for_tokens(
+      mix, [&](int64_t t, const void* before, int64_t before_at) __attribute__((always_inline)) {
+        for_vectors(first, last, [&](int64_t c, auto count) __attribute__((always_inline)) {
+          Vec sum = {}, blended = {}, difference = {};
+          if (mix.blends || d.maa)
+            difference = load<E>(before, before_at + c, count) - load<E>(mix.x, t * C + c, count);
+          for (int64_t j = 0; j < mix.n_mixtures; ++j) {
+            const Vec dout = load<E>(d.out[j], t * C + c, count), moved = dout * difference;
+            Vec blend = load<E>(mix.maa, j * C + c, count);
+            if (mix.blends) {
+              blend += load<E>(mix.blends[j], t * C + c, count);
+              store<E>(mix.blends[j], t * C + c, moved, count);
+            }
+            if (d.maa) {
+              const Vec so_far = load<Float32>(d.maa, j * C + c, count);
+              store<Float32>(d.maa, j * C + c, so_far + moved, count);
+            }
+            sum += dout;
+            blended += dout * blend;
+          }
+          store<E>(d.sum, t * C + c, sum, count);
+          store<E>(d.blended, t * C + c, blended, count);
+        });
+      });
 }
 
 static void token_mix_backward(const TokenMix& mix, const TokenMixGradients& d, int64_t first,

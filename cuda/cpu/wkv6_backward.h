@@ -116,8 +116,8 @@ static void backward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const fl
 }
 
 static void wkv6_backward(const Wkv6Shape& shape, const Wkv6Inputs& in, const float* checkpoints,
-                     const Wkv6OutputGradients& from, const Wkv6Gradients& out, int64_t first,
-                     int64_t last) {
+                          const Wkv6OutputGradients& from, const Wkv6Gradients& out, int64_t first,
+                          int64_t last) {
   DenormalsAreZero while_alive;
   BackwardScratch scratch(shape.head_size * padded_width(shape.head_size));
   for (int64_t index = first; index < last; ++index)

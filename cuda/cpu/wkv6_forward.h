@@ -25,7 +25,7 @@ static void forward_turn(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv
 }
 
 static void wkv6_forward(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv6Outputs& out,
-                    int64_t first, int64_t last) {
+                         int64_t first, int64_t last) {
   DenormalsAreZero while_alive;
   const int64_t n = shape.head_size, width = padded_width(n);
   Scratch states(std::min(last - first, shape.n_heads) * n * width);

@@ -294,9 +294,11 @@ struct KeySliceGradients {
 
 // The key slice of the block: its gradients; G, published in shared memory and then taken to the
 // block's start; du. `k`: tokens x channels.
-__device__ __forceinline__ KeySliceGradients key_slice_gradients(
-    BackwardShared& shared, KeySlice& state, KeySlice& g, float (&du)[2], const Operand& k,
-    const float* u, int row, const Lane& lane) {
+__device__ __forceinline__ KeySliceGradients key_slice_gradients(BackwardShared& shared,
+                                                                 KeySlice& state, KeySlice& g,
+                                                                 float (&du)[2], const Operand& k,
+                                                                 const float* u, int row,
+                                                                 const Lane& lane) {
   const int key = 16 * lane.warp, block = row / BLOCK;
   BlockInputs in;
   in.r = as_leaf(shared.r.load_transposed(row, key, lane));
@@ -363,9 +365,8 @@ __device__ __forceinline__ void value_slice_gradients(BackwardShared& shared, in
 }
 
 __device__ __forceinline__ void load_backward_chunk(BackwardShared& shared,
-                                                    const BackwardArgs& args,
-                                                    const Pieces& pieces, int64_t offset,
-                                                    int valid) {
+                                                    const BackwardArgs& args, const Pieces& pieces,
+                                                    int64_t offset, int valid) {
   load_chunk(shared.r, args.r + offset, pieces, valid);
   load_chunk(shared.k, args.k + offset, pieces, valid);
   load_chunk(shared.w, args.w + offset, pieces, valid);
@@ -377,9 +378,8 @@ __device__ __forceinline__ void load_backward_chunk(BackwardShared& shared,
 }
 
 __device__ __forceinline__ void store_backward_chunk(BackwardShared& shared,
-                                                     const BackwardArgs& args,
-                                                     const Pieces& pieces, int64_t offset,
-                                                     int valid) {
+                                                     const BackwardArgs& args, const Pieces& pieces,
+                                                     int64_t offset, int valid) {
   store_chunk(args.dr + offset, shared.r, pieces, valid);
   store_chunk(args.dk + offset, shared.k, pieces, valid);
   store_chunk(args.dw + offset, shared.w, pieces, valid);
@@ -437,7 +437,8 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
     store_backward_chunk(shared, args, pieces, offset, valid);
   }
 
-  float* const du_slot = args.du + static_cast<int64_t>(blockIdx.x) * HEAD_SIZE + 16 * lane.warp + lane.row;
+  float* const du_slot =
+      args.du + static_cast<int64_t>(blockIdx.x) * HEAD_SIZE + 16 * lane.warp + lane.row;
 #pragma unroll
   for (int c = 0; c < 2; c++) {
     du[c] = quad_sum(du[c]);

@@ -95,9 +95,9 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward_kernel(Forwar
   const Lane lane;
 
   ValueSlice state;
-  const float* const initial =
-      work.first ? state_of(args.state_in, work.state_index(problem))
-                 : state_of(args.entering, blockIdx.x - args.segments.whole);
+  const float* const initial = work.first
+                                   ? state_of(args.state_in, work.state_index(problem))
+                                   : state_of(args.entering, blockIdx.x - args.segments.whole);
   if (initial != nullptr) {
     state.each(lane, [=](float& s, int value, int key) { s = initial[key * HEAD_SIZE + value]; });
   }

@@ -179,9 +179,7 @@ struct SharedOperand {
 };
 
 // Row of a tile that holds token t of a block: bits 3, 2, 1, 0 of t go to bits 2, 1, 3, 0.
-__device__ __forceinline__ int tile_row(int t) {
-  return (t & 12) >> 1 | (t & 2) << 2 | (t & 1);
-}
+__device__ __forceinline__ int tile_row(int t) { return (t & 12) >> 1 | (t & 2) << 2 | (t & 1); }
 
 // What a thread moves between the tensors and the tiles: eight channels of the tokens `token`,
 // token + 16, ... of a chunk.

@@ -55,8 +55,10 @@ struct Segments {
     int low = 0, high = static_cast<int>(problem.n_seq) - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
-      if (first_segment(problem, middle) <= segment) low = middle;
-      else high = middle - 1;
+      if (first_segment(problem, middle) <= segment)
+        low = middle;
+      else
+        high = middle - 1;
     }
     return low;
   }
@@ -77,9 +79,9 @@ inline __host__ __device__ Segments uncut_segments(const Wkv6Problem& problem) {
 // The part of the problem that one thread block works on: one head of one segment of one sequence.
 struct Work {
   int sequence, head;
-  int length;       // tokens in the segment; 0 where the sequence ends before it
-  int64_t begin;    // first token of the segment
-  int64_t skipped;  // tokens of the sequence before it
+  int length;        // tokens in the segment; 0 where the sequence ends before it
+  int64_t begin;     // first token of the segment
+  int64_t skipped;   // tokens of the sequence before it
   bool first, last;  // of the segments that the sequence really has
 
   __device__ Work(const Wkv6Problem& problem, Segments segments, int64_t block) {

@@ -36,13 +36,12 @@ __device__ __forceinline__ float exp2_approx(float x) {
 // false; the source is then not read.
 __device__ __forceinline__ void async_copy_16(void* shared, const void* global, bool valid) {
   FINCHTUNE_SM_80("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
+                  "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 
 // Closes the group of copies that this thread has started since the last call.
 __device__ __forceinline__ void async_commit() {
-  FINCHTUNE_SM_80("cp.async.commit_group;" ::: "memory");
+  FINCHTUNE_SM_80("cp.async.commit_group;" :: : "memory");
 }
 
 // Waits until at most PENDING of this thread's groups are under way.
@@ -81,9 +80,9 @@ __device__ __forceinline__ void mma_bf16(float* c, const uint32_t (&a)[4], uint3
                                          uint32_t b1) {
   FINCHTUNE_SM_80(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+      "{%8, %9}, {%0, %1, %2, %3};" : "+f"(c[0]),
+      "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0),
+      "r"(b1));
 }
 
 }  // namespace wkv6

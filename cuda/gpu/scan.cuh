@@ -309,7 +309,8 @@ __global__ void __launch_bounds__(128, 1) scan_backward_kernel(ScanBackwardArgs<
   const int n = static_cast<int>(problem.N), channel = threadIdx.x;
   const bool active = channel < n;  // threads come in whole warps
   const int64_t state_offset = work.state_index(problem) * n * n;
-  float* const step_states = args.step_states + static_cast<int64_t>(blockIdx.x) * (STEPS - 1) * n * n;
+  float* const step_states =
+      args.step_states + static_cast<int64_t>(blockIdx.x) * (STEPS - 1) * n * n;
   const float* const u = args.u + work.head * n;
   ScanShared shared(n);  // its state is G, the gradient of the state
 

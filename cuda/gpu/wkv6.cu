@@ -188,9 +188,9 @@ cudaError_t tensor_core_backward(BackwardArgs args, void* scratch_memory, void* 
   args.segments = choose_segments(p, true);
   const Scratch scratch(p, args.segments, true, scratch_memory);
   args.entering = scratch.states;
-  cudaError_t error = launch_segments<true>({p, args.segments, args.r, args.dy, args.w,
-                                             args.dstate_out, scratch.states, scratch.decays},
-                                            stream);
+  cudaError_t error = launch_segments<true>(
+      {p, args.segments, args.r, args.dy, args.w, args.dstate_out, scratch.states, scratch.decays},
+      stream);
   if (error != cudaSuccess) return error;
   float* const du = args.du;
   args.du = scratch.du;

@@ -61,8 +61,15 @@ struct Mix {
       TORCH_CHECK(blend.is_contiguous(), "blends are written to and must be dense");
       pointers.push_back(blend.data_ptr());
     }
-    mix = {n_sequences(), bounds.data(), C, n, element_of(x),
-           x.const_data_ptr(), before.const_data_ptr(), before_ ? C : 0, maa.const_data_ptr(),
+    mix = {n_sequences(),
+           bounds.data(),
+           C,
+           n,
+           element_of(x),
+           x.const_data_ptr(),
+           before.const_data_ptr(),
+           before_ ? C : 0,
+           maa.const_data_ptr(),
            blends.empty() ? nullptr : pointers.data()};
   }
 
@@ -74,9 +81,8 @@ struct Mix {
   void for_bands(const F& function) const {
     constexpr int64_t kBand = 32;
     const int64_t C = mix.n_channels;
-    in_parallel((C + kBand - 1) / kBand, rows() * C * mix.n_mixtures, [&](int64_t i, int64_t j) {
-      function(i * kBand, std::min(j * kBand, C));
-    });
+    in_parallel((C + kBand - 1) / kBand, rows() * C * mix.n_mixtures,
+                [&](int64_t i, int64_t j) { function(i * kBand, std::min(j * kBand, C)); });
   }
 };
 
@@ -104,9 +110,11 @@ void token_mix_(at::TensorList blends, const Tensor& x, const optional<Tensor>& 
   token_mix_into(call, call.mix.blends);
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_mix_backward(
-    at::TensorList douts, const Tensor& x, const optional<Tensor>& before,
-    const optional<Tensor>& cu_seqlens, const Tensor& maa, at::TensorList blends, bool of_maa) {
+std::tuple<Tensor, Tensor, Tensor> token_mix_backward(at::TensorList douts, const Tensor& x,
+                                                      const optional<Tensor>& before,
+                                                      const optional<Tensor>& cu_seqlens,
+                                                      const Tensor& maa, at::TensorList blends,
+                                                      bool of_maa) {
   Mix call(x, before, cu_seqlens, maa, blends);
   const int64_t n = maa.size(0), C = x.size(2);
   TORCH_CHECK(static_cast<int64_t>(douts.size()) == n, "one gradient for each mixture");
@@ -121,9 +129,8 @@ std::tuple<Tensor, Tensor, Tensor> token_mix_backward(
   Tensor dmaa = at::empty({of_maa ? n : 0, C}, x.options().dtype(at::kFloat));
   TokenMixGradients out = {pointers.data(), sum.data_ptr(), blended.data_ptr(),
                            of_maa ? dmaa.data_ptr<float>() : nullptr};
-  call.for_bands([&](int64_t i, int64_t j) {
-    cpu_kernels().token_mix_backward(call.mix, out, i, j);
-  });
+  call.for_bands(
+      [&](int64_t i, int64_t j) { cpu_kernels().token_mix_backward(call.mix, out, i, j); });
   return {sum, blended, dmaa};
 }
 
@@ -143,8 +150,11 @@ std::tuple<Tensor, Tensor> shift_backward(const Tensor& sum, const Tensor& blend
   }
   Tensor dx = at::empty(x.sizes(), x.options());
   Tensor dbefore = at::empty({of_before ? call.n_sequences() : 0, x.size(2)}, x.options());
-  ShiftGradients out = {sum.const_data_ptr(), blended.const_data_ptr(), data_or_null(dense_more),
-                        call.maa.const_data_ptr(), dx.data_ptr(),
+  ShiftGradients out = {sum.const_data_ptr(),
+                        blended.const_data_ptr(),
+                        data_or_null(dense_more),
+                        call.maa.const_data_ptr(),
+                        dx.data_ptr(),
                         of_before ? dbefore.data_ptr() : nullptr};
   call.for_bands([&](int64_t i, int64_t j) { cpu_kernels().shift_backward(call.mix, out, i, j); });
   return {dx, dbefore};
@@ -158,13 +168,21 @@ struct Norm {
   // y, gate (tokens, C), weight, bias (C)
   Norm(const Tensor& y_, const Tensor& gate_, const Tensor& weight_, const Tensor& bias_,
        int64_t groups, double eps)
-      : y(y_.contiguous()), gate(gate_.contiguous()), weight(weight_.contiguous()),
+      : y(y_.contiguous()),
+        gate(gate_.contiguous()),
+        weight(weight_.contiguous()),
         bias(bias_.contiguous()) {
     TORCH_CHECK(y.dim() == 2 && y.size(1) % groups == 0, "y must be (tokens, groups * size)");
     check(gate, y.sizes(), y);
     for (const Tensor* x : {&weight, &bias}) check(*x, {y.size(1)}, y);
-    norm = {y.size(0), groups, y.size(1) / groups, static_cast<float>(eps), element_of(y),
-            y.const_data_ptr(), gate.const_data_ptr(), weight.const_data_ptr(),
+    norm = {y.size(0),
+            groups,
+            y.size(1) / groups,
+            static_cast<float>(eps),
+            element_of(y),
+            y.const_data_ptr(),
+            gate.const_data_ptr(),
+            weight.const_data_ptr(),
             bias.const_data_ptr()};
   }
 
@@ -183,9 +201,11 @@ Tensor gated_norm(const Tensor& y, const Tensor& gate, const Tensor& weight, con
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward(
-    const Tensor& dout, const Tensor& y, const Tensor& gate, const Tensor& weight,
-    const Tensor& bias, int64_t groups, double eps, bool of_weight) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward(const Tensor& dout, const Tensor& y,
+                                                               const Tensor& gate,
+                                                               const Tensor& weight,
+                                                               const Tensor& bias, int64_t groups,
+                                                               double eps, bool of_weight) {
   Norm call(y, gate, weight, bias, groups, eps);
   check(dout, y.sizes(), y);
   Tensor from = dout.contiguous();
@@ -195,9 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_norm_backward(
   GatedNormGradients out = {from.const_data_ptr(), dy.data_ptr(), dgate.data_ptr(),
                             of_weight ? dweight.data_ptr<float>() : nullptr,
                             of_weight ? dbias.data_ptr<float>() : nullptr};
-  call.for_groups([&](int64_t i, int64_t j) {
-    cpu_kernels().gated_norm_backward(call.norm, out, i, j);
-  });
+  call.for_groups(
+      [&](int64_t i, int64_t j) { cpu_kernels().gated_norm_backward(call.norm, out, i, j); });
   return {dy, dgate, dweight, dbias};
 }
 
@@ -223,11 +242,12 @@ Tensor squared_relu_backward(const Tensor& dy, const Tensor& y) {
 
 Tensor sigmoid_gate(const Tensor& gate, const Tensor& y) {
   check(gate, y.sizes(), y);
-  Tensor gates = gate.contiguous(), values = y.contiguous(), out = at::empty(y.sizes(), y.options());
+  Tensor gates = gate.contiguous(), values = y.contiguous(),
+         out = at::empty(y.sizes(), y.options());
   void* data = out.data_ptr();
   in_parallel(out.numel(), out.numel(), [&](int64_t i, int64_t j) {
-    cpu_kernels().sigmoid_gate(element_of(y), gates.const_data_ptr(), values.const_data_ptr(),
-                               data, i, j);
+    cpu_kernels().sigmoid_gate(element_of(y), gates.const_data_ptr(), values.const_data_ptr(), data,
+                               i, j);
   });
   return out;
 }

@@ -64,8 +64,8 @@ const CpuKernels& cpu_kernels() {
 
 Element element_of(const Tensor& x) {
   const bool wide = x.scalar_type() == at::kFloat;
-  TORCH_CHECK(wide || x.scalar_type() == at::kBFloat16,
-              "the CPU kernels take fp32 and bf16, not ", x.scalar_type());
+  TORCH_CHECK(wide || x.scalar_type() == at::kBFloat16, "the CPU kernels take fp32 and bf16, not ",
+              x.scalar_type());
   return wide ? Element::kFloat32 : Element::kBfloat16;
 }
 

@@ -79,9 +79,16 @@ Tensor wkv6_step_(const Tensor& any_r, const Tensor& any_k, const Tensor& any_v,
                   state.scalar_type() == at::kFloat,
               "wkv6_step_: the state must be dense (B, H, N, N) fp32, not ", state.sizes());
   Tensor y = at::empty(r.sizes(), r.options());
-  const Wkv6Step step = {H, N, element_of(r), r.const_data_ptr(), k.const_data_ptr(),
-                         v.const_data_ptr(), w.const_data_ptr(), u.const_data_ptr<float>(),
-                         state.data_ptr<float>(), y.data_ptr()};
+  const Wkv6Step step = {H,
+                         N,
+                         element_of(r),
+                         r.const_data_ptr(),
+                         k.const_data_ptr(),
+                         v.const_data_ptr(),
+                         w.const_data_ptr(),
+                         u.const_data_ptr<float>(),
+                         state.data_ptr<float>(),
+                         y.data_ptr()};
   at::parallel_for(0, B * H, 4, [&](int64_t i, int64_t j) { cpu_kernels().wkv6_step(step, i, j); });
   return y;
 }

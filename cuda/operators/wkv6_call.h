@@ -21,8 +21,7 @@ struct Call {
   Call(const at::Tensor& r_, const at::Tensor& k_, const at::Tensor& v_, const at::Tensor& w_,
        const at::Tensor& u_, const std::optional<at::Tensor>& state_,
        const std::optional<at::Tensor>& cu_seqlens_)
-      : r(dense(r_)), k(dense(k_)), v(dense(v_)), w(dense(w_)), u(dense(u_)),
-        state(dense(state_)) {
+      : r(dense(r_)), k(dense(k_)), v(dense(v_)), w(dense(w_)), u(dense(u_)), state(dense(state_)) {
     TORCH_CHECK(r.dim() == 4 && r.numel() > 0, "wkv6: r must be (B, T, H, N), not ", r.sizes());
     B = r.size(0), T = r.size(1), H = r.size(2), N = r.size(3);
     TORCH_CHECK(N % 8 == 0 && N <= 128, "wkv6: N must be a multiple of 8 up to 128, not ", N);
@@ -47,9 +46,7 @@ struct Call {
 
   std::vector<int64_t> state_shape() const { return {n_sequences, H, N, N}; }
   // The gradient of the state; empty where none was given.
-  at::Tensor state_gradient() const {
-    return state ? floats(state_shape()) : floats({0});
-  }
+  at::Tensor state_gradient() const { return state ? floats(state_shape()) : floats({0}); }
 
   at::Tensor like_r() const { return at::empty(r.sizes(), r.options()); }
   at::Tensor floats(at::IntArrayRef shape) const {

@@ -29,8 +29,8 @@ struct CpuCall : Call {
     initial = or_zeros(state);
     bounds = sequence_bounds(cu_seqlens, B, T);
     shape = {n_sequences, H, N, bounds.data(), element_of(r)};
-    inputs = {r.const_data_ptr(),         k.const_data_ptr(),        v.const_data_ptr(),
-              w.const_data_ptr(),         u.const_data_ptr<float>(), initial.const_data_ptr<float>()};
+    inputs = {r.const_data_ptr(), k.const_data_ptr(),        v.const_data_ptr(),
+              w.const_data_ptr(), u.const_data_ptr<float>(), initial.const_data_ptr<float>()};
   }
 
   Tensor checkpoints(bool wanted) const {
@@ -86,8 +86,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
   Tensor du = call.floats({call.n_sequences, call.H, call.N});
   Tensor dstate_in = call.floats(call.state_shape());
   Wkv6OutputGradients from = {dy.const_data_ptr(), dstate.const_data_ptr<float>()};
-  Wkv6Gradients out = {dr.data_ptr(),         dk.data_ptr(),        dv.data_ptr(),
-                       dw.data_ptr(),         du.data_ptr<float>(), dstate_in.data_ptr<float>()};
+  Wkv6Gradients out = {dr.data_ptr(), dk.data_ptr(),        dv.data_ptr(),
+                       dw.data_ptr(), du.data_ptr<float>(), dstate_in.data_ptr<float>()};
   call.for_heads([&](int64_t first, int64_t last) {
     cpu_kernels().wkv6_backward(call.shape, call.inputs, starts.const_data_ptr<float>(), from, out,
                                 first, last);

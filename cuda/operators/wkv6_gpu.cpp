@@ -24,18 +24,26 @@ struct CudaCall : Call {
 
   template <typename... Arguments>
   explicit CudaCall(const Arguments&... arguments)
-      : Call(arguments...), guard(r.device()),
-        stream(c10::cuda::getCurrentCUDAStream().stream()) {
-    problem = {B, T, H, N, dtype(), n_sequences,
+      : Call(arguments...), guard(r.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {
+    problem = {B,
+               T,
+               H,
+               N,
+               dtype(),
+               n_sequences,
                cu_seqlens ? cu_seqlens->const_data_ptr<int32_t>() : nullptr};
   }
 
   int32_t dtype() const {
     switch (r.scalar_type()) {
-      case at::kFloat: return WKV6_FP32;
-      case at::kBFloat16: return WKV6_BF16;
-      case at::kHalf: return WKV6_FP16;
-      default: TORCH_CHECK(false, "wkv6: the GPU kernels do not take ", r.scalar_type());
+      case at::kFloat:
+        return WKV6_FP32;
+      case at::kBFloat16:
+        return WKV6_BF16;
+      case at::kHalf:
+        return WKV6_FP16;
+      default:
+        TORCH_CHECK(false, "wkv6: the GPU kernels do not take ", r.scalar_type());
     }
   }
 
@@ -91,8 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
       call.w.const_data_ptr(), call.u.const_data_ptr<float>(), dy.const_data_ptr(),
       data_or_null<float>(dstate), starts.const_data_ptr(), dr.data_ptr(), dk.data_ptr(),
       dv.data_ptr(), dw.data_ptr(), du.data_ptr<float>(),
-      call.state ? dstate_in.data_ptr<float>() : nullptr,
-      scratch.data_ptr(), call.stream));
+      call.state ? dstate_in.data_ptr<float>() : nullptr, scratch.data_ptr(), call.stream));
   return {dr, dk, dv, dw, du, dstate_in};
 }
 

@@ -20,7 +20,7 @@ struct Args {
   const T *r, *k, *v, *w, *dy;
   const float* u;
   T *y, *dr, *dk, *dv, *dw;
-  float* du;                // (B, H, N)
+  float* du;                       // (B, H, N)
   float *r_times_dr, *k_times_dk;  // (B, T, H, N), without the current token's bonus
 };
 
@@ -175,10 +175,22 @@ int backward(const Args<T>& args, void* stream) {
 }  // namespace sequential
 
 // Pointers of Args in its order, the problem's dtype fp32 or bf16; each returns a cudaError_t.
-#define ARGUMENTS(T)                                                                     \
-  {*p, (const T*)x[0], (const T*)x[1], (const T*)x[2], (const T*)x[3], (const T*)x[4],   \
-   (const float*)x[5], (T*)x[6], (T*)x[7], (T*)x[8], (T*)x[9], (T*)x[10], (float*)x[11], \
-   (float*)x[12], (float*)x[13]}
+#define ARGUMENTS(T)   \
+  {*p,                 \
+   (const T*)x[0],     \
+   (const T*)x[1],     \
+   (const T*)x[2],     \
+   (const T*)x[3],     \
+   (const T*)x[4],     \
+   (const float*)x[5], \
+   (T*)x[6],           \
+   (T*)x[7],           \
+   (T*)x[8],           \
+   (T*)x[9],           \
+   (T*)x[10],          \
+   (float*)x[11],      \
+   (float*)x[12],      \
+   (float*)x[13]}
 
 extern "C" int sequential_forward(const Wkv6Problem* p, void* const* x, void* stream) {
   using namespace sequential;
