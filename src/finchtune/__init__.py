@@ -14,8 +14,9 @@ _HOMES = {
     "merge": "finchtune.adapters",
     "load_model": "finchtune.weights.base",
     "wkv6": "finchtune.ops.wkv6",
+    "wkv7": "finchtune.ops.wkv7",
 }
-__all__ = ["attach", "generate_batch", "load_model", "merge", "wkv6"]
+__all__ = ["attach", "generate_batch", "load_model", "merge", "wkv6", "wkv7"]
 
 
 def __getattr__(name: str) -> Any:

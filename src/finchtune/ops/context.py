@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from finchtune.distributed.context import ContextGroup
+from finchtune.ops.wkv import compute_dtype
 from finchtune.ops.wkv6 import wkv6
 from finchtune.ops.wkv6.chunked import sum_before
-from finchtune.ops.wkv6.sequences import compute_dtype
 
 
 class LastOfLeft(torch.autograd.Function):

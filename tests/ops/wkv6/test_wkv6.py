@@ -4,14 +4,14 @@ from functools import lru_cache
 
 import pytest
 import torch
-from helpers.support import cpu_path_in_use
+from helpers.wkv import CPU_PATHS, errors, evaluate, named_form, one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finchtune.errors import UserError
 from finchtune.ops.wkv6 import wkv6, wkv6_chunked, wkv6_reference
 
-FORMS = ["chunked", "avx512", "avx2", "portable"]
+FORMS = ["chunked", *CPU_PATHS]
 REGIMES = ["strong", "weak", "typical", "mixed", "extreme"]
 NAMES = ["y", "state", "dr", "dk", "dv", "dw", "du", "dstate"]
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 203]
@@ -43,15 +43,6 @@ def make_inputs(regime, B, T, H, N, n_sequences=None):
     return r, k, v, decays(regime, (B, T, H, N)), u, state, grad_y, grad_state
 
 
-def evaluate(form, inputs, cu_seqlens=None):
-    """Outputs and gradients of all inputs, in the order of NAMES."""
-    *leaves, grad_y, grad_state = inputs
-    leaves = [x.detach().requires_grad_() for x in leaves]
-    y, state = form(*leaves, cu_seqlens)
-    gradients = torch.autograd.grad([y, state], leaves, [grad_y, grad_state])
-    return [y.detach(), state.detach(), *gradients]
-
-
 @lru_cache(maxsize=256)
 def oracle(regime, B, T, H, N):
     inputs = make_inputs(regime, B, T, H, N)
@@ -63,36 +54,22 @@ def in_dtype(inputs, dtype):
     return [x.to(dtype if i in (0, 1, 2, 3, 6) else torch.float32) for i, x in enumerate(inputs)]
 
 
-def errors(got, exact):
-    """Largest error over the largest value, for each output; against an exact zero, the error."""
-    scales = [b.abs().max() if b.any() else 1 for b in exact]
-    pairs = zip(NAMES, got, exact, scales, strict=True)
-    return {name: ((a - b).abs().max() / scale).item() for name, a, b, scale in pairs}
-
-
 def assert_close(got, exact, tolerance=FP32_TOLERANCE):
-    found = errors(got, exact)
+    found = errors(NAMES, got, exact)
     assert all(error <= tolerance for error in found.values()), found
 
 
 @pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors this small only lose time when threads wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def quiet():
+    with one_thread():
+        yield
 
 
 @pytest.fixture
 def form(request):
     """wkv6 by the named form; the CPU kernel's forms where this processor has them."""
-    if request.param == "chunked":
-        yield wkv6_chunked
-        return
-    request.getfixturevalue("kernels")
-    with cpu_path_in_use(request.param):
-        yield wkv6
+    with named_form(request, wkv6, wkv6_chunked) as named:
+        yield named
 
 
 every_form = pytest.mark.parametrize("form", FORMS, indirect=True)
@@ -137,8 +114,8 @@ def test_low_precision(form, regime, dtype):
     inputs = in_dtype(make_inputs(regime, 2, 65, 2, 32), dtype)
     exact = evaluate(wkv6_reference, [x.double() for x in inputs])
     got = evaluate(form, inputs)
-    rounding = errors([b.to(a.dtype) for a, b in zip(got, exact, strict=True)], exact)
-    found = errors(got, exact)
+    rounding = errors(NAMES, [b.to(a.dtype) for a, b in zip(got, exact, strict=True)], exact)
+    found = errors(NAMES, got, exact)
     for name in NAMES:
         assert found[name] <= max(2 * rounding[name], FP32_TOLERANCE), name
     assert [x.dtype for x in got] == [dtype, torch.float32] + 4 * [dtype] + 2 * [torch.float32]

@@ -23,8 +23,8 @@ from finchtune.ops.elementwise import (
     sigmoid_gate,
     squared_relu,
 )
+from finchtune.ops.wkv import zero_state
 from finchtune.ops.wkv6 import wkv6
-from finchtune.ops.wkv6.sequences import zero_state
 
 
 class BlockState(NamedTuple):

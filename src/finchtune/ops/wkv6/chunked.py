@@ -5,10 +5,12 @@ and nothing can overflow. Tokens of one chunk meet in a binary tree: at the leve
 the later half of each block of 2h tokens reads the earlier half across their common boundary.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from finchtune.ops.wkv6.sequences import compute_dtype, for_each_sequence
+from finchtune.ops.wkv import compute_dtype, for_each_sequence
 
 CHUNK = 64  # tokens; a power of two
 
@@ -82,5 +84,5 @@ def wkv6_chunked(
     wide = compute_dtype(r)
     with torch.autocast(r.device.type, enabled=False):
         inputs = [x.to(wide) for x in (r, k, v, w)]
-        y, state = for_each_sequence(chunks, inputs, u.to(wide), state, cu_seqlens)
+        y, state = for_each_sequence(partial(chunks, u=u.to(wide)), inputs, state, cu_seqlens)
     return y.to(r.dtype), state

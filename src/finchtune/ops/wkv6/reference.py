@@ -1,9 +1,11 @@
 """The WKV6 recurrence as the paper writes it: slow, differentiable, the oracle of every test."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from finchtune.ops.wkv6.sequences import compute_dtype, for_each_sequence
+from finchtune.ops.wkv import compute_dtype, for_each_sequence
 
 
 def recurrence(
@@ -36,5 +38,5 @@ def wkv6_reference(
     wide = compute_dtype(r)
     with torch.autocast(r.device.type, enabled=False):
         inputs = [x.to(wide) for x in (r, k, v, w)]
-        y, state = for_each_sequence(recurrence, inputs, u.to(wide), state, cu_seqlens)
+        y, state = for_each_sequence(partial(recurrence, u=u.to(wide)), inputs, state, cu_seqlens)
     return y.to(r.dtype), state
