@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar, Self
 
 from torch import Tensor
 
@@ -16,6 +16,8 @@ class ModelSizes:
     `dim_ffn` has a default in each generation.
     """
 
+    may_be_zero: ClassVar[frozenset[str]] = frozenset()
+
     n_layer: int
     n_embd: int
     vocab_size: int
@@ -27,7 +29,7 @@ class ModelSizes:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name, value in vars(self).items():
-            if value < 1:
+            if value < 1 and not (value == 0 and name in self.may_be_zero):
                 raise UserError(f"{name} must be at least 1, not {value}")
         if self.n_embd % self.head_size:
             raise UserError(

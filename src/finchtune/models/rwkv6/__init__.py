@@ -1,9 +1,10 @@
 """RWKV-6 (x060, "Finch")."""
 
 from finchtune.models.generations import Generation
+from finchtune.models.recurrent import BlockState, State
 from finchtune.models.rwkv6.config import ModelConfig
 from finchtune.models.rwkv6.init import init_weights
-from finchtune.models.rwkv6.model import RWKV6, BlockState, State
+from finchtune.models.rwkv6.model import RWKV6
 
 GENERATION = Generation(
     name="x060",

@@ -11,15 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from finchtune.models.rwkv6.model import (
-    RWKV6,
-    Block,
-    BlockState,
-    ChannelMix,
-    State,
-    TimeMix,
-    filled,
-)
+from finchtune.models.recurrent import BlockState, State, filled
+from finchtune.models.rwkv6.model import RWKV6, Block, ChannelMix, TimeMix
 from finchtune.ops.kernels import fits_cpu
 
 NONE, TANH, SQUARED_RELU = range(3)  # activations of the operator `products`

@@ -5,17 +5,23 @@ T tokens, C n_embd, H heads, N head_size, F dim_ffn, V vocab_size, M and D the r
 token-shift and decay LoRAs. Source: "Eagle and Finch", arXiv 2404.05892, section 4 and appendix.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finchtune.distributed.context import ContextGroup
-from finchtune.models.language_model import INITIAL_STATE, LanguageModel, last_of
 from finchtune.models.recompute import recomputed
+from finchtune.models.recurrent import (
+    BlockState,
+    RecurrentModel,
+    State,
+    WKVMix,
+    count,
+    token_before,
+)
 from finchtune.models.rwkv6.config import ModelConfig
-from finchtune.ops.context import shift_across, wkv6_across
+from finchtune.ops.context import wkv6_across
 from finchtune.ops.elementwise import (
     GatedNorm,
     fixed_mixtures,
@@ -27,45 +33,13 @@ from finchtune.ops.wkv import zero_state
 from finchtune.ops.wkv6 import wkv6
 
 
-class BlockState(NamedTuple):
-    """What one block carries from token to token: the whole memory of S sequences' past."""
-
-    att_shift: Tensor  # (S, C), the time mix's last input
-    wkv: Tensor  # (S, H, N key, N value), fp32
-    ffn_shift: Tensor  # (S, C), the channel mix's last input
-
-
-State = list[BlockState]
-
-
-def filled(state: Tensor | None, n_sequences: int) -> Tensor | None:
-    """A state (k, ...) of the first k sequences, with zeros for the others."""
-    if state is None or len(state) == n_sequences:
-        return state
-    return torch.cat([state, state.new_zeros(n_sequences - len(state), *state.shape[1:])])
-
-
-def token_before(
-    context: ContextGroup | None, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor | None, Tensor]:
-    """What precedes the sequences of x (B, T, C), given `shift`, and the shift after them."""
-    n_sequences = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
-    if context is None or context.goes_on is None:
-        return filled(shift, n_sequences), last_of(x, cu_seqlens)
-    before, final = shift_across(context, x, shift)
-    return filled(before, n_sequences), final
-
-
-class TimeMix(nn.Module):
+class TimeMix(WKVMix):
     """Attention's stand-in: data-dependent token shift, decay, and the WKV recurrence."""
 
-    context: ContextGroup | None = None
-    time_state: nn.Parameter | None
-    """What documents begin from, (H, N value, N key) as files have it: the transpose of ours."""
+    config: ModelConfig
 
     def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.config, self.layer = config, layer
+        super().__init__(config, layer)
         C, M, D = config.n_embd, config.dim_mix_lora, config.dim_decay_lora
         self.time_maa_x = nn.Parameter(torch.empty(1, 1, C))
         self.time_maa_w = nn.Parameter(torch.empty(1, 1, C))
@@ -88,21 +62,9 @@ class TimeMix(nn.Module):
         # The files' eps is 1e-5 times the square of a fixed divisor of 8.
         self.ln_x = GatedNorm(config.n_head, C, eps=64e-5)
 
-    def add_initial_state(self) -> None:
-        """Begin documents from a parameter, zero at first, instead of from zero."""
-        if self.time_state is None:
-            shape = self.config.n_head, self.config.head_size, self.config.head_size
-            self.time_state = nn.Parameter(self.time_faaaa.new_zeros(shape))
-
-    def starting_state(self, state: Tensor | None, n_sequences: int) -> Tensor | None:
-        """WKV states (S, H, N, N) of all sequences, of which `state` may hold the first ones'."""
-        if self.time_state is None:
-            return filled(state, n_sequences)
-        # Also where all are given, so that every backward reaches the parameter.
-        n_given = 0 if state is None else len(state)
-        precise = torch.promote_types(self.time_state.dtype, torch.float32)
-        fresh = self.time_state.to(precise).mT.expand(n_sequences - n_given, -1, -1, -1)
-        return fresh if state is None else torch.cat([state, fresh])
+    @staticmethod
+    def as_state(initial: Tensor) -> Tensor:
+        return initial.mT
 
     def mixtures(
         self, x: Tensor, shift: Tensor | None, cu_seqlens: Tensor | None
@@ -121,7 +83,7 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> output (B, T, C), last inputs (S, C), WKV state (S, H, N, N)."""
         B, T, C = x.shape
-        n_sequences = B if cu_seqlens is None else len(cu_seqlens) - 1
+        n_sequences = count(x, cu_seqlens)
         before, shift = token_before(self.context, x, shift, cu_seqlens)
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, before, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
@@ -130,10 +92,10 @@ class TimeMix(nn.Module):
         heads = (B, T, self.config.n_head, self.config.head_size)
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         inputs = r, k, v, w, self.time_faaaa
-        if self.context is not None and self.context.goes_on is not None:
+        if self.across is not None:
             fresh = self.starting_state(None, n_sequences)
             fresh = zero_state(r, cu_seqlens) if fresh is None else fresh
-            y, state = wkv6_across(self.context, *inputs, fresh, state, cu_seqlens)
+            y, state = wkv6_across(self.across, *inputs, fresh, state, cu_seqlens)
         else:
             state = self.starting_state(state, n_sequences)
             y, state = wkv6(*inputs, state, cu_seqlens)
@@ -192,24 +154,13 @@ class Block(nn.Module):
         return x + y, BlockState(att_shift, wkv, ffn_shift)
 
 
-class RWKV6(LanguageModel):
+class RWKV6(RecurrentModel):
     """The language model."""
 
     doubled_lr = ".time_decay"
 
     def __init__(self, config: ModelConfig, grad_checkpoint: int = 0):
         super().__init__(config, Block, grad_checkpoint)
-
-    def share_contexts(self, context: ContextGroup) -> None:
-        for block in self.blocks:
-            for part in (block.att, block.ffn):
-                cast(Any, part).context = context
-
-    def state_from(self, initial: Mapping[str, Tensor]) -> State:
-        weight = self.emb.weight
-        none = weight.new_zeros(1, self.config.n_embd)
-        states = [initial[f"blocks.{i}{INITIAL_STATE}"] for i in range(self.config.n_layer)]
-        return [BlockState(none, s.to(weight.device).float().mT[None], none) for s in states]
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
