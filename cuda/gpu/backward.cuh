@@ -14,144 +14,14 @@
 // the value slices partly through the columns of r and w that its warp has read, and dr, dk, dw wait
 // in registers until then. A and dA share a fragment: one has pairs of leaves (row <= column), the
 // other (row > column).
-//
-// The gradient of the log decay of token t sums what crosses it, and never subtracts (r*dr - k*dk,
-// the shorter way, cancels when strong and weak decays meet):
-//
-//   total * sum_v S G + sum_{i>t} r_i dr_i + sum_{j<t} k_j dk_j + sum_{j<t<i} dA_ij r_i k_j D_ij,
-//
-// the second and third over the state's share of dr and dk, the last level by level: an exclusive
-// suffix sum of r*dr over the level's rows or an exclusive prefix sum of k*dk over its columns.
 #pragma once
 
-#include "forward.cuh"
+#include "backward_state.cuh"
+#include "block_gradients.cuh"
 
 namespace wkv6 {
 
-constexpr int BACKWARD_BLOCKS = 3;  // thread blocks for each multiprocessor
 constexpr float STRONGEST = 4e34f;  // of -log decay as a factor
-
-struct BackwardArgs {
-  Wkv6Problem problem;
-  Segments segments;
-  const bf16 *r, *k, *v, *w, *dy;
-  const float* u;
-  const float* dstate_out;  // (n_seq, H, 64, 64); or NULL
-  const float* entering;    // (slots, 64, 64): the gradient of the state after each segment
-  const uint4* checkpoints;
-  bf16 *dr, *dk, *dv, *dw;
-  float* du;  // (thread blocks, 64)
-  float* dstate_in;
-};
-
-struct BackwardShared {
-  Tile r, k, v, w, dy;           // r, k, v, w become dr, dk, dv, dw; k is kt meanwhile
-  SharedOperand g[SLICES][2];    // G of the current block: key slice, value slice less 2
-  SharedOperand scores[BLOCKS];  // A transposed, and dA
-  float leaf[BLOCKS][4][4][4];   // dA of leaf, row, column
-  float total[BLOCKS][HEAD_SIZE];
-
-  // Where a lane puts its part of fragment (key slice, value slice) of G for the block whose first
-  // tile row is `row`: in the key slice's columns of r or w, or in g. Eight neighbouring lanes use
-  // different banks.
-  __device__ __forceinline__ uint4* g_place(int row, int key_slice, int value_slice,
-                                            const Lane& lane) {
-    if (value_slice >= 2) return &g[key_slice][value_slice - 2].lanes[lane.lane];
-    const int i = lane.lane, tile_row = i / 2 % 4 * 2 + i / 8 % 2 + i / 16 * 8;
-    Tile& tile = value_slice == 0 ? r : w;
-    return reinterpret_cast<uint4*>(
-        tile.at(Tile::moved(Lane::tile_place(tile_row, i % 2), row, 16 * key_slice)));
-  }
-};
-
-// A lane's slice of k in global memory: two channels of the tokens in tile rows `row` and `row` + 8
-// of a block, and the same eight channels further.
-struct KeyColumns {
-  const bf16* source;  // of the first token of the segment
-  int token_step;      // elements
-  int token;           // of the block; the other token of the lane is two later
-
-  __device__ KeyColumns(const bf16* k, const Wkv6Problem& problem, const Work& work,
-                        const Lane& lane) {
-    token = (lane.row & 6) << 1 | (lane.row & 1);
-    token_step = static_cast<int>(HEAD_SIZE * problem.H);
-    source = k + work.token_offset(problem, token) + 16 * lane.warp + 2 * lane.quad;
-  }
-
-  // The channels x tokens of the block that begins at `row` of a chunk with `valid` tokens.
-  __device__ __forceinline__ Operand load(int chunk, int row, int valid) const {
-    const bf16* const first = source + static_cast<int64_t>(chunk * CHUNK + row) * token_step;
-    Operand m;
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      const bf16* const pair = first + p % 2 * 2 * token_step + p / 2 * 8;
-      const bool inside = row + token + p % 2 * 2 < valid;
-      m.pair[p] = inside ? *reinterpret_cast<const uint32_t*>(pair) : 0;
-    }
-    return m;
-  }
-};
-
-// The 16 keys x 64 values of the state, or of its gradient, that a warp owns.
-struct KeySlice {
-  Accumulator x[SLICES];
-
-  // Calls f(element, key channel, value channel) for all that the lane holds.
-  template <typename F>
-  __device__ __forceinline__ void each(const Lane& lane, F f) {
-#pragma unroll
-    for (int j = 0; j < SLICES; j++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int key = 16 * lane.warp + lane.row + i / 2 % 2 * 8;
-        f(x[j].x[i], key, 16 * j + i / 4 * 8 + 2 * lane.quad + i % 2);
-      }
-    }
-  }
-
-  // x = diag(total) x + keys values, keys (keys x tokens) in registers, the values' tile rows from
-  // `row`.
-  __device__ __forceinline__ void advance(const float (&total)[2], const Operand& keys,
-                                          Tile& values, int row, const Lane& lane) {
-#pragma unroll
-    for (int j = 0; j < SLICES; j++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) x[j].x[i] *= total[i / 2 % 2];
-      multiply_add(x[j], keys, values.load_transposed(row, 16 * j, lane));
-    }
-  }
-};
-
-// The checkpoint before the chunk, advanced to the block whose first tile row is `row`.
-__device__ __forceinline__ KeySlice state_before(BackwardShared& shared, const uint4* checkpoint,
-                                                 int row, const Lane& lane) {
-  KeySlice state;
-#pragma unroll
-  for (int j = 0; j < SLICES; j++) {
-    const uint4 m = checkpoint[(lane.warp * SLICES + j) * 32 + lane.lane];
-    const uint32_t pairs[4] = {m.x, m.y, m.z, m.w};
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      state.x[j].x[2 * p] = low_half(pairs[p]);
-      state.x[j].x[2 * p + 1] = high_half(pairs[p]);
-    }
-  }
-  const int key = 16 * lane.warp;
-#pragma unroll 1
-  for (int earlier = 0; earlier < row; earlier += BLOCK) {
-    const float* const total = shared.total[earlier / BLOCK] + key + lane.row;
-    const float total_pair[2] = {total[0], total[8]};
-    state.advance(total_pair, shared.k.load_transposed(earlier, key, lane), shared.v, earlier,
-                  lane);
-  }
-  return state;
-}
-
-// Sum over the four lanes of a row.
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(ALL_LANES, x, 1);
-  return x + __shfl_xor_sync(ALL_LANES, x, 2);
-}
 
 // dA of the block, beside its scores.
 __device__ __forceinline__ void prepare_score_gradients(BackwardShared& shared,
@@ -172,112 +42,6 @@ __device__ __forceinline__ void prepare_score_gradients(BackwardShared& shared,
       shared.leaf[block][lane.quad][2 * (i / 4) + place.odd][i % 4] = da.x[i / 4][i % 4];
     }
   }
-}
-
-// dA between rows and columns of each tree level, and its transpose: symmetric fragments.
-struct LevelGradients {
-  Operand level4, level8;
-
-  __device__ __forceinline__ LevelGradients(const Operand& scores, const Lane& lane) {
-    const PairPlace place(lane);
-    const Operand below = chosen(place.below, scores, Operand{}), above = transposed(below);
-    const bool split8 = lane.row / 4 != lane.quad / 2;  // the two leaves are of different halves
-    const uint32_t mask4 = split8 || place.leaf ? 0 : ~0u, mask8 = split8 ? ~0u : 0;
-#pragma unroll
-    for (int p = 0; p < 4; p++) {
-      level4.pair[p] = (below.pair[p] | above.pair[p]) & mask4;
-      level8.pair[p] = (below.pair[p] | above.pair[p]) & mask8;
-    }
-  }
-};
-
-// Sums over the leaves of the block other than a lane's own.
-struct LeafSums {
-  float earlier, later, neighbour;
-  __device__ __forceinline__ LeafSums(float own, const Lane& lane) {
-    neighbour = __shfl_xor_sync(ALL_LANES, own, 1);
-    const float other_half = __shfl_xor_sync(ALL_LANES, own + neighbour, 2);
-    const bool odd = lane.quad & 1, upper = lane.quad & 2;
-    earlier = (odd ? neighbour : 0.0f) + (upper ? other_half : 0.0f);
-    later = (odd ? 0.0f : neighbour) + (upper ? 0.0f : other_half);
-  }
-};
-
-// What the key slice of a block is made of, for a lane's two channels and four tokens.
-struct BlockInputs {
-  Leaf r, k, log_decay, decay;
-  Leaf state_r, state_k;    // dY S^T and V G^T, without their decay factors
-  Leaf level4, level8;      // products of each level, likewise
-  float state_gradient[2];  // sum_v S G
-};
-
-struct BlockGradients {
-  Leaf dr, dk, dw;
-};
-
-// The shares of the state and of the tree levels for channel c.
-__device__ __forceinline__ void state_and_tree_gradients(BlockGradients& out, const BlockInputs& in,
-                                                         const DecayProducts& products, int c,
-                                                         const Lane& lane) {
-  const TreeRows rows(lane);
-  const float row4 = rows.level4, row8 = rows.level8, column4 = 1.0f - row4, column8 = 1.0f - row8;
-  float rdr[4], kdk[4];  // what the suffix and the prefix sums of the log decay run over
-  float state_rdr = 0.0f, state_kdk = 0.0f, far_sum = 0.0f;
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const float r = in.r.x[c][i], k = in.k.x[c][i];
-    out.dr.x[c][i] = products.from_start(c, i) * in.state_r.x[c][i];
-    out.dk.x[c][i] = products.to_end(c, i) * in.state_k.x[c][i];
-    state_rdr += r * out.dr.x[c][i];
-    state_kdk += k * out.dk.x[c][i];
-
-    const float four = level4_factor(products, rows, c, i) * in.level4.x[c][i];
-    const float eight = level8_factor(products, rows, c, i) * in.level8.x[c][i];
-    out.dr.x[c][i] += row4 * four + row8 * eight;
-    out.dk.x[c][i] += column4 * four + column8 * eight;
-    rdr[i] = r * out.dr.x[c][i];
-    kdk[i] = k * out.dk.x[c][i];
-    far_sum += (rows.level8 ? r : k) * eight;
-  }
-  const LeafSums state_r(state_rdr, lane), state_k(state_kdk, lane), far(far_sum, lane);
-  // At level 8, leaf 3 comes after leaf 2 among the rows, leaf 0 before leaf 1 among the columns.
-  float suffix = state_r.later + (lane.quad == 2 ? far.neighbour : 0.0f);
-  float prefix = state_k.earlier + (lane.quad == 1 ? far.neighbour : 0.0f);
-  const float through = products.total[c] * in.state_gradient[c];
-#pragma unroll
-  for (int i = 3; i >= 0; i--) {
-    out.dw.x[c][i] = through + suffix;
-    suffix += rdr[i];
-  }
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    out.dw.x[c][i] += prefix;
-    prefix += kdk[i];
-  }
-}
-
-// The share of the pairs inside the leaf for channel c. Returns the gradient of u.
-__device__ __forceinline__ float leaf_gradients(BlockGradients& out, const BlockInputs& in,
-                                                const float (&da)[4][4], float u, int c) {
-  float du = 0.0f;
-#pragma unroll
-  for (int j = 0; j < 4; j++) {
-    const float r = in.r.x[c][j], k = in.k.x[c][j];
-    out.dr.x[c][j] += da[j][j] * u * k;
-    out.dk.x[c][j] += da[j][j] * u * r;
-    du += da[j][j] * r * k;
-    float decayed = 1.0f;
-#pragma unroll
-    for (int i = j + 1; i < 4; i++) {
-      const float pair = da[i][j] * decayed;
-      out.dr.x[c][i] += pair * k;
-      out.dk.x[c][j] += pair * in.r.x[c][i];
-#pragma unroll
-      for (int t = j + 1; t < i; t++) out.dw.x[c][t] += pair * k * in.r.x[c][i];
-      decayed *= in.decay.x[c][i];
-    }
-  }
-  return du;
 }
 
 // dr, dk, dw of a block for the warp's key channels, tokens x channels.
@@ -364,19 +128,6 @@ __device__ __forceinline__ void value_slice_gradients(BackwardShared& shared, in
   shared.v.store(row, value, as_operand(dv), lane);
 }
 
-__device__ __forceinline__ void load_backward_chunk(BackwardShared& shared,
-                                                    const BackwardArgs& args, const Pieces& pieces,
-                                                    int64_t offset, int valid) {
-  load_chunk(shared.r, args.r + offset, pieces, valid);
-  load_chunk(shared.k, args.k + offset, pieces, valid);
-  load_chunk(shared.w, args.w + offset, pieces, valid);
-  load_chunk(shared.v, args.v + offset, pieces, valid);
-  load_chunk(shared.dy, args.dy + offset, pieces, valid);
-  async_commit();
-  async_wait<0>();
-  if (valid < CHUNK) clear_decay(shared.w, pieces, valid);
-}
-
 __device__ __forceinline__ void store_backward_chunk(BackwardShared& shared,
                                                      const BackwardArgs& args, const Pieces& pieces,
                                                      int64_t offset, int valid) {
@@ -396,8 +147,7 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
   KeySlice g;
   float du[2] = {};
   const float* const final_gradient =
-      work.last ? state_of(args.dstate_out, work.state_index(problem))
-                : state_of(args.entering, blockIdx.x - args.segments.whole);
+      boundary_state(args.dstate_out, args.entering, work.last, work, problem, args.segments);
   if (final_gradient != nullptr && (work.length > 0 || work.last)) {
     g.each(lane,
            [=](float& x, int key, int value) { x = final_gradient[key * HEAD_SIZE + value]; });
@@ -412,7 +162,9 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
     const int64_t offset = pieces.of_chunk(chunk);
     // No barrier before the loads: a thread overwrites what it has just stored itself, and dy,
     // last read before the barrier above.
-    load_backward_chunk(shared, args, pieces, offset, valid);
+    load_inputs(shared, args, pieces, offset, valid);
+    load_chunk(shared.dy, args.dy + offset, pieces, valid);
+    wait_for_chunk(shared.w, pieces, valid);
     __syncthreads();
     if (lane.warp < blocks) {
       const int row = lane.warp * BLOCK;

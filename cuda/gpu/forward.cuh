@@ -36,9 +36,32 @@ __device__ __forceinline__ uint4* checkpoint_fragment(uint4* checkpoint, int key
   return checkpoint + (key_slice * SLICES + value_slice) * 32;
 }
 
-// Of a tensor of states that may be NULL.
-__device__ __forceinline__ const float* state_of(const float* states, int64_t index) {
+// The state that a segment begins with, or its gradient that a segment ends with: at the edge of a
+// sequence its own of `given`, NULL where that is; elsewhere the one of `entering`.
+__device__ __forceinline__ const float* boundary_state(const float* given, const float* entering,
+                                                       bool at_edge, const Work& work,
+                                                       const Wkv6Problem& problem,
+                                                       const Segments& segments) {
+  const float* const states = at_edge ? given : entering;
+  const int64_t index = at_edge ? work.state_index(problem) : blockIdx.x - segments.whole;
   return states == nullptr ? nullptr : states + index * HEAD_SIZE * HEAD_SIZE;
+}
+
+// Has the tiles of r, k, w and v of a chunk copied.
+template <typename Shared, typename Args>
+__device__ __forceinline__ void load_inputs(Shared& shared, const Args& args, const Pieces& pieces,
+                                            int64_t offset, int valid) {
+  load_chunk(shared.r, args.r + offset, pieces, valid);
+  load_chunk(shared.k, args.k + offset, pieces, valid);
+  load_chunk(shared.w, args.w + offset, pieces, valid);
+  load_chunk(shared.v, args.v + offset, pieces, valid);
+}
+
+// Waits for the copies of a chunk that this thread has started; its tail then has no decay.
+__device__ __forceinline__ void wait_for_chunk(Tile& w, const Pieces& pieces, int valid) {
+  async_commit();
+  async_wait<0>();
+  if (valid < CHUNK) clear_decay(w, pieces, valid);
 }
 
 struct ForwardShared {
@@ -95,9 +118,8 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward_kernel(Forwar
   const Lane lane;
 
   ValueSlice state;
-  const float* const initial = work.first
-                                   ? state_of(args.state_in, work.state_index(problem))
-                                   : state_of(args.entering, blockIdx.x - args.segments.whole);
+  const float* const initial =
+      boundary_state(args.state_in, args.entering, work.first, work, problem, args.segments);
   if (initial != nullptr) {
     state.each(lane, [=](float& s, int value, int key) { s = initial[key * HEAD_SIZE + value]; });
   }
@@ -109,13 +131,8 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward_kernel(Forwar
     const int64_t offset = pieces.of_chunk(chunk);
     // No barrier before the loads: a thread overwrites what it has just stored itself (y), and
     // tiles that were last read before the barrier above.
-    load_chunk(shared.r, args.r + offset, pieces, valid);
-    load_chunk(shared.k, args.k + offset, pieces, valid);
-    load_chunk(shared.w, args.w + offset, pieces, valid);
-    load_chunk(shared.v, args.v + offset, pieces, valid);
-    async_commit();
-    async_wait<0>();
-    if (valid < CHUNK) clear_decay(shared.w, pieces, valid);
+    load_inputs(shared, args, pieces, offset, valid);
+    wait_for_chunk(shared.w, pieces, valid);
     __syncthreads();
     if (lane.warp < blocks) {
       const int row = lane.warp * BLOCK;

@@ -1,14 +1,16 @@
-// What every kernel shares: which tokens a thread block works on, where they lie, their dtypes.
+// What every kernel shares: which tokens a thread block works on, where they lie.
 #pragma once
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 
+#include "device.cuh"
 #include "wkv6.h"
 
 namespace wkv6 {
+
+using finchtune::from_float;
+using finchtune::shared_memory;
+using finchtune::to_float;
 
 // A state is checkpointed before every chunk of this many tokens of a sequence.
 constexpr int CHUNK = 64;
@@ -128,32 +130,6 @@ struct Work {
 
 inline int64_t checkpoint_count(const Wkv6Problem& problem) {
   return (problem.B * problem.T / CHUNK + problem.n_seq) * problem.H;
-}
-
-// The dynamic shared memory of the block, as the kernel's own struct.
-template <typename Shared>
-__device__ __forceinline__ Shared& shared_memory() {
-  extern __shared__ __align__(128) unsigned char dynamic_shared[];
-  return *reinterpret_cast<Shared*>(dynamic_shared);
-}
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-
-template <typename T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ __half from_float<__half>(float x) {
-  return __float2half_rn(x);
 }
 
 }  // namespace wkv6

@@ -1,15 +1,19 @@
 // The launchers of wkv6.h: which kernels a problem takes, and their buffers.
 #include <cuda_runtime.h>
 
-#include "scan.cuh"
-#include "segments.cuh"
+#include "scan_backward.cuh"
+#include "scan_forward.cuh"
+#include "schedule.cuh"
+#include "sum.cuh"
 
 namespace wkv6 {
 namespace {
 
+using finchtune::aligned;
+using finchtune::launch;
+
 // Below this many tokens a block of the tensor-core kernels is mostly empty.
 constexpr int64_t SHORTEST_FOR_TENSOR_CORES = BLOCK + 1;
-constexpr int64_t SHORTEST_SEGMENT = 4 * CHUNK;  // the pre-pass and the join have to pay
 
 // Bytes of shared memory that a thread block may have on every GPU of compute capability 8.0 or
 // more, and that the blocks of a multiprocessor share on 9.0; each takes 1 KB beyond its own.
@@ -26,116 +30,9 @@ bool valid(const Wkv6Problem& p) {
          (p.cu_seqlens == nullptr ? p.n_seq == p.B : p.B == 1 && p.n_seq >= 1);
 }
 
-// Several values at a time are moved, so that every tensor must begin at a multiple of 16 bytes.
-template <typename... Pointers>
-bool aligned(Pointers... pointers) {
-  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
-}
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// An attribute of the current device; 1 without one, and the launch will report what is wrong.
-int device_attribute(cudaDeviceAttr attribute) {
-  int device = 0, value = 1;
-  if (cudaGetDevice(&device) != cudaSuccess) return 1;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 1;
-}
-
 bool uses_tensor_cores(const Wkv6Problem& p) {
   return p.dtype == WKV6_BF16 && p.N == HEAD_SIZE && p.T >= SHORTEST_FOR_TENSOR_CORES &&
          device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
-}
-
-// How many thread blocks of a tensor-core kernel run at the same time.
-template <typename Args>
-int64_t places(void (*kernel)(Args), size_t shared_bytes) {
-  int blocks = 0;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(shared_bytes));
-  if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, shared_bytes) !=
-          cudaSuccess ||
-      blocks < 1) {
-    blocks = 1;
-  }
-  return blocks * device_attribute(cudaDevAttrMultiProcessorCount);
-}
-
-// Fills the places evenly: of a batch, the heads that would be left for a last, incomplete turn are
-// cut, so that their segments fill one or more shorter turns, where that pays for the pre-pass, a
-// quarter of the kernel's own time. The lengths of packed sequences lie on the GPU; none of their
-// segments is longer than half of what a place does if all do the same.
-Segments choose_segments(const Wkv6Problem& p, int64_t places) {
-  const Segments uncut = uncut_segments(p);
-  const auto chunks = [](int64_t tokens) { return ceil_div(tokens, CHUNK) * CHUNK; };
-  if (p.cu_seqlens != nullptr) {
-    const int64_t half = chunks(ceil_div(p.T * p.H, 2 * places));
-    const int64_t length = half > SHORTEST_SEGMENT ? half : SHORTEST_SEGMENT;
-    return length < p.T ? Segments{length, 0, p.T / length + p.n_seq} : uncut;
-  }
-  const int64_t heads = Segments::heads(p), rest = heads % places;
-  Segments best = uncut;
-  double least = 0.9 * p.T;  // tokens that a place does for the rest
-  for (int64_t count = 2; rest > 0 && count * SHORTEST_SEGMENT <= p.T; count++) {
-    const int64_t length = chunks(ceil_div(p.T, count)), used = ceil_div(p.T, length);
-    const double tokens = 1.25 * length * ceil_div(rest * used, places);
-    if (tokens < least) {
-      least = tokens;
-      best = {length, heads - rest, used};
-    }
-  }
-  return best;
-}
-
-Segments choose_segments(const Wkv6Problem& p, bool backward) {
-  return choose_segments(p, backward ? places(backward_kernel, sizeof(BackwardShared))
-                                     : places(forward_kernel, sizeof(ForwardShared)));
-}
-
-// Whether a sequence may have several segments.
-bool is_cut(const Wkv6Problem& p, Segments segments) { return segments.length < p.T; }
-
-template <typename Args>
-cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
-                   void* stream, const Args& args) {
-  // Also allows more than the 48 KB that every kernel may have.
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, args);
-}
-
-// Gradient of u: for each head the sum over its thread blocks, always in the same order.
-struct SumArgs {
-  Wkv6Problem problem;
-  Segments segments;
-  const float* parts;  // (thread blocks, N)
-  float* sum;          // (H, N)
-};
-
-__global__ void __launch_bounds__(THREADS) sum_kernel(SumArgs args) {
-  const Wkv6Problem& problem = args.problem;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * THREADS + threadIdx.x;
-  if (i >= problem.H * problem.N) return;
-  const int64_t rest = Segments::heads(problem) - args.segments.whole;
-  float sum = 0.0f;
-  for (int64_t head = i / problem.N; head < Segments::heads(problem); head += problem.H) {
-    const bool whole = head < args.segments.whole;
-    for (int64_t segment = 0; segment < (whole ? 1 : args.segments.per_head); segment++) {
-      sum += args.parts[(head + segment * rest) * problem.N + i % problem.N];
-    }
-  }
-  args.sum[i] = sum;
-}
-
-cudaError_t launch_sum(const Wkv6Problem& p, Segments segments, const float* parts, float* sum,
-                       void* stream) {
-  return launch(sum_kernel, ceil_div(p.H * p.N, THREADS), THREADS, 0, stream,
-                SumArgs{p, segments, parts, sum});
 }
 
 // The temporary buffer of a launch on tensor cores: states and decays of the segments, where

@@ -1,10 +1,12 @@
-// What the operators of WKV6 for the CPU and for the GPU share: the checked inputs.
+// What the operators of WKV6 for the CPU and for the GPU share: the checked inputs, and what they
+// return. A device's own Call has `checkpoints(bool wanted)`, `forward(...)` and `backward(...)`.
 #pragma once
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "dense.h"
@@ -53,5 +55,45 @@ struct Call {
     return at::empty(shape, r.options().dtype(at::kFloat));
   }
 };
+
+// What a backward is given beside the inputs, and the gradients that it makes. du and dstate_in are
+// left to the device.
+struct Gradients {
+  at::Tensor dy, checkpoints;
+  std::optional<at::Tensor> dstate;
+  at::Tensor dr, dk, dv, dw, du, dstate_in;
+
+  Gradients(const Call& call, const at::Tensor& grad_y, const at::Tensor& checkpoints_,
+            const std::optional<at::Tensor>& grad_state)
+      : dy(dense(grad_y)), checkpoints(dense(checkpoints_)), dstate(dense(grad_state)) {
+    call.check(dy, call.r.sizes(), call.r.scalar_type());
+    if (dstate) call.check(*dstate, call.state_shape(), at::kFloat);
+    for (at::Tensor* x : {&dr, &dk, &dv, &dw}) *x = call.like_r();
+  }
+};
+
+template <typename DeviceCall>
+std::tuple<at::Tensor, at::Tensor, at::Tensor> wkv6_forward(
+    const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
+    const at::Tensor& u, const std::optional<at::Tensor>& state,
+    const std::optional<at::Tensor>& cu_seqlens, bool for_backward) {
+  const DeviceCall call(r, k, v, w, u, state, cu_seqlens);
+  at::Tensor y = call.like_r(), new_state = call.floats(call.state_shape());
+  at::Tensor checkpoints = call.checkpoints(for_backward);
+  call.forward(y, new_state, for_backward ? checkpoints.data_ptr() : nullptr);
+  return {y, new_state, checkpoints};
+}
+
+template <typename DeviceCall>
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> wkv6_backward(
+    const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
+    const at::Tensor& u, const std::optional<at::Tensor>& state,
+    const std::optional<at::Tensor>& cu_seqlens, const at::Tensor& checkpoints,
+    const at::Tensor& grad_y, const std::optional<at::Tensor>& grad_state) {
+  const DeviceCall call(r, k, v, w, u, state, cu_seqlens);
+  Gradients all(call, grad_y, checkpoints, grad_state);
+  call.backward(all);
+  return {all.dr, all.dk, all.dv, all.dw, all.du, all.dstate_in};
+}
 
 }  // namespace finchtune

@@ -1,12 +1,11 @@
-// The torch operators finchtune::wkv6_forward and wkv6_backward on a CPU: every check, all memory,
-// and the calls into the kernels.
+// The torch operators finchtune::wkv6_forward and wkv6_backward on a CPU: memory and the
+// calls into the kernels.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <tuple>
 #include <vector>
 
 #include "operators.h"
@@ -53,52 +52,34 @@ struct CpuCall : Call {
   void for_heads(const Function& function) const {
     at::parallel_for(0, n_sequences * H, 1, function);
   }
+
+  void forward(Tensor& y, Tensor& new_state, void* checkpoints) const {
+    Wkv6Outputs out = {y.data_ptr(), new_state.data_ptr<float>(), static_cast<float*>(checkpoints)};
+    for_heads([&](int64_t first, int64_t last) {
+      cpu_kernels().wkv6_forward(shape, inputs, out, first, last);
+    });
+  }
+
+  void backward(Gradients& all) const {
+    const Tensor dstate = or_zeros(all.dstate);
+    check(all.checkpoints, {checkpoint_count(shape), H, N, N}, at::kFloat);
+    Tensor du = floats({n_sequences, H, N}), dstate_in = floats(state_shape());
+    Wkv6OutputGradients from = {all.dy.const_data_ptr(), dstate.const_data_ptr<float>()};
+    Wkv6Gradients out = {all.dr.data_ptr(), all.dk.data_ptr(),    all.dv.data_ptr(),
+                         all.dw.data_ptr(), du.data_ptr<float>(), dstate_in.data_ptr<float>()};
+    for_heads([&](int64_t first, int64_t last) {
+      cpu_kernels().wkv6_backward(shape, inputs, all.checkpoints.const_data_ptr<float>(), from, out,
+                                  first, last);
+    });
+    all.du = du.sum(0);
+    all.dstate_in = state ? dstate_in : state_gradient();
+  }
 };
-
-std::tuple<Tensor, Tensor, Tensor> forward_cpu(const Tensor& r, const Tensor& k, const Tensor& v,
-                                               const Tensor& w, const Tensor& u,
-                                               const optional<Tensor>& state,
-                                               const optional<Tensor>& cu_seqlens,
-                                               bool for_backward) {
-  CpuCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor y = call.like_r(), new_state = call.floats(call.state_shape());
-  Tensor checkpoints = call.checkpoints(for_backward);
-  Wkv6Outputs out = {y.data_ptr(), new_state.data_ptr<float>(),
-                     for_backward ? checkpoints.data_ptr<float>() : nullptr};
-  call.for_heads([&](int64_t first, int64_t last) {
-    cpu_kernels().wkv6_forward(call.shape, call.inputs, out, first, last);
-  });
-  return {y, new_state, checkpoints};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cpu(
-    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
-    const optional<Tensor>& state, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
-    const Tensor& grad_y, const optional<Tensor>& grad_state) {
-  CpuCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor dy = dense(grad_y), starts = dense(checkpoints);
-  const optional<Tensor> given = dense(grad_state);
-  call.check(dy, call.r.sizes(), call.r.scalar_type());
-  if (given) call.check(*given, call.state_shape(), at::kFloat);
-  const Tensor dstate = call.or_zeros(given);
-  call.check(starts, {checkpoint_count(call.shape), call.H, call.N, call.N}, at::kFloat);
-  Tensor dr = call.like_r(), dk = call.like_r(), dv = call.like_r(), dw = call.like_r();
-  Tensor du = call.floats({call.n_sequences, call.H, call.N});
-  Tensor dstate_in = call.floats(call.state_shape());
-  Wkv6OutputGradients from = {dy.const_data_ptr(), dstate.const_data_ptr<float>()};
-  Wkv6Gradients out = {dr.data_ptr(), dk.data_ptr(),        dv.data_ptr(),
-                       dw.data_ptr(), du.data_ptr<float>(), dstate_in.data_ptr<float>()};
-  call.for_heads([&](int64_t first, int64_t last) {
-    cpu_kernels().wkv6_backward(call.shape, call.inputs, starts.const_data_ptr<float>(), from, out,
-                                first, last);
-  });
-  return {dr, dk, dv, dw, du.sum(0), call.state ? dstate_in : call.state_gradient()};
-}
 
 }  // namespace
 }  // namespace finchtune
 
 TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
-  library.impl("wkv6_forward", &finchtune::forward_cpu);
-  library.impl("wkv6_backward", &finchtune::backward_cpu);
+  library.impl("wkv6_forward", &finchtune::wkv6_forward<finchtune::CpuCall>);
+  library.impl("wkv6_backward", &finchtune::wkv6_backward<finchtune::CpuCall>);
 }

@@ -1,12 +1,11 @@
-// The torch operators finchtune::wkv6_forward and wkv6_backward on a GPU: every check, all memory,
-// and the calls into the kernels.
+// The torch operators finchtune::wkv6_forward and wkv6_backward on a GPU: memory and the
+// calls into the kernels.
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
 #include <optional>
-#include <tuple>
 
 #include "../gpu/wkv6.h"
 #include "wkv6_call.h"
@@ -61,52 +60,34 @@ struct CudaCall : Call {
   static void succeed(int error) {
     TORCH_CHECK(error == 0, "wkv6: the GPU kernel failed: ", wkv6_error_string(error));
   }
+
+  void forward(Tensor& y, Tensor& new_state, void* checkpoints) const {
+    Tensor memory = scratch(wkv6_forward_scratch_bytes(&problem));
+    succeed(::wkv6_forward(&problem, r.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(),
+                           w.const_data_ptr(), u.const_data_ptr<float>(),
+                           data_or_null<float>(state), y.data_ptr(), new_state.data_ptr<float>(),
+                           checkpoints, memory.data_ptr(), stream));
+  }
+
+  void backward(Gradients& all) const {
+    TORCH_CHECK(all.checkpoints.nbytes() == wkv6_checkpoint_bytes(&problem),
+                "wkv6: these checkpoints are of another forward: ", all.checkpoints.sizes());
+    all.du = floats({H, N});
+    all.dstate_in = state_gradient();
+    Tensor memory = scratch(wkv6_backward_scratch_bytes(&problem));
+    succeed(::wkv6_backward(
+        &problem, r.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), w.const_data_ptr(),
+        u.const_data_ptr<float>(), all.dy.const_data_ptr(), data_or_null<float>(all.dstate),
+        all.checkpoints.const_data_ptr(), all.dr.data_ptr(), all.dk.data_ptr(), all.dv.data_ptr(),
+        all.dw.data_ptr(), all.du.data_ptr<float>(),
+        state ? all.dstate_in.data_ptr<float>() : nullptr, memory.data_ptr(), stream));
+  }
 };
-
-std::tuple<Tensor, Tensor, Tensor> forward_cuda(const Tensor& r, const Tensor& k, const Tensor& v,
-                                                const Tensor& w, const Tensor& u,
-                                                const optional<Tensor>& state,
-                                                const optional<Tensor>& cu_seqlens,
-                                                bool for_backward) {
-  CudaCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor y = call.like_r(), new_state = call.floats(call.state_shape());
-  Tensor checkpoints = call.checkpoints(for_backward);
-  Tensor scratch = call.scratch(wkv6_forward_scratch_bytes(&call.problem));
-  CudaCall::succeed(wkv6_forward(
-      &call.problem, call.r.const_data_ptr(), call.k.const_data_ptr(), call.v.const_data_ptr(),
-      call.w.const_data_ptr(), call.u.const_data_ptr<float>(), data_or_null<float>(call.state),
-      y.data_ptr(), new_state.data_ptr<float>(), for_backward ? checkpoints.data_ptr() : nullptr,
-      scratch.data_ptr(), call.stream));
-  return {y, new_state, checkpoints};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward_cuda(
-    const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w, const Tensor& u,
-    const optional<Tensor>& state, const optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
-    const Tensor& grad_y, const optional<Tensor>& grad_state) {
-  CudaCall call(r, k, v, w, u, state, cu_seqlens);
-  Tensor dy = dense(grad_y), starts = dense(checkpoints);
-  const optional<Tensor> dstate = dense(grad_state);
-  call.check(dy, call.r.sizes(), call.r.scalar_type());
-  if (dstate) call.check(*dstate, call.state_shape(), at::kFloat);
-  TORCH_CHECK(starts.nbytes() == wkv6_checkpoint_bytes(&call.problem),
-              "wkv6: these checkpoints are of another forward: ", starts.sizes());
-  Tensor dr = call.like_r(), dk = call.like_r(), dv = call.like_r(), dw = call.like_r();
-  Tensor du = call.floats({call.H, call.N}), dstate_in = call.state_gradient();
-  Tensor scratch = call.scratch(wkv6_backward_scratch_bytes(&call.problem));
-  CudaCall::succeed(wkv6_backward(
-      &call.problem, call.r.const_data_ptr(), call.k.const_data_ptr(), call.v.const_data_ptr(),
-      call.w.const_data_ptr(), call.u.const_data_ptr<float>(), dy.const_data_ptr(),
-      data_or_null<float>(dstate), starts.const_data_ptr(), dr.data_ptr(), dk.data_ptr(),
-      dv.data_ptr(), dw.data_ptr(), du.data_ptr<float>(),
-      call.state ? dstate_in.data_ptr<float>() : nullptr, scratch.data_ptr(), call.stream));
-  return {dr, dk, dv, dw, du, dstate_in};
-}
 
 }  // namespace
 }  // namespace finchtune
 
 TORCH_LIBRARY_IMPL(finchtune, CUDA, library) {
-  library.impl("wkv6_forward", &finchtune::forward_cuda);
-  library.impl("wkv6_backward", &finchtune::backward_cuda);
+  library.impl("wkv6_forward", &finchtune::wkv6_forward<finchtune::CudaCall>);
+  library.impl("wkv6_backward", &finchtune::wkv6_backward<finchtune::CudaCall>);
 }

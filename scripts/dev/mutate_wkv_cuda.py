@@ -18,7 +18,14 @@ from finchtune.errors import run_cli
 
 ROOT = Path(__file__).parents[2]
 TEST = Path("tests/ops/wkv6/test_cuda_emulated.py")
-KERNEL_FILES = ("forward.cuh", "backward.cuh", "segments.cuh", "scan.cuh")
+HELPERS = [Path("tests/helpers") / name for name in ("emulation.py", "wkv6_emulator.py")]
+KERNEL_FILES = (
+    "forward.cuh",
+    "backward.cuh",
+    "segments.cuh",
+    "scan_forward.cuh",
+    "scan_backward.cuh",
+)
 
 
 @dataclass
@@ -48,30 +55,40 @@ FAULTS = [
     Fault("tail of the tiles", "fragments.cuh", "token + i * BLOCK < valid);", "token >= 0);"),
     Fault("tail of the output", "fragments.cuh", "token + i * BLOCK < valid) {", "token >= 0) {"),
     Fault("decay of the tail", "fragments.cuh", "token + i * BLOCK >= valid", "token < 0"),
-    Fault("tail of the second k", "backward.cuh", "row + token + p % 2 * 2 < valid", "true"),
-    Fault("tokens of the second k", "backward.cuh", "(lane.row & 6) << 1", "(lane.row & 6)"),
+    Fault("tail of the second k", "backward_state.cuh", "row + token + p % 2 * 2 < valid", "true"),
+    Fault("tokens of the second k", "backward_state.cuh", "(lane.row & 6) << 1", "(lane.row & 6)"),
     Fault("dA beside the scores", "backward.cuh", "chosen(place.below, as_", "chosen(true, as_"),
-    Fault("level of a pair", "backward.cuh", "lane.row / 4 != lane.quad / 2", "lane.row > 15"),
-    Fault("place of G", "backward.cuh", "i / 2 % 4 * 2 + i / 8 % 2 +", "i / 2 % 4 * 2 +"),
+    Fault(
+        "level of a pair", "block_gradients.cuh", "lane.row / 4 != lane.quad / 2", "lane.row > 15"
+    ),
+    Fault("place of G", "backward_state.cuh", "i / 2 % 4 * 2 + i / 8 % 2 +", "i / 2 % 4 * 2 +"),
     Fault("packed segment", "problem.cuh", "middle) <= segment", "middle) < segment"),
     Fault("heads that are cut", "problem.cuh", "cut ? segments.whole + (block", "cut ? (block"),
-    Fault("sum of du", "wkv6.cu", "head + segment * rest", "head + segment"),
+    Fault("sum of du", "sum.cuh", "head + segment * rest", "head + segment"),
     Fault("state of a segment", "segments.cuh", "added[i] = entering;", "added[i] = 0.0f;"),
     Fault("decay of the scan's tail", "scan.cuh", "NO_DECAY = -INFINITY", "NO_DECAY = 0.0f"),
     Fault("tail of the scan's output", "scan.cuh", "if (t0 + i < work.length)", "if (true)"),
     Fault("far leaves of level 8", "block.cuh", "odd == upper", "odd != upper"),
     Fault("pairs of level 4", "block.cuh", "row_leaf % 2 == 1 &&", "row_leaf > 0 &&"),
     Fault("decay inside a leaf", "block.cuh", "decayed *= d.x[c][a]", "decayed *= d.x[c][b]"),
-    Fault("inclusive suffix sum", "backward.cuh", "through + suffix", "through + suffix + rdr[i]"),
+    Fault(
+        "inclusive suffix sum",
+        "block_gradients.cuh",
+        "through + suffix",
+        "through + suffix + rdr[i]",
+    ),
     Fault(
         "inclusive prefix sum",
-        "backward.cuh",
+        "block_gradients.cuh",
         "dw.x[c][i] += prefix",
         "dw.x[c][i] += prefix + kdk[i]",
     ),
-    Fault("sum of a far leaf", "backward.cuh", "lane.quad == 2 ?", "lane.quad == 3 ?"),
+    Fault("sum of a far leaf", "block_gradients.cuh", "lane.quad == 2 ?", "lane.quad == 3 ?"),
     Fault(
-        "first of the scan's sums", "scan.cuh", "dw.x[i] += prefix", "dw.x[i] += prefix * d.x[i]"
+        "first of the scan's sums",
+        "scan_backward.cuh",
+        "dw.x[i] += prefix",
+        "dw.x[i] += prefix * d.x[i]",
     ),
     Fault(
         "checkpoints of packed sequences",
@@ -112,7 +129,8 @@ def all_faults() -> list[Fault]:
 def copy_sources(folder: Path) -> None:
     shutil.copytree(ROOT / "cuda", folder / "cuda")
     shutil.copytree(ROOT / "tests/ops/wkv6/emulation", folder / "tests/ops/wkv6/emulation")
-    for name in (TEST, "pyproject.toml"):
+    (folder / "tests/helpers").mkdir()
+    for name in (TEST, *HELPERS, "pyproject.toml"):
         shutil.copy(ROOT / name, folder / name)
 
 

@@ -1,62 +1,24 @@
 """Every form of WKV6 against the recurrence in float64: all outputs, all gradients."""
 
-from functools import lru_cache
-
 import pytest
 import torch
 from helpers.wkv import CPU_PATHS, errors, evaluate, named_form, one_thread
+from helpers.wkv6_cases import (
+    FP32_TOLERANCE,
+    NAMES,
+    REGIMES,
+    assert_close,
+    in_dtype,
+    make_inputs,
+    oracle,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finchtune.errors import UserError
 from finchtune.ops.wkv6 import wkv6, wkv6_chunked, wkv6_reference
 
 FORMS = ["chunked", *CPU_PATHS]
-REGIMES = ["strong", "weak", "typical", "mixed", "extreme"]
-NAMES = ["y", "state", "dr", "dk", "dv", "dw", "du", "dstate"]
 LENGTHS = [1, 2, 3, 15, 16, 17, 63, 64, 65, 203]
-FP32_TOLERANCE = 2e-6  # of the largest value
-
-
-def decays(regime: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Raw decays w: forget at once, hardly ever, or both side by side."""
-    noise = torch.randn(shape, dtype=torch.float64)
-    coin = torch.rand(shape)
-    if regime == "strong":
-        return torch.full_like(noise, 3)
-    if regime == "weak":
-        return -8 + 0.3 * noise
-    if regime == "typical":
-        return torch.linspace(-6, 1, shape[-1], dtype=torch.float64) + 0.5 * noise
-    if regime == "mixed":
-        return torch.where(coin < 0.5, 3.0, -8.0).double()
-    return torch.where(coin < 0.3, torch.full_like(noise, 6), -10 + 2 * noise)
-
-
-def make_inputs(regime, B, T, H, N, n_sequences=None):
-    """r, k, v, w, u, state, then the gradients of y and of the final state, in float64."""
-    torch.manual_seed(T * N)
-    n = n_sequences or B
-    r, k, v, grad_y = torch.randn(4, B, T, H, N, dtype=torch.float64).unbind()
-    state, grad_state = torch.randn(2, n, H, N, N, dtype=torch.float64).unbind()
-    u = 0.5 * torch.randn(H, N, dtype=torch.float64)
-    return r, k, v, decays(regime, (B, T, H, N)), u, state, grad_y, grad_state
-
-
-@lru_cache(maxsize=256)
-def oracle(regime, B, T, H, N):
-    inputs = make_inputs(regime, B, T, H, N)
-    return inputs, evaluate(wkv6_reference, inputs)
-
-
-def in_dtype(inputs, dtype):
-    """Token tensors in `dtype`; u, the states and their gradient in fp32."""
-    return [x.to(dtype if i in (0, 1, 2, 3, 6) else torch.float32) for i, x in enumerate(inputs)]
-
-
-def assert_close(got, exact, tolerance=FP32_TOLERANCE):
-    found = errors(NAMES, got, exact)
-    assert all(error <= tolerance for error in found.values()), found
 
 
 @pytest.fixture(autouse=True)
@@ -224,100 +186,3 @@ def test_decays_beyond_fp32_range(kernels):
         got = evaluate(wkv6, [r, k * 0, v, torch.full_like(w, value), u, state, *gradients])
         torch.testing.assert_close(got[1], kept * state)
         assert all(x.isfinite().all() for x in got)
-
-
-def test_autocast_leaves_the_operator_alone(kernels):
-    """Under autocast r, k, v come as bf16 and w as fp32; the result is that of bf16 outside."""
-    inputs = in_dtype(make_inputs("typical", 2, 17, 2, 16), torch.bfloat16)
-    inputs[3] = inputs[3].float() + 0.001
-    for form in (wkv6, wkv6_chunked):
-
-        def under_autocast(*arguments, form=form):
-            with torch.autocast("cpu", torch.bfloat16):
-                return form(*arguments)
-
-        outside, inside = evaluate(form, inputs), evaluate(under_autocast, inputs)
-        assert all(map(torch.equal, outside, inside))
-        assert outside[5].dtype == torch.float32
-
-
-def test_operators_keep_torchs_contract(kernels):
-    for T, cu_seqlens in ((40, None), (70, torch.tensor([0, 66, 70], dtype=torch.int32))):
-        n = 1 if cu_seqlens is None else 2
-        made = make_inputs("typical", 1, T, 2, 16, n_sequences=n)
-        *inputs, grad_y, grad_state = in_dtype(made, torch.float32)
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        ops = torch.ops.finchtune
-        torch.library.opcheck(ops.wkv6_forward.default, (*leaves, cu_seqlens, True))
-        torch.library.opcheck(ops.wkv6_forward.default, (*inputs, cu_seqlens, False))
-        torch.library.opcheck(ops.wkv6_forward.default, (*leaves[:-1], None, cu_seqlens, True))
-        for form in (inputs, [*inputs[:-1], None]):
-            _, _, checkpoints = ops.wkv6_forward(*form, cu_seqlens, True)
-            for grad in (grad_state, None):
-                arguments = (*form, cu_seqlens, checkpoints, grad_y, grad)
-                torch.library.opcheck(ops.wkv6_backward.default, arguments)
-
-
-def test_without_a_state_none_is_saved(kernels):
-    """A zero state, and its gradient, would be traffic for nothing in every layer."""
-    *rows, u, _, _, _ = make_inputs("typical", 2, 20, 2, 16)
-    leaves = [x.float().requires_grad_() for x in (*rows, u)]
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: saved.append(x.shape) or x, lambda x: x
-    ):
-        y, state = wkv6(*leaves)
-    assert saved.count(state.shape) == 1  # the checkpoints: at most one state of each sequence
-    expected, _ = wkv6(*leaves, torch.zeros(2, 2, 16, 16))
-    assert torch.equal(y, expected)
-    gradients = [torch.autograd.grad(out.sum(), leaves) for out in (y, expected)]
-    assert all(map(torch.equal, *gradients))
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("form", "dynamic", "lengths"),
-    [(wkv6, True, [17, 40]), (wkv6, False, [17]), (wkv6_chunked, False, [9])],
-    ids=["kernel, any length", "kernel", "chunked"],
-)
-def test_torch_compile(kernels, form, dynamic, lengths, backend):
-    torch._dynamo.reset()
-    compiled = torch.compile(form, fullgraph=True, backend=backend, dynamic=dynamic)
-    for T in lengths:
-        inputs, exact = oracle("typical", 1, T, 2, 16)
-        assert_close(evaluate(compiled, in_dtype(inputs, torch.float32)), exact)
-
-
-def replaced(index, tensor):
-    """Arguments that fit, but for one."""
-    torch.manual_seed(0)
-    arguments = [*torch.randn(4, 2, 5, 2, 8).unbind(), torch.randn(2, 8), None, None]
-    arguments[index] = tensor
-    return arguments
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (replaced(0, torch.zeros(2, 5, 16)), "r must be"),
-        (replaced(0, torch.zeros(2, 0, 2, 8)), "not empty"),
-        (replaced(0, torch.zeros(2, 5, 2, 8, dtype=torch.int64)), "r must be bf16"),
-        (replaced(1, torch.zeros(2, 5, 1, 8)), "k must be"),
-        (replaced(2, torch.zeros(2, 5, 2, 8).double()), "use one dtype"),
-        (replaced(3, torch.zeros(2, 5, 2, 8, dtype=torch.int32)), "w must be floating"),
-        (replaced(4, torch.zeros(8)), "u must be"),
-        (replaced(5, torch.zeros(2, 2, 8)), "state must be"),
-        (replaced(5, torch.zeros(2, 2, 8, 8, device="meta")), "state is on meta"),
-        (replaced(6, torch.tensor([0, 5])), "a batch of 1"),
-    ],
-)
-def test_wrong_arguments_are_told(arguments, message):
-    with pytest.raises(UserError, match=message):
-        wkv6(*arguments)
-
-
-@pytest.mark.parametrize("bounds", [[0, 4], [1, 5], [0, 3, 2, 5], [0], [0.0, 5.0]])
-def test_wrong_boundaries_are_told(bounds):
-    x, u = torch.zeros(1, 5, 2, 8), torch.zeros(2, 8)
-    with pytest.raises(UserError, match="cu_seqlens"):
-        wkv6(x, x, x, x, u, cu_seqlens=torch.tensor(bounds))

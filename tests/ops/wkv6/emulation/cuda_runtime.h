@@ -68,10 +68,10 @@ struct cudaLaunchConfig_t {
 // 8.6).
 constexpr size_t SHARED_MEMORY_LIMIT = 99 * 1024;
 
-namespace wkv6 {
+namespace finchtune {
 // The kernels' `extern __shared__` array. A block sees NaN in what it has not written.
 alignas(128) inline unsigned char dynamic_shared[SHARED_MEMORY_LIMIT + 4096];
-}  // namespace wkv6
+}  // namespace finchtune
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
@@ -88,10 +88,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   try {
     for (unsigned x = 0; x < config->gridDim.x; x++) {
       blockIdx.x = x;
-      std::fill(std::begin(wkv6::dynamic_shared), std::end(wkv6::dynamic_shared), 0xff);
+      std::fill(std::begin(finchtune::dynamic_shared), std::end(finchtune::dynamic_shared), 0xff);
       run_block();
-      if (std::any_of(wkv6::dynamic_shared + config->dynamicSmemBytes,
-                      std::end(wkv6::dynamic_shared),
+      if (std::any_of(finchtune::dynamic_shared + config->dynamicSmemBytes,
+                      std::end(finchtune::dynamic_shared),
                       [](unsigned char byte) { return byte != 0xff; })) {
         last_error = "a write behind the end of shared memory";
         return cudaErrorLaunchFailure;

@@ -1,7 +1,8 @@
-// The launchers of wkv6.h as a plain shared library: wkv6.cu itself, compiled by a C++ compiler.
+// The launchers of a file of cuda/gpu, SOURCE, as a plain shared library: the file itself, compiled by
+// a C++ compiler.
 #include <cuda_runtime.h>
 
-#include "wkv6.cu"
+#include SOURCE
 
 // schedule: an emulation::Order; eager_copies: when cp.async copies; multiprocessors, capability: of
 // the GPU that the launchers see.

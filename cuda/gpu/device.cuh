@@ -1,0 +1,36 @@
+// What the device code of all kernels shares: elements, which are computed with in fp32, and the
+// memory of a thread block.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+namespace finchtune {
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
+  return __float2bfloat16_rn(x);
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float x) {
+  return __float2half_rn(x);
+}
+
+// The dynamic shared memory of the block, as the kernel's own struct.
+template <typename Shared>
+__device__ __forceinline__ Shared& shared_memory() {
+  extern __shared__ __align__(128) unsigned char dynamic_shared[];
+  return *reinterpret_cast<Shared*>(dynamic_shared);
+}
+
+}  // namespace finchtune

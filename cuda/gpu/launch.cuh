@@ -1,0 +1,40 @@
+// What launchers of kernels share, whatever the kernel.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace finchtune {
+
+// Several values at a time are moved, so that every tensor must begin at a multiple of 16 bytes.
+template <typename... Pointers>
+bool aligned(Pointers... pointers) {
+  return ((reinterpret_cast<uintptr_t>(pointers) % 16 == 0) && ...);
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// An attribute of the current device; 1 without one, and the launch will report what is wrong.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 1;
+  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 1;
+}
+
+template <typename Args>
+cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
+                   void* stream, const Args& args) {
+  // Also allows more than the 48 KB that every kernel may have.
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (error != cudaSuccess) return error;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+}  // namespace finchtune
