@@ -104,7 +104,7 @@ def test_json_spellings(words, expected):
         (["--bone_config", '{"bone_mode": "bet"}'], "mode is bone or bat, not 'bet'"),
         (["--peft", "lora", "--bone_config", "{}"], "--bone_config goes with --peft bone"),
         (["--peft", "bone", "--bone_r", "8", "--bone_config", '{"bone_r": 8}'], "given twice"),
-        (["--my_testing", "x070"], "--my_testing x070: choose one of x060"),
+        (["--my_testing", "x050"], "--my_testing x050: choose one of x060, x070"),
         (["--strategy", "deepspeed_stage_4"], "did you mean deepspeed_stage"),
         (["--sft_field", "a", "b"], "--sft_field goes with --data_type jsonl"),
         (["--peft", "bone", "--weight_decay", "0.1"], "--weight_decay 0.1 would act on nothing"),

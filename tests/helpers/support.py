@@ -12,15 +12,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.models import LanguageModel, generation_of, generations
 from finchtune.ops import kernels
 from finchtune.weights.tensors import write_tensors
 
+NUMBERS = {one.number: one for one in generations().values()}
+every_generation = pytest.mark.parametrize("generation", NUMBERS, ids="RWKV-{}".format)
 
-def small_model(n_layer=2, n_embd=64, vocab_size=256, head_size=8, seed=0, **sizes) -> RWKV6:
-    """An RWKV-6 in which no tensor is zero or constant, so that no path is hidden."""
-    config = ModelConfig(n_layer, n_embd, vocab_size, head_size=head_size, **sizes)
-    model = init_weights(RWKV6(config), seed)
+
+def small_model(
+    n_layer=2, n_embd=64, vocab_size=256, head_size=8, seed=0, generation=6, **sizes
+) -> LanguageModel:
+    """A model in which no tensor is zero or constant, so that no path is hidden."""
+    made = NUMBERS[generation]
+    config = made.sizes(n_layer, n_embd, vocab_size, head_size=head_size, **sizes)
+    model = made.init_weights(made.model(config, 0), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -29,7 +35,7 @@ def small_model(n_layer=2, n_embd=64, vocab_size=256, head_size=8, seed=0, **siz
     return model
 
 
-def save_model(model: RWKV6, path: Path) -> Path:
+def save_model(model: LanguageModel, path: Path) -> Path:
     write_tensors(model.state_dict(), path)
     return path
 
@@ -45,11 +51,15 @@ def whole_state(engine) -> dict:
 
 def rwkv_package(path: Path):
     """The independent `rwkv` package's runtime of a .pth, on the CPU in fp32."""
-    os.environ.pop("RWKV_V7_ON", None)
+    number = generation_of(torch.load(path, weights_only=True, mmap=True)).number
+    os.environ["RWKV_V7_ON"] = str(int(number == 7))  # read when the module is imported
     os.environ["RWKV_JIT_ON"] = "0"
+    sys.modules.pop("rwkv.model", None)
     from rwkv.model import RWKV
 
-    return RWKV(model=str(path), strategy="cpu fp32", verbose=False)
+    if number == 7:
+        return RWKV(str(path.with_suffix("")), "cpu fp32")
+    return RWKV(str(path), "cpu fp32", verbose=False)
 
 
 def rwkv_package_logits(path: Path, tokens: list[int]) -> torch.Tensor:

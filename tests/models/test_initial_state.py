@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from helpers.support import relative_error, small_model
+from helpers.support import every_generation, relative_error, small_model
 
 from finchtune.inference.generate import generate_batch
-from finchtune.models.rwkv6 import BlockState
+from finchtune.models.rwkv6 import RWKV6, BlockState
 
 
 def model_with_state(scale=0.5, **sizes):
@@ -22,12 +22,13 @@ def model_with_state(scale=0.5, **sizes):
 def given_state(model, n_sequences):
     """What the model begins from, as a caller would give it."""
     blank = torch.zeros(n_sequences, model.config.n_embd)
-    states = [s.mT.expand(n_sequences, -1, -1, -1) for s in model.initial_states().values()]
-    return [BlockState(blank, state, blank) for state in states]
+    own = [s.mT if isinstance(model, RWKV6) else s for s in model.initial_states().values()]
+    return [BlockState(blank, s.expand(n_sequences, -1, -1, -1), blank) for s in own]
 
 
-def test_a_model_has_no_state_until_it_is_added():
-    model = small_model()
+@every_generation
+def test_a_model_has_no_state_until_it_is_added(generation):
+    model = small_model(generation=generation)
     assert model.initial_states() == {}
     expected = model(torch.arange(20)[None])[0]
     model.add_initial_state()
@@ -35,23 +36,26 @@ def test_a_model_has_no_state_until_it_is_added():
     torch.testing.assert_close(model(torch.arange(20)[None])[0], expected)
 
 
-def test_a_state_stands_before_the_first_token():
-    model, plain = model_with_state(), small_model()
+@every_generation
+def test_a_state_stands_before_the_first_token(generation):
+    model, plain = model_with_state(generation=generation), small_model(generation=generation)
     tokens = torch.randint(0, 256, (2, 20))
     found = model(tokens)[0]
     torch.testing.assert_close(found, plain(tokens, given_state(model, 2))[0])
     assert relative_error(found, plain(tokens)[0]) > 0.01
 
 
-def test_a_given_state_takes_its_place():
-    model, plain = model_with_state(), small_model()
+@every_generation
+def test_a_given_state_takes_its_place(generation):
+    model, plain = model_with_state(generation=generation), small_model(generation=generation)
     tokens = torch.randint(0, 256, (2, 20))
     _, state = plain(tokens)
     torch.testing.assert_close(model(tokens, state)[0], plain(tokens, state)[0])
 
 
-def test_every_packed_sequence_begins_from_it():
-    model = model_with_state()
+@every_generation
+def test_every_packed_sequence_begins_from_it(generation):
+    model = model_with_state(generation=generation)
     tokens = torch.randint(0, 256, (1, 30))
     bounds = torch.tensor([0, 7, 20, 30], dtype=torch.int32)
     found, _ = model.hidden(tokens, None, bounds)
@@ -60,8 +64,11 @@ def test_every_packed_sequence_begins_from_it():
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_the_first_packed_sequences_may_go_on_while_others_begin(trained):
-    model = model_with_state() if trained else small_model()
+@every_generation
+def test_the_first_packed_sequences_may_go_on_while_others_begin(trained, generation):
+    model = (
+        model_with_state(generation=generation) if trained else small_model(generation=generation)
+    )
     tokens = torch.randint(0, 256, (1, 30))
     whole = torch.tensor([0, 17, 30], dtype=torch.int32)
     expected, _ = model.hidden(tokens, None, whole)
@@ -71,9 +78,10 @@ def test_the_first_packed_sequences_may_go_on_while_others_begin(trained):
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])
-def test_gradients_of_the_state(mode):
+@every_generation
+def test_gradients_of_the_state(mode, generation):
     """Of a row and of packed sequences; against finite differences, in float64."""
-    model = model_with_state(n_layer=1, n_embd=16, vocab_size=32).double()
+    model = model_with_state(n_layer=1, n_embd=16, vocab_size=32, generation=generation).double()
     model.grad_checkpoint = mode
     tokens = torch.randint(0, 32, (1, 12))
     bounds = torch.tensor([0, 5, 12], dtype=torch.int32)
@@ -93,9 +101,10 @@ def test_gradients_of_the_state(mode):
     torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-6, atol=0)
 
 
-def test_every_backward_reaches_the_state():
+@every_generation
+def test_every_backward_reaches_the_state(generation):
     """Its gradient is zero, not missing, where all sequences go on from given states."""
-    model = model_with_state()
+    model = model_with_state(generation=generation)
     tokens = torch.randint(0, 256, (2, 10))
     with torch.no_grad():
         _, state = model.hidden(tokens)
@@ -105,8 +114,9 @@ def test_every_backward_reaches_the_state():
         assert not parameter.grad.any()
 
 
-def test_text_is_written_from_the_state():
-    model, plain = model_with_state(2.0), small_model()
+@every_generation
+def test_text_is_written_from_the_state(generation):
+    model, plain = model_with_state(2.0, generation=generation), small_model(generation=generation)
     prompts = [[5, 6, 7], [], [9] * 30]
     found = generate_batch(model, prompts, 12, stop_tokens=())
     expected = []

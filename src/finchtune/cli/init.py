@@ -16,7 +16,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--n_embd", type=int, required=True)
     parser.add_argument("--vocab_size", type=int, required=True)
     parser.add_argument("--head_size_a", type=int, default=64, help="channels in a head")
-    parser.add_argument("--dim_ffn", type=int, help="default: 3.5 n_embd, rounded down to 32")
+    parser.add_argument(
+        "--dim_ffn", type=int, help="default: what the generation has for this n_embd"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", required=True, help="the .pth to write")

@@ -42,8 +42,10 @@ def with_method_flags(cls: type) -> type:
 class ModelFlags:
     """The base model."""
 
-    load_model: str = flag("", "base weights, an RWKV-6 .pth file", free=True)
-    my_testing: str | None = flag(None, "model generation, x060; checked against the weight file")
+    load_model: str = flag("", "base weights, a .pth or any other form", free=True)
+    my_testing: str | None = flag(
+        None, "model generation, as x060; checked against the weight file"
+    )
     n_layer: int | None = flag(None, "checked against the weight file")
     n_embd: int | None = flag(None, "checked against the weight file")
     vocab_size: int | None = flag(None, "checked against the weight file")
@@ -150,7 +152,7 @@ class StepFlags:
         "cos", "way from lr_init to lr_final", ("cos", "exp", "linear", "constant", "wsd")
     )
     warmup_steps: int = flag(0, "steps over which the learning rate grows from 1 %")
-    layerwise_lr: bool = flag(False, "train time_decay at twice the learning rate")
+    layerwise_lr: bool = flag(False, "train the decays at twice the learning rate")
     beta1: float = flag(0.9, "Adam's first-moment decay")
     beta2: float = flag(0.99, "Adam's second-moment decay")
     adam_eps: float = flag(1e-8, "Adam's epsilon")

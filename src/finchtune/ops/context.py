@@ -13,6 +13,7 @@ from finchtune.distributed.context import ContextGroup
 from finchtune.ops.wkv import compute_dtype
 from finchtune.ops.wkv6 import wkv6
 from finchtune.ops.wkv6.chunked import sum_before
+from finchtune.ops.wkv7 import wkv7
 
 
 class LastOfLeft(torch.autograd.Function):
@@ -38,35 +39,50 @@ class LastOfLeft(torch.autograd.Function):
 
 
 class StateBefore(torch.autograd.Function):
-    """The WKV state before each part: S_0 = given, S_{p+1} = diag(decay_p) S_p + local_p."""
+    """The WKV state before each part: S_0 = given, S_{p+1} = passed(S_p, transfer_p) + local_p."""
 
     @staticmethod
     def forward(
-        ctx: Any, context: ContextGroup, local: Tensor, decay: Tensor, given: Tensor
+        ctx: Any, context: ContextGroup, local: Tensor, transfer: Tensor, given: Tensor
     ) -> Any:
-        """local, given (k, H, N key, N value), decay (k, H, N key) -> the state before this part,
-        and that after all.
+        """local, given (k, H, N, N), transfer as in `passed` -> the state before this part, and
+        that after all.
         """
-        locals_, decays = context.gather(local), context.gather(decay)
+        locals_, transfers = context.gather(local), context.gather(transfer)
         states = [given]
-        for own, kept in zip(locals_, decays, strict=True):
-            states.append(kept.unsqueeze(-1) * states[-1] + own)
+        for own, one in zip(locals_, transfers, strict=True):
+            states.append(passed(states[-1], one) + own)
         ctx.context = context
         before = states[context.rank].clone()
-        ctx.save_for_backward(before, *decays)
+        ctx.save_for_backward(before, *transfers)
         return before, states[-1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         context: ContextGroup = ctx.context
-        before, *decays = ctx.saved_tensors
+        before, *transfers = ctx.saved_tensors
         d_before, d_state = gradients
         d_local = d_state
         for p, own in reversed(list(enumerate(context.gather(d_before)))):
             if p == context.rank:
                 d_local = d_state
-            d_state = own + decays[p].unsqueeze(-1) * d_state
-        return None, d_local, (d_local * before).sum(-1), d_state
+            transposed = transfers[p].mT if is_matrix(transfers[p], own) else transfers[p]
+            d_state = own + passed(d_state, transposed)
+        matrix = is_matrix(transfers[0], before)
+        d_transfer = before.mT @ d_local if matrix else (d_local * before).sum(-1)
+        return None, d_local, d_transfer, d_state
+
+
+def is_matrix(transfer: Tensor, state: Tensor) -> bool:
+    """Whether a transfer is a matrix for each head, not a decay for each row of the state."""
+    return transfer.dim() == state.dim()
+
+
+def passed(state: Tensor, transfer: Tensor) -> Tensor:
+    """What tokens leave of a state (k, H, N, N): `transfer` (k, H, N) decays its rows, (k, H, N, N)
+    is multiplied from the right.
+    """
+    return state @ transfer if is_matrix(transfer, state) else transfer.unsqueeze(-1) * state
 
 
 def begins_from(given: Tensor | None) -> bool:
@@ -126,4 +142,39 @@ def wkv6_across(
     kept = sum_before(log_decay[:, :end].transpose(1, 2)).exp()
     read = (r[:, :end].transpose(1, 2) * kept) @ (start * goes_on)
     added = torch.nn.functional.pad(read.transpose(1, 2), (0, 0, 0, 0, 0, r.shape[1] - end))
+    return (y + added).to(y.dtype), final
+
+
+def wkv7_across(
+    context: ContextGroup,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    fresh: Tensor,
+    given: Tensor | None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`wkv7` of this process's part of a context, as `wkv6_across`.
+
+    What a state before this part becomes, and what it adds to y, is the state times what the
+    operator makes of the unit matrix without values.
+    """
+    goes_on = bool(context.goes_on if context.rank else begins_from(given))
+    n_first, wide = len(r), compute_dtype(r)
+    begins = torch.ones(len(fresh), 1, 1, 1, dtype=wide, device=r.device)
+    begins[:n_first] = not goes_on
+    y, after = wkv7(r, k, v, w, a, b, fresh.to(wide) * begins, cu_seqlens)
+    _, T, H, N = r.shape
+    end = T if cu_seqlens is None else int(cu_seqlens[1])
+    unit = torch.eye(N, dtype=wide, device=r.device).expand(n_first, H, N, N)
+    r, k, v, w, a, b = (x[:, :end] for x in (r, k, torch.zeros_like(v), w, a, b))
+    read, transfer = wkv7(r, k, v, w, a, b, unit)
+    passes_on = goes_on and (cu_seqlens is None or len(cu_seqlens) == 2)
+    local = after[-n_first:]
+    start, final = StateBefore.apply(context, local, transfer * passes_on, filled(given, local))
+    added = read.to(wide).transpose(1, 2) @ (start * goes_on).mT
+    added = torch.nn.functional.pad(added.transpose(1, 2), (0, 0, 0, 0, 0, T - end))
     return (y + added).to(y.dtype), final

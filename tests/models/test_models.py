@@ -5,8 +5,12 @@ import contextlib
 import pytest
 import torch
 from helpers.support import (
+    NUMBERS,
+    every_generation,
     peak_bytes,
     relative_error,
+    rwkv_package,
+    rwkv_package_greedy,
     rwkv_package_logits,
     save_model,
     small_model,
@@ -17,25 +21,53 @@ from torch.utils.flop_counter import FlopCounterMode
 import finchtune
 from finchtune.adapters import attach
 from finchtune.errors import UserError
-from finchtune.models import recompute
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.inference.generate import generate_batch
+from finchtune.models import meta_model, recompute, released_sizes
+from finchtune.models.rwkv6 import ModelConfig
 from finchtune.ops import kernels
 from finchtune.ops.elementwise import plain
 
 SHAPES = {
-    "head size 8": {"n_layer": 2, "n_embd": 64, "head_size": 8},
-    "head size 64": {"n_layer": 2, "n_embd": 128, "head_size": 64},
-    "odd layers, own F": {"n_layer": 3, "n_embd": 64, "head_size": 16, "dim_ffn": 200},
+    "head size 8": (6, {"n_layer": 2, "n_embd": 64, "head_size": 8}),
+    "head size 64": (6, {"n_layer": 2, "n_embd": 128, "head_size": 64}),
+    "odd layers, own F": (6, {"n_layer": 3, "n_embd": 64, "head_size": 16, "dim_ffn": 200}),
+    "RWKV-7": (7, {"n_layer": 2, "n_embd": 128, "head_size": 64}),
+    "RWKV-7, one layer": (7, {"n_layer": 1, "n_embd": 64, "head_size": 8}),
+    "RWKV-7, odd sizes and ranks": (
+        7,
+        {
+            **{"n_layer": 3, "n_embd": 60, "head_size": 20, "dim_ffn": 200, "dim_decay_lora": 7},
+            **{"dim_rate_lora": 9, "dim_value_lora": 5, "dim_gate_lora": 11, "dim_unused_lora": 3},
+        },
+    ),
 }
 
 
-@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
-def test_logits_equal_the_rwkv_package(tmp_path, sizes):
-    path = save_model(small_model(**sizes), tmp_path / "model.pth")
+@torch.no_grad()
+@pytest.mark.parametrize(("generation", "sizes"), SHAPES.values(), ids=SHAPES)
+def test_logits_and_states_equal_the_rwkv_package(tmp_path, generation, sizes):
+    made = small_model(generation=generation, **sizes)
+    path = save_model(made, tmp_path / "model.pth")
+    model = finchtune.load_model(path)
+    assert model.config == made.config
     tokens = torch.randint(1, 256, (1, 45))
-    logits, _ = finchtune.load_model(path)(tokens)
+    logits, _ = model(tokens)
     expected = rwkv_package_logits(path, tokens[0].tolist())
-    assert relative_error(logits[0], expected) < 1e-4
+    assert relative_error(logits[0], expected) < 1e-5
+    for n in (1, 2, 16, 45):
+        _, state = model(tokens[:, :n])
+        _, theirs = rwkv_package(path).forward(tokens[0, :n].tolist(), None)
+        for layer, block in enumerate(state):
+            for part, other in zip(block, theirs[3 * layer : 3 * layer + 3], strict=True):
+                assert relative_error(part[0], other.view_as(part[0])) < 1e-5
+
+
+@every_generation
+def test_greedy_text_equals_the_rwkv_packages(tmp_path, generation):
+    path = save_model(small_model(generation=generation), tmp_path / "model.pth")
+    prompt = torch.randint(1, 256, (20,)).tolist()
+    (found,) = generate_batch(finchtune.load_model(path), [prompt], 100, stop_tokens=())
+    assert found == rwkv_package_greedy(path, prompt, 100)
 
 
 def test_logits_of_a_trained_model_equal_the_rwkv_package(trained_model):
@@ -48,8 +80,9 @@ def test_logits_of_a_trained_model_equal_the_rwkv_package(trained_model):
     assert loss < 2.0, "a trained model predicts text of its own kind"
 
 
-def test_recurrent_form_equals_parallel_form():
-    model = small_model().double()
+@every_generation
+def test_recurrent_form_equals_parallel_form(generation):
+    model = small_model(generation=generation).double()
     tokens = torch.randint(0, 256, (2, 20))
     whole, end = model(tokens)
     state, parts = None, []
@@ -64,9 +97,10 @@ def test_recurrent_form_equals_parallel_form():
 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "plain"])
-def test_packed_sequences_take_and_return_a_state_each(compiled):
+@every_generation
+def test_packed_sequences_take_and_return_a_state_each(compiled, generation):
     """Their hidden states, states and gradients are those of one sequence at a time."""
-    model, lengths = small_model(head_size=16), (1, 9, 30)
+    model, lengths = small_model(head_size=16, generation=generation), (1, 9, 30)
     pieces = [torch.randint(0, 256, (1, 2 * length)) for length in lengths]
     firsts, seconds = zip(*(piece.chunk(2, dim=1) for piece in pieces), strict=True)
     cu_seqlens = torch.tensor([0, 1, 10, 40], dtype=torch.int32)
@@ -92,8 +126,9 @@ def test_packed_sequences_take_and_return_a_state_each(compiled):
             assert relative_error(found, wanted) < 1e-5
 
 
-def test_later_tokens_do_not_reach_earlier_logits():
-    model = small_model()
+@every_generation
+def test_later_tokens_do_not_reach_earlier_logits(generation):
+    model = small_model(generation=generation)
     tokens = torch.randint(0, 256, (1, 30))
     changed = tokens.clone()
     changed[0, 20:] = (changed[0, 20:] + 1) % 256
@@ -109,13 +144,14 @@ METHODS = [
 
 
 @pytest.mark.parametrize(("peft", "settings"), METHODS)
-def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings):
+@every_generation
+def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings, generation):
     monkeypatch.setattr(recompute, "THIN", 32)  # so that this small model has large products
     tokens, labels = torch.randint(0, 256, (2, 4, 64))
     gradients, kept = [], []
     for mode in (0, 1, 2):
         torch.manual_seed(1)
-        model = small_model(n_layer=5)
+        model = small_model(n_layer=5, generation=generation)
         if peft != "none":
             attach(model, peft, **settings)
         for name, parameter in model.named_parameters():
@@ -131,8 +167,9 @@ def test_recomputing_changes_nothing_but_memory(monkeypatch, peft, settings):
 
 
 @pytest.mark.parametrize("peft", ["bone", "bat", "lora"])
-def test_selective_recomputation_makes_no_product_with_W_again(peft):
-    model = attach(small_model(n_layer=3), peft, r=8)
+@every_generation
+def test_selective_recomputation_makes_no_product_with_W_again(peft, generation):
+    model = attach(small_model(n_layer=3, generation=generation), peft, r=8)
     tokens = torch.randint(0, 256, (2, 64))
     counts = []
     for model.grad_checkpoint in (0, 1, 2):
@@ -182,16 +219,18 @@ def test_gradients_of_the_shift(starts):
     assert torch.autograd.gradcheck(plain.ShiftDifference.apply, (x, last, starts))
 
 
-def test_every_parameter_gets_a_gradient():
-    model = small_model(n_layer=3)
+@every_generation
+def test_every_parameter_gets_a_gradient(generation):
+    model = small_model(n_layer=3, generation=generation)
     model.loss(*torch.randint(0, 256, (2, 2, 20)))[0].backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().max() > 0, name
 
 
-def test_loss_is_the_summed_cross_entropy_of_unmasked_labels():
-    model = small_model()
+@every_generation
+def test_loss_is_the_summed_cross_entropy_of_unmasked_labels(generation):
+    model = small_model(generation=generation)
     tokens, labels = torch.randint(0, 256, (2, 2, 20))
     labels[0, 5:] = -100
     logits, _ = model(tokens)
@@ -201,9 +240,11 @@ def test_loss_is_the_summed_cross_entropy_of_unmasked_labels():
     assert torch.allclose(model.loss(tokens, labels)[0], expected, rtol=1e-6)
 
 
-def test_new_model_starts_near_uniform_and_repeats_with_its_seed():
-    config = ModelConfig(n_layer=2, n_embd=64, vocab_size=256, head_size=16)
-    model, again = (init_weights(RWKV6(config), seed=3) for _ in range(2))
+@every_generation
+def test_new_model_starts_near_uniform_and_repeats_with_its_seed(generation):
+    made = NUMBERS[generation]
+    config = made.sizes(n_layer=2, n_embd=64, vocab_size=256, head_size=16)
+    model, again = (made.init_weights(made.model(config, 0), seed=3) for _ in range(2))
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
         assert a.isfinite().all()
@@ -213,12 +254,16 @@ def test_new_model_starts_near_uniform_and_repeats_with_its_seed():
 
 
 def test_released_sizes_on_the_meta_device():
-    expected = {(24, 2048): 1.60e9, (32, 2560): 3.10e9, (32, 4096): 7.63e9, (61, 4096): 14.07e9}
-    for (n_layer, n_embd), count in expected.items():
-        with torch.device("meta"):
-            model = RWKV6(ModelConfig(n_layer, n_embd, 65536))
-        found = sum(p.numel() for p in model.parameters())
-        assert abs(found / count - 1) < 0.01, (n_layer, n_embd, found)
+    expected = {
+        **{"1.6B": 1.60e9, "3B": 3.10e9, "7B": 7.63e9, "14B": 14.07e9},
+        **{"0.1B": 0.191e9, "0.4B": 0.451e9, "1.5B": 1.527e9, "2.9B": 2.948e9},
+        **{"7.2B": 7.199e9, "13.3B": 13.27e9},
+    }
+    found = released_sizes()
+    assert found.keys() == expected.keys()
+    for name, count in expected.items():
+        n_parameters = sum(p.numel() for p in meta_model(found[name]).parameters())
+        assert abs(n_parameters / count - 1) < 0.002, name
 
 
 def test_head_size_must_divide_n_embd():
@@ -228,8 +273,9 @@ def test_head_size_must_divide_n_embd():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", [None, "nf4"])
-def test_an_adapted_model_compiles(quant):
-    model = attach(small_model(), "bone", r=8, quant=quant)
+@every_generation
+def test_an_adapted_model_compiles(quant, generation):
+    model = attach(small_model(generation=generation), "bone", r=8, quant=quant)
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         for parameter in trained:
