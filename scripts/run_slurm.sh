@@ -8,7 +8,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=TERM@300
-# Train under SLURM, one task per GPU, and go on in a new job when the time is up or the job is
+# Train under SLURM, one task per GPU, and resume in a new job when the time is up or the job is
 # preempted:
 #
 #   sbatch scripts/run_slurm.sh --load_model ... --proj_dir /shared/run --save_every 500

@@ -1,4 +1,4 @@
-// Token shift and the blends that it feeds. Part of kernels.h. Calls take bands of channels, so that
+// Token shift and the blends that it feeds. Part of kernels.h. Calls take ranges of channels, so that
 // a token finds the one before it, and a sum over tokens is made by one of them alone.
 
 // f(token, where the row before it lies, from which element on)

@@ -1,6 +1,6 @@
 // The forward pass. Part of kernels.h.
 
-// The heads of one sequence take turns of so many tokens: a token's heads lie side by side, so that
+// The heads of one sequence alternate after so many tokens: a token's heads lie side by side, so that
 // memory is then read nearly in order. Their states stay in the second-level cache.
 constexpr int64_t kForwardTurn = 16;
 

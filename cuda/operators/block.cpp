@@ -76,7 +76,7 @@ struct Mix {
   int64_t rows() const { return x.size(0) * x.size(1); }
   int64_t n_sequences() const { return static_cast<int64_t>(bounds.size()) - 1; }
 
-  // function(first channel, last channel), bands of whole cache lines
+  // function(first channel, last channel), ranges of whole cache lines
   template <typename F>
   void for_bands(const F& function) const {
     constexpr int64_t kBand = 32;

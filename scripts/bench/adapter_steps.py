@@ -1,6 +1,6 @@
 """Whole training steps with each method: the paper's table 6 on a small model, and in bytes on any.
 
-Time: forward, backward and AdamW on random tokens, the methods taking turns, median of the steps.
+Time: forward, backward and AdamW on random tokens, the methods alternating, median of the steps.
 Memory: all tensors alive at the highest moment of such a step (weights, gradients, Adam's
 moments, activations), counted storage by storage as torch makes them, so that two runs agree to
 the byte; only what an operation holds inside itself is out of sight. Activations alone are counted

@@ -1,6 +1,6 @@
 """Time and memory of each adapter method on one linear layer, against the frozen layer alone.
 
-Forward and backward of x (T, in) through a frozen W (out, in), its methods taking turns so that
+Forward and backward of x (T, in) through a frozen W (out, in), its methods alternating so that
 all see the same machine. "built" is the straightforward Bat, which builds its changed weight in
 every forward. Nothing here is a claim about a whole model.
 """
@@ -121,7 +121,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--repeats", type=int, default=5, help="turns after a first, uncounted one")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats after a first, uncounted one")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", help="also write the figures to this file")

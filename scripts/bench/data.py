@@ -131,7 +131,7 @@ def reading_speed(prefix: Path, dataload: str, seconds: float, ahead: bool) -> f
     """Inputs per second, padding not counted, in micro batches of 8 rows at ctx_len 1024.
 
     `ahead`: in a thread of its own, as in training, where the handing over of a batch costs more
-    than its making but goes on beside the step.
+    than its making but continues beside the step.
     """
     data = load_data(str(prefix), "binidx", dataload, 1024)
     made = (data.rows(step, 0, 1, 8, 1)[0] for step in itertools.count())

@@ -4,7 +4,7 @@
     python scripts/bench/generate.py --model FILE.pth --prompt 32 --tokens 300 --batch 1
 
 Tokens a second are those written over the whole time, the reading of prompts included; greedy, in
-fp32 on the CPU. The package and each batch size take turns, so that a busy machine slows all
+fp32 on the CPU. The package and each batch size alternate, so that a busy machine slows all
 alike; medians over the rounds. The first text of each batch is compared with the package's.
 """
 
@@ -56,7 +56,7 @@ def timed(work: Callable[[], list]) -> tuple[float, list]:
 
 
 def compare(path: Path, given: argparse.Namespace) -> None:
-    """Time all in turns and print a table."""
+    """Time all alternately and print a table."""
     os.environ.pop("RWKV_V7_ON", None)
     from rwkv.model import RWKV as Package
 

@@ -31,7 +31,7 @@ from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
 from finchtune.inference.generate import generate, generate_batch
 from finchtune.memory.measure import MIB, peak_bytes, seconds
-from train import METHODS, BareLoop, Case, Floor, random_model
+from train import METHODS, BareLoop, Case, LowerBound, random_model
 
 SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096)}
 TINY = (2, 128)
@@ -148,14 +148,14 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
     step()
     before, peak = peak_bytes(step, bench.device)
     kernels = launches(step, bench)
-    products = Floor(case, model)
+    products = LowerBound(case, model)
     products()
     pairs = [
         (seconds(step, bench.device), seconds(products, bench.device)) for _ in range(bench.repeats)
     ]
     step_s, products_s = (statistics.median(side) for side in zip(*pairs, strict=True))
     with FlopCounterMode(display=False) as counter:
-        Floor(replace(case, grad_cp=0), model)()
+        LowerBound(replace(case, grad_cp=0), model)()
     return {
         "step_ms": step_s * 1e3,
         "fastest_ms": min(a for a, _ in pairs) * 1e3,

@@ -3,7 +3,7 @@
     python scripts/bench/merge.py --size 1.6B --repeats 3
 
 Writes random bf16 weights and a Bone of rank 64 into a temporary folder, and there copies the file
-and merges, in turns. Wants three times the model's size on the disk. For numbers that mean
+and merges, alternately. Wants three times the model's size on the disk. For numbers that mean
 something the machine has to be otherwise idle.
 """
 

@@ -1,11 +1,11 @@
-"""Time and memory of a training step, against its floor: the base's matrix products alone.
+"""Time and memory of a training step, against a lower bound: the base's matrix products alone.
 
     python scripts/bench/train.py                        # every table
-    python scripts/bench/train.py --tables step --quick  # one of them, with fewer turns
+    python scripts/bench/train.py --tables step --quick  # one of them, with fewer repeats
 
-The floor multiplies tensors of the step's own shapes by the base's own weights: forward, and
+The lower bound multiplies tensors of the step's own shapes by the base's own weights: forward, and
 backward by the inputs where they need a gradient (by the weights too where those are trained),
-the forward of the blocks twice under --grad_cp 1. Step and floor take turns in one process, and
+the forward of the blocks twice under --grad_cp 1. Step and bound alternate in one process, and
 every row has a process of its own, so that its peak memory is its own. "step MiB" is the highest
 use of memory during a step over that before it, "all MiB" the highest of the whole process.
 
@@ -60,7 +60,7 @@ class Case:
     precision: str = "fp32"
     grad_cp: int = 0
     loss: str = "chunked"
-    against: str = "floor"
+    against: str = "bound"
     quant: str | None = None
 
 
@@ -108,8 +108,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, choices=LENGTHS,
                         help="those of the table length")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=7, help="turns after a first, uncounted one")
-    parser.add_argument("--quick", action="store_true", help="3 turns")
+    parser.add_argument("--repeats", type=int, default=7, help="repeats after a first, uncounted one")
+    parser.add_argument("--quick", action="store_true", help="3 repeats")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     parser.add_argument("--json", help="also write the figures to this file")
@@ -137,7 +137,7 @@ def line(case: Case, row: dict[str, float]) -> str:
 
 
 def measure(case: Case, device_name: str, threads: int, repeats: int) -> dict[str, float]:
-    """One row's figures: medians over `repeats` turns of the step and what it is held against."""
+    """One row's figures: medians over `repeats` measurements of the step and what it is held against."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device(device_name)
@@ -150,7 +150,7 @@ def measure(case: Case, device_name: str, threads: int, repeats: int) -> dict[st
         step = deepspeed_step(case, copy.deepcopy(model), tokens, labels)
         other = BareLoop(case, model, tokens, labels)
     else:
-        step, other = BareLoop(case, model, tokens, labels), Floor(case, model)
+        step, other = BareLoop(case, model, tokens, labels), LowerBound(case, model)
     step()
     before, peak = peak_bytes(step, device)
     other()
@@ -199,11 +199,11 @@ class BareLoop:
     def __init__(self, case: Case, model: RWKV6, tokens: Tensor, labels: Tensor):
         self.case, self.model, self.tokens, self.labels = case, model, tokens, labels
         self.trained = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [
+        self.master_weights = [
             p if p.dtype == torch.float32 else nn.Parameter(p.detach().float())
             for p in self.trained
         ]
-        named = ((str(i), p) for i, p in enumerate(self.masters))
+        named = ((str(i), p) for i, p in enumerate(self.master_weights))
         self.optimizer = adamw(parameter_groups(named), 1e-4, (0.9, 0.99), 1e-8)
 
     def loss(self) -> Tensor:
@@ -215,21 +215,21 @@ class BareLoop:
     def __call__(self) -> float:
         total = self.loss()
         (total / self.labels.numel()).backward()
-        for p, master in zip(self.trained, self.masters, strict=True):
+        for p, master in zip(self.trained, self.master_weights, strict=True):
             if p is not master:
                 assert p.grad is not None
                 master.grad, p.grad = p.grad.float(), None
-        nn.utils.clip_grad_norm_(self.masters, 1.0)
+        nn.utils.clip_grad_norm_(self.master_weights, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            for p, master in zip(self.trained, self.masters, strict=True):
+            for p, master in zip(self.trained, self.master_weights, strict=True):
                 if p is not master:
                     p.copy_(master)
         return total.item()
 
 
-class Floor:
+class LowerBound:
     """The matrix products of the base that no implementation of the step can leave out."""
 
     def __init__(self, case: Case, model: RWKV6):

@@ -7,10 +7,10 @@ For each shape B,T,H,N: the median time of a forward, and of a forward with back
 recurrence in torch, of the chunked form in torch and of the kernel; on a GPU with a head size of
 64 also of sequential kernels in the style of the official ones (sequential_wkv6.cu, compiled with
 nvcc), and of flash-linear-attention's chunk_rwkv6 where it is installed. The times of all forms are
-taken in turns, so that a busy machine slows all of them alike; each follows an uncounted call of
+taken alternately, so that a busy machine slows all of them alike; each follows an uncounted call of
 the same form, unless --cold is given, so that one form does not find the caches full of another's
 tensors. GB/s counts each tensor read or
-written once, GFLOP/s the recurrence's own arithmetic; "of floor" is the time that a copy of these
+written once, GFLOP/s the recurrence's own arithmetic; "of bound" is the time that a copy of these
 bytes, or a matrix product of these operations, whichever is longer, would take, over the time
 measured.
 """
@@ -80,7 +80,7 @@ def medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def machine_floor(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def machine_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per second of a large copy and operations per second of a large matmul, here.
 
     The matmul is in `dtype` on a GPU, in fp32 on a CPU, where the kernel computes in fp32 always.
@@ -188,12 +188,12 @@ def measure(
     }
 
 
-def rows(shape: list[int], dtype_name: str, found: dict, floor: dict[str, float]) -> list[dict]:
+def rows(shape: list[int], dtype_name: str, found: dict, limits: dict[str, float]) -> list[dict]:
     """One record for each form and pass, ready to print."""
     records = []
     for name, times in found.items():
         spent = cost(shape, DTYPES[dtype_name])[name]
-        ideal = max(spent["bytes"] / floor["bytes"], spent["flops"] / floor["flops"])
+        ideal = max(spent["bytes"] / limits["bytes"], spent["flops"] / limits["flops"])
         for form, t in times.items():
             records.append(
                 {
@@ -205,7 +205,7 @@ def rows(shape: list[int], dtype_name: str, found: dict, floor: dict[str, float]
                     "times_slower_than_kernel": t / times["kernel"],
                     "gb_per_s": spent["bytes"] / t / 1e9,
                     "gflop_per_s": spent["flops"] / t / 1e9,
-                    "of_floor": ideal / t,
+                    "of_bound": ideal / t,
                 }
             )
     return records
@@ -217,7 +217,7 @@ def print_rows(records: list[dict]) -> None:
         print(
             f"{shape:20} {x['dtype']:5} {x['pass']:17} {x['form']:14} {x['ms']:10.3f} "
             f"{x['times_slower_than_kernel']:9.1f} {x['gb_per_s']:8.1f} {x['gflop_per_s']:9.1f} "
-            f"{x['of_floor']:8.1%}",
+            f"{x['of_bound']:8.1%}",
             flush=True,
         )
 
@@ -251,22 +251,22 @@ def main() -> None:
     # Made and freed at once: the C library then keeps freed memory of up to this size for what
     # comes next, as in a process that trains, where the loss makes and frees such tensors.
     torch.empty(31 << 20, dtype=torch.uint8)
-    floors = {dtype: machine_floor(device, DTYPES[dtype]) for dtype in args.dtypes}
+    limits = {dtype: machine_limits(device, DTYPES[dtype]) for dtype in args.dtypes}
     about = {"device": args.device, "threads": args.threads, "torch": torch.__version__}
-    about |= {"processor": processor_name(device), "floors": floors}
+    about |= {"processor": processor_name(device), "limits": limits}
     if device.type == "cpu" and has_kernels("cpu"):
         about["cpu_path"] = cpu_paths()[0]
     print(about["processor"])
-    for dtype, floor in floors.items():
-        copy, matmul = floor["bytes"] / 1e9, floor["flops"] / 1e9
-        print(f"floor of {dtype}: copy {copy:.1f} GB/s, matmul {matmul:.0f} GFLOP/s")
+    for dtype, limits in limits.items():
+        copy, matmul = limits["bytes"] / 1e9, limits["flops"] / 1e9
+        print(f"limits of {dtype}: copy {copy:.1f} GB/s, matmul {matmul:.0f} GFLOP/s")
     print(f"{'shape':20} {'dtype':5} {'pass':17} {'form':14} {'median ms':>10} {'x kernel':>9} "
-          f"{'GB/s':>8} {'GFLOP/s':>9} {'of floor':>8}")  # fmt: skip
+          f"{'GB/s':>8} {'GFLOP/s':>9} {'of bound':>8}")  # fmt: skip
     records = []
     for shape in parsed:
         for dtype in args.dtypes:
             found = measure(shape, DTYPES[dtype], device, args.seconds, args.cold)
-            records += rows(shape, dtype, found, floors[dtype])
+            records += rows(shape, dtype, found, limits[dtype])
             print_rows(records[-sum(map(len, found.values())) :])
     if args.json:
         write_json(args.json, {"machine": about, "results": records})

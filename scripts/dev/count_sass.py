@@ -25,7 +25,7 @@ from finchtune.files import write_json
 from finchtune.ops.kernels.build import SOURCE_FOLDER
 from finchtune.ops.kernels.toolkit import BuildError, cuda_home
 
-# How often each loop inside the one over chunks runs for one turn of the loop around it, in the
+# How often each loop inside the one over chunks runs for one iteration of the loop around it, in the
 # order of their first instructions.
 TURNS = {"forward_kernel": [4, 4], "backward_kernel": [4, 4, 1.5]}
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
@@ -109,8 +109,8 @@ def blocks_of(listing: str, kernel: str) -> dict[str, Block]:
     return blocks
 
 
-def chunk_counts(blocks: dict[str, Block], turns: list[float]) -> dict[str, float]:
-    """Instructions of one turn of the outermost loop with tensor-core products, and some kinds."""
+def chunk_counts(blocks: dict[str, Block], iterations: list[float]) -> dict[str, float]:
+    """Instructions of one iteration of the outermost loop with tensor-core products, and some kinds."""
     edges = successors(blocks)
     loops = natural_loops(edges)
     working = {h for h in loops if any("HMMA" in x for b in loops[h] for x in blocks[b].code)}
@@ -118,8 +118,8 @@ def chunk_counts(blocks: dict[str, Block], turns: list[float]) -> dict[str, floa
     order = list(blocks)
     first = {h: min(order.index(b) for b in loops[h]) for h in loops}
     inner = sorted((h for h in loops if h in loops[chunk] and h != chunk), key=first.__getitem__)
-    assert len(inner) == len(turns), f"{len(inner)} loops inside the one over chunks: {inner}"
-    times = dict(zip(inner, turns, strict=True))
+    assert len(inner) == len(iterations), f"{len(inner)} loops inside the one over chunks: {inner}"
+    times = dict(zip(inner, iterations, strict=True))
     kinds = {"all": "", **KINDS}
     paths = longest_path(chunk, blocks, edges, loops, times, tuple(kinds.values()))
     return dict(zip(kinds, paths, strict=True))
@@ -178,7 +178,7 @@ def longest_path(
     times: dict[str, float],
     kinds: tuple[str, ...],
 ) -> tuple[float, ...]:
-    """Instructions of each kind on the longest path of one turn of a loop."""
+    """Instructions of each kind on the longest path of one iteration of a loop."""
     body = loops[header]
 
     def own(label: str) -> tuple[tuple[float, ...], list[str]]:

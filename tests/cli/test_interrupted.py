@@ -59,7 +59,7 @@ def interrupt(process, number, proj, whom="all"):
 
 @pytest.mark.slow
 def test_a_signal_saves_and_resuming_ends_like_no_signal(folder):
-    """Also: metrics go on without a gap or a repetition, and a finished run says that it is."""
+    """Also: metrics continue without a gap or a repetition, and a finished run says that it is."""
     words = [*BONE, *ONE, "--epoch_steps", 60]
     train(*flags(folder, "whole", *words, "--save_every", 60))
     process = start(*flags(folder, "stopped", *words))
@@ -154,7 +154,7 @@ def test_no_rank_outlives_a_killed_launcher(folder, launcher, moment):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_stops_when_deepspeeds_runner_is_killed(folder, number):
-    """Its agent goes on and would never know."""
+    """Its agent continues and would never know."""
     proj = f"runner-{number}"
     arguments = flags(folder, proj, *BONE, "--micro_bsz", 2, "--epoch_steps", 50000)
     process = start(*arguments, launcher=AGENTS["deepspeed"], DS_ACCELERATOR="cpu")
@@ -193,7 +193,7 @@ RESUMES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "precision", "processes"), RESUMES)
 def test_n_is_k_and_n_minus_k(folder, method, precision, processes):
-    """Equal sha256 of weights and optimizer, and checkpoints that hold fp32 masters."""
+    """Equal sha256 of weights and optimizer, and checkpoints that hold fp32 master weights."""
     proj = folder / f"n-{method}-{precision}-{processes}"
     words = [*METHODS[method], *(ONE if processes == 1 else TWO), "--precision", precision]
     words += ["--epoch_steps", 9, "--save_every", 4, "--grad_cp", 1]

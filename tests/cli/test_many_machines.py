@@ -134,7 +134,7 @@ def wait_for_steps(path, n_steps):
 
 
 def test_a_dead_rank_is_started_again_and_the_run_ends_like_one_without_it(folder, hosts):
-    """RESTARTS: every rank starts anew and goes on from the newest checkpoint."""
+    """RESTARTS: every rank starts anew and resumes from the newest checkpoint."""
     words = ["--epoch_steps", 150, "--num_nodes", 2]
     outputs = []
     for proj in ("undisturbed", "restarted"):

@@ -88,7 +88,7 @@ def test_gold_answers_are_right_and_others_wrong():
 
 
 def test_protocols_stop_strings_count_for_parity_only():
-    """A model that was let go on past `Response` is scored as if it had been stopped there."""
+    """A model that was allowed past `Response` is scored as if it had been stopped there."""
     written = ["The Response is 2.\nThe answer is: 0"]
     lenient, strict = GSM8K(Choices()), GSM8K(Choices(strict_parity=True))
     found = lenient.score(RECORDS[0], written[0])

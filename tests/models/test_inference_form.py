@@ -28,7 +28,7 @@ def compiled(model):
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
 def test_it_computes_what_the_model_does(sizes, dtype, tolerance):
-    """Prompts of one length, tokens one by one, and packed sequences that go on from a state."""
+    """Prompts of one length, tokens one by one, and packed sequences that continue from a state."""
     model = small_model(**sizes).to(dtype)
     states = [None, None]
     calls = [(torch.randint(0, 256, (3, 70)), None)]

@@ -103,7 +103,7 @@ def test_gradients_of_the_state(mode, generation):
 
 @every_generation
 def test_every_backward_reaches_the_state(generation):
-    """Its gradient is zero, not missing, where all sequences go on from given states."""
+    """Its gradient is zero, not missing, where all sequences continue from given states."""
     model = model_with_state(generation=generation)
     tokens = torch.randint(0, 256, (2, 10))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The benchmark of a training step: what it calls the floor, and that a row can be measured."""
+"""The benchmark of a training step: its lower bound, and that a row can be measured."""
 
 import importlib.util
 import sys
@@ -27,17 +27,17 @@ def flops(work):
 
 @pytest.mark.parametrize("peft", ["none", "bone", "lora"])
 @pytest.mark.parametrize("grad_cp", [0, 1])
-def test_the_floor_is_the_steps_products_without_the_adapters(peft, grad_cp):
+def test_the_lower_bound_is_the_steps_products_without_the_adapters(peft, grad_cp):
     case = replace(TINY, peft=peft, grad_cp=grad_cp)
     model = bench.random_model(case, torch.device("cpu"))
     step = bench.BareLoop(case, model, *torch.randint(512, (2, 1, 64)))
     adapters = sum(p.numel() for n, p in model.named_parameters() if ".adapter." in n)
     # Forward, by the input, by the adapter's tensor, and once more for recomputation.
     own = 2 * case.ctx_len * adapters * (3 + grad_cp)
-    found, floor = flops(step), flops(bench.Floor(case, model))
-    assert floor <= found
+    found, bound = flops(step), flops(bench.LowerBound(case, model))
+    assert bound <= found
     # Besides the adapters, a step makes one thin product of each block again in backward.
-    assert floor > 0.93 * (found - own)
+    assert bound > 0.93 * (found - own)
 
 
 def test_a_row_has_every_figure():

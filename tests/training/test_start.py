@@ -35,8 +35,8 @@ def test_frozen_weights_have_no_master_and_no_gradient(stage):
             count.add(parameter)
         engine = Engine(model, config, CPU)
         engine.step([Batch(tokens, tokens)], 1e-3)
-    masters, moments, gradients = 4 * trained, 8 * trained, 2 * trained
-    least = 2 * (trained + frozen) + masters + moments
+    master_weights, moments, gradients = 4 * trained, 8 * trained, 2 * trained
+    least = 2 * (trained + frozen) + master_weights + moments
     assert least <= count.live <= least + 4 * gradients
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     engine.close()

@@ -1,4 +1,4 @@
-"""Adapter files of RWKV-PEFT: going on from them, and merging them."""
+"""Adapter files of RWKV-PEFT: continuing from them, and merging them."""
 
 import pytest
 import torch
@@ -167,7 +167,7 @@ def test_other_trained_parameters_need_train_parts(base):
     path, _, weights = write_incumbent(base, "bone", ".bone", extra=("time", "ln"))
     with pytest.raises(UserError, match=r"holds .* trained tensors .* give --train_parts time ln"):
         model_from(base, path, "bone", bone_r=R)
-    with pytest.raises(UserError, match="give --train_parts time to go on"):
+    with pytest.raises(UserError, match="give --train_parts time to continue"):
         model_from(base, path, "bone", bone_r=R, train_parts=["ln"])
     with pytest.raises(UserError, match=r"does not hold head.weight .* drop what the file lacks"):
         model_from(base, path, "bone", bone_r=R, train_parts=["ln", "time", "head"])

@@ -75,7 +75,7 @@ def product_plus_flops(s: Any, D: Any, x: Any, W: Any, *_: Any, **__: Any) -> in
 def frozen_linear(x: Tensor, W: Weight) -> Tensor:
     """y = W x for x (..., k), W (d, k) -> (..., d), keeping W alone for backward.
 
-    A quantised W is rebuilt here and again in backward: only its codes are kept. F.linear keeps
+    A quantised W is rebuilt here and again in backward: only its codes are saved. F.linear keeps
     a transposed view of W, which holds on to the gathered weight where ZeRO-3 has partitioned it
     again; DeepSpeed's replacement of F.linear keeps x, trained or not.
     """

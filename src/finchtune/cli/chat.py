@@ -22,7 +22,7 @@ from finchtune.inference.engine import Engine
 COMMANDS = """/retry       answer the last question again
 /reset       begin anew
 /save FILE   write the conversation to a file
-/load FILE   go on from one
+/load FILE   continue from one
 /help        show this
 /exit        leave, as Ctrl-D does; Ctrl-C ends an answer"""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from finchtune.errors import UserError
 from finchtune.files import check_target
 
-OTHER_BASE = "1 lets --peft_checkpoint go on another base than its own, such as a merged one"
+OTHER_BASE = "1 lets --peft_checkpoint be used on another base than its own, such as a merged one"
 
 
 def check_output(output: str, *inputs: str | None, suffixes: tuple[str, ...] = (".pth",)) -> None:

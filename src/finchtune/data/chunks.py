@@ -12,7 +12,7 @@ from finchtune.data.batch import IGNORED, LENGTH_MULTIPLE, Batch
 class Chunk(NamedTuple):
     """A piece of a micro batch.
 
-    `carried` (k,) int64 names the sequences of the chunk before that go on in this one, where they
+    `carried` (k,) int64 names the sequences of the chunk before that continue in this one, where they
     are the first; the others begin here.
     """
 
@@ -60,7 +60,7 @@ def _packed(batch: Batch, start: int, stop: int) -> Chunk:
     assert batch.cu_seqlens is not None
     bounds = sorted({min(max(bound, start), stop) for bound in batch.cu_seqlens.tolist()})
     begins = start in batch.cu_seqlens.tolist()
-    # The sequence that goes on is the last of the chunk before.
+    # The sequence that continues is the last of the chunk before.
     carried = torch.tensor([] if begins else [-1], dtype=torch.int64)
     cu_seqlens = torch.tensor(bounds, dtype=batch.cu_seqlens.dtype) - start
     piece = Batch(batch.tokens[:, start:stop], batch.labels[:, start:stop], cu_seqlens)

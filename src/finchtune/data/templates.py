@@ -60,7 +60,7 @@ class Template:
         A message has a `role` (system, user, assistant, tool) and its `content`, a user's possibly
         an `input`, and any possibly `trained`, whether it is trained on; without that answers
         alone are. Each prompt is one piece, so it has the tokens that it has when it stands alone.
-        `ask`: the next answer's cue follows, for a model to go on from.
+        `ask`: the next answer's cue follows, for a model to continue from.
         """
         messages = list(messages)
         pieces: list[Piece] = []

@@ -16,7 +16,7 @@ class ContextGroup:
 
     `goes_on` says, while the model reads such parts, whether this process's first sequence (all
     its rows, unless they are packed) began further left; None: the model reads something else.
-    A context that goes on from a given state does so on every process. `bytes_sent` counts what
+    A context that continues from a given state does so on every process. `bytes_sent` counts what
     this process gave to the others.
     """
 

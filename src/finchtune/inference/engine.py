@@ -27,7 +27,7 @@ CHUNK = 64  # prompts are cut at multiples of it, so that the cuts change no rou
 class Request:
     """What to write: up to `max_tokens` token ids that follow `prompt`.
 
-    An empty prompt begins a document, unless there is a `state` (of one sequence) to go on from.
+    An empty prompt begins a document, unless there is a `state` (of one sequence) to continue from.
     Writing ends before one of `stop_tokens`, or before one of `stop_strings` in the text. With
     `keep_state` the row's `prompt_state` is the state after the prompt.
     """
@@ -128,7 +128,7 @@ class Engine:
         if request.stop_strings and self.tokenizer is None:
             raise UserError("stop strings are matched on text: give the tokenizer too")
         if not request.prompt and request.state is not None:
-            raise UserError("a state to go on from needs at least one token after it")
+            raise UserError("a state to continue from needs at least one token after it")
 
     def cancel(self, row: Row) -> None:
         """Drop a row, wherever it is; the others do not notice."""
@@ -185,7 +185,7 @@ class Engine:
         """Rows that read, and how many tokens of their prompts, within the bound in sum.
 
         Each has an equal share, so that a long prompt keeps no short one waiting; what the short
-        ones leave goes to those that came first. Rows that go on from a state come first.
+        ones leave goes to those that came first. Rows that continue from a state come first.
         """
         share = max(CHUNK, self.prompt_tokens // max(1, len(self.reading)) // CHUNK * CHUNK)
         sizes: dict[Row, int] = {}

@@ -66,12 +66,12 @@ class StorageCount(TorchDispatchMode):
 class Activations:
     """Bytes that one micro batch takes beside weights and gradients.
 
-    `kept` lives from the forward to the backward; `forward`, `loss` and `backward` come on top of
+    `saved` lives from the forward to the backward; `forward`, `loss` and `backward` come on top of
     it at the highest points of the blocks' forward, of the loss and of the backward. `by_part`
-    says what the parts of one block keep. `boundaries` of what is kept are states between chunks.
+    says what the parts of one block keep. `boundaries` of what is saved are states between chunks.
     """
 
-    kept: int
+    saved: int
     forward: int
     loss: int
     backward: int
@@ -80,7 +80,7 @@ class Activations:
 
     @property
     def peak(self) -> int:
-        return self.kept + max(self.forward, self.loss, self.backward)
+        return self.saved + max(self.forward, self.loss, self.backward)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def activations(config: TrainConfig, plan: ModelPlan, device: str = "cpu") -> Ac
         return small + (large - small) * (plan.n_layer - 2)
 
     return Activations(
-        *(deep("kept"), deep("forward"), deep("loss"), deep("backward")),
+        *(deep("saved"), deep("forward"), deep("loss"), deep("backward")),
         by_part=two.by_part,
         boundaries=deep("boundaries"),
     )
@@ -132,12 +132,12 @@ def simulate(config: TrainConfig, model: LanguageModel, device: str = "cpu") -> 
                 loss, state = model.loss(tokens, tokens)
                 boundary = sum(leaf.nbytes for leaf in tree_leaves(state))
                 del state
-            kept = count.live
-            forward, head = blocks[0] - kept, count.restart_peak() - kept
+            saved = count.live
+            forward, head = blocks[0] - saved, count.restart_peak() - saved
             loss.backward()
     boundaries = boundary * boundary_states(config)
     return Activations(
-        kept - static + boundaries, forward, head, count.peak - kept, by_part, boundaries
+        saved - static + boundaries, forward, head, count.peak - saved, by_part, boundaries
     )
 
 
@@ -243,13 +243,13 @@ def estimate(
     ).state()
     step, update = "forward and backward", "optimizer step"
     moments = [
-        (step, {"activations": made.kept + made.forward}, state.forward),
-        (step, {"activations": made.kept, "loss": made.loss}, state.loss),
-        (step, {"activations": made.kept + made.backward}, state.backward),
+        (step, {"activations": made.saved + made.forward}, state.forward),
+        (step, {"activations": made.saved, "loss": made.loss}, state.loss),
+        (step, {"activations": made.saved + made.backward}, state.backward),
         (step, {"activations": made.backward}, state.backward_end),
         (
             step,
-            {"activations": made.kept + made.backward if state.exchanges_early else 0},
+            {"activations": made.saved + made.backward if state.exchanges_early else 0},
             state.exchange,
         ),
         (update, {}, state.norm),

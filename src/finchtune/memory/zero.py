@@ -112,10 +112,10 @@ class Zero:
         # Without overlap stage 1 exchanges gradients when all are there, else as they come.
         waits = self.stage == 1 and not (self.on_gpu and not self.accumulates)
         # averaged_gradients; offloaded ones go straight to the host, except sums in fp32.
-        kept = 0 if self.offload else self.flat
-        kept = 4 * self.shard if self.sums_in_fp32 else kept
+        held = 0 if self.offload else self.flat
+        held = 4 * self.shard if self.sums_in_fp32 else held
         all_gradients = self.width * self.trained
-        between = (all_gradients if waits else kept) if self.accumulates else 0
+        between = (all_gradients if waits else held) if self.accumulates else 0
         buckets = self.bucket * (2 if self.on_gpu else 1)
         copies = 0 if self.offload or self.sums_in_fp32 else self.flat + self.master_gradients
         standing = {"weights": tensor_bytes(self.model)}
@@ -132,10 +132,10 @@ class Zero:
             backward={"gradients": between, "buffers": buckets},
             backward_end={"gradients": all_gradients if waits else between, "buffers": buckets},
             exchange=self.exchange_of_replicated_weights(
-                all_gradients - self.bucket if waits else between, kept, buckets
+                all_gradients - self.bucket if waits else between, held, buckets
             ),
-            norm={"gradients": kept, "update": NORM_BYTES * self.piece},
-            update={"gradients": kept, "update": copies},
+            norm={"gradients": held, "update": NORM_BYTES * self.piece},
+            update={"gradients": held, "update": copies},
         )
 
     def host_of_replicated_weights(self) -> int:
@@ -145,18 +145,18 @@ class Zero:
         accumulated = self.accumulates and not self.sums_in_fp32  # accumulated_grads_in_cpu
         return host + (self.flat if accumulated else 0)
 
-    def exchange_of_replicated_weights(self, before: int, kept: int, buckets: int) -> Parts:
-        """`before` bytes of gradients are there already, `kept` are there afterwards."""
+    def exchange_of_replicated_weights(self, before: int, held: int, buckets: int) -> Parts:
+        """`before` bytes of gradients are there already, `held` are there afterwards."""
         # allreduce_bucket flattens slices of several ranks into a copy of the bucket.
         copy = self.bucket if self.world > 1 else 0
         if self.offload:
             copy = max(copy, NORM_BYTES * self.piece)
         if self.sums_in_fp32:
             # Kept already while slices of the copy are added to it, each as fp32.
-            return {"gradients": kept, "buffers": buckets + copy + 4 * self.piece}
+            return {"gradients": held, "buffers": buckets + copy + 4 * self.piece}
         # The copy of a bucket that holds all gradients is freed before they are stored.
-        extra = copy if self.many_buckets else max(0, copy - kept)
-        return {"gradients": before + kept, "buffers": buckets + extra}
+        extra = copy if self.many_buckets else max(0, copy - held)
+        return {"gradients": before + held, "buffers": buckets + extra}
 
     def sharded_weights(self) -> ZeroState:
         """Stage 3, as stage3.py and partition_parameters.py have it."""

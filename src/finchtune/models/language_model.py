@@ -75,7 +75,7 @@ class LanguageModel(nn.Module):
         an empty sequence is of no use.
 
         Sequences begin from the model's initial state, zero unless it has one. Those that `state`
-        is of, the first ones where it is of fewer, go on from that.
+        is of, the first ones where it is of fewer, continue from that.
         """
         raise NotImplementedError
 

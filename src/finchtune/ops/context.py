@@ -86,7 +86,7 @@ def passed(state: Tensor, transfer: Tensor) -> Tensor:
 
 
 def begins_from(given: Tensor | None) -> bool:
-    """Whether there is a state to go on from: one of at least one sequence."""
+    """Whether there is a state to continue from: one of at least one sequence."""
     return given is not None and len(given) > 0
 
 
@@ -102,7 +102,7 @@ def shift_across(context: ContextGroup, x: Tensor, given: Tensor | None) -> tupl
     """What precedes the first sequences of this part of x (B, T, C), zero where they begin here,
     and the last token of the whole context, both (B, C).
 
-    `given` (B, C) precedes the whole context, if that goes on from a state.
+    `given` (B, C) precedes the whole context, if that continues a state.
     """
     goes_on = context.goes_on if context.rank else begins_from(given)
     before, final = LastOfLeft.apply(context, x[:, -1], filled(given, x[:, 0]))
@@ -123,7 +123,7 @@ def wkv6_across(
     """`wkv6` of this process's part of a context, and the state after the whole context.
 
     `fresh` (S, H, N, N) is what sequences begin from, `given` (B, H, N, N) the state that the
-    whole context goes on from. y is linear in the state: the kernel runs from zero, and what the
+    whole context continues. y is linear in the state: the kernel runs from zero, and what the
     state before adds to y comes on top. Shapes otherwise as in `wkv6`; of a packed context the
     state is that of its last sequence.
     """

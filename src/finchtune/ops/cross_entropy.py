@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of the token losses. The gradient is made chunk by chunk while the logits are at hand.
 
-    Nothing of the size (tokens, vocab) outlives its chunk: what is kept for backward is the
+    Nothing of the size (tokens, vocab) outlives its chunk: what is saved for backward is the
     gradient of `hidden` and, where the head is trained, of `weight`.
     """
 

@@ -83,7 +83,7 @@ class Tokenizer:
 
     def last_cut(self, raw: bytes) -> int:
         """The last place inside UTF-8 text at which no token and no character is divided, whatever
-        the text goes on with; 0 if none is known.
+        the text continues with; 0 if none is known.
         """
         return 0
 

@@ -30,7 +30,7 @@ It may multiply all gradients by one factor, such as fp16's loss scale.
 
 
 def carried_into(chunk: Chunk, state: State | None) -> State | None:
-    """Of the state after the chunk before, the part that goes on in this one.
+    """Of the state after the chunk before, the part that continues in this one.
 
     That of no sequence where none does: ZeRO-3's hooks, and with them its collective calls, follow
     from what requires a gradient, which must be alike on all ranks.

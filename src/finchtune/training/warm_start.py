@@ -79,7 +79,7 @@ def check_parts(model: LanguageModel, found: set[str], path: str) -> None:
         words = " ".join(parts) if parts else " ".join(extra)
         raise UserError(
             f"--peft_load {path} also holds {len(extra)} trained tensors of the model, such as "
-            f"{extra[0]}; give --train_parts {words} to go on training them"
+            f"{extra[0]}; give --train_parts {words} to continue training them"
         )
     missing = sorted(wanted - found)
     if missing:

@@ -1,4 +1,4 @@
-"""Adapter + base -> plain weights that every RWKV runtime loads, and the way back.
+"""Adapter + base -> plain weights that every RWKV runtime loads, and back again.
 
 No method's maths stands here: a weight is what its adapter's own `merged` or `unmerged` says.
 Tensors are read, changed and written one at a time.

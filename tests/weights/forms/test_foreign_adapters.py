@@ -1,4 +1,4 @@
-"""Adapters of other software: merged, gone on with, and told."""
+"""Adapters of other software: merged, continued, and described."""
 
 import pytest
 import torch

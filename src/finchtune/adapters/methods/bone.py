@@ -15,7 +15,7 @@ class Bone(Adapter):
     """y = W x + (sum over shards of x viewed as (k/r, r)) D, with D (r, d) zero at first.
 
     DiSHA (arXiv 2409.15371), equation 3. Any in_features: x is padded with zeros up to a
-    multiple of r. For backward only the shard sums (..., r) are kept, not x.
+    multiple of r. Only the shard sums (..., r) are saved for backward, not x.
     """
 
     name = "bone"

@@ -133,7 +133,7 @@ class Worker:
     def _step(self, name: str, engine: Engine) -> None:
         try:
             advanced = engine.step()
-        except Exception as error:  # whatever it was, the other models and later requests go on
+        except Exception as error:  # whatever it was, the other models and later requests continue
             logger.exception("writing with %s failed", name)
             self._fail(name, error)
             return

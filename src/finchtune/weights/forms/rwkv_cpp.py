@@ -113,7 +113,7 @@ def scan(path: Path) -> dict[str, Place]:
                 places[name] = Place(file.tell(), shape, dtypes[code])
                 n_bytes = torch.Size(shape).numel() * dtypes[code].itemsize
                 if file.seek(n_bytes, 1) > size:
-                    raise ValueError(f"{name} goes on after the end")
+                    raise ValueError(f"{name} continues after the end")
         except (struct.error, ValueError) as error:
             if isinstance(error, UserError):
                 raise
