@@ -27,7 +27,7 @@ from finchtune.ops.kernels.toolkit import BuildError, cuda_home
 
 # How often each loop inside the one over chunks runs for one iteration of the loop around it, in the
 # order of their first instructions.
-TURNS = {"forward_kernel": [4, 4], "backward_kernel": [4, 4, 1.5]}
+ITERATIONS = {"forward_kernel": [4, 4], "backward_kernel": [4, 4, 1.5]}
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
 KINDS = {"tensor core": "HMMA", "barriers": "BAR.SYNC", "shuffles": "SHFL", "matrix loads": "LDSM"}
 
@@ -69,7 +69,7 @@ def nvdisasm() -> str:
 
 
 def count(arch: int) -> dict[str, dict[str, float]]:
-    """The counts of each kernel in TURNS, compiled for this architecture."""
+    """The counts of each kernel in ITERATIONS, compiled for this architecture."""
     try:
         nvcc, source = cuda_home() / "bin" / "nvcc", SOURCE_FOLDER / "gpu" / "wkv6.cu"
     except BuildError as error:
@@ -81,7 +81,7 @@ def count(arch: int) -> dict[str, dict[str, float]]:
         listing = subprocess.run(
             [nvdisasm(), "-c", cubin], check=True, capture_output=True, text=True
         ).stdout
-    return {name: chunk_counts(blocks_of(listing, name), TURNS[name]) for name in TURNS}
+    return {name: chunk_counts(blocks_of(listing, name), ITERATIONS[name]) for name in ITERATIONS}
 
 
 def blocks_of(listing: str, kernel: str) -> dict[str, Block]:
