@@ -4,16 +4,14 @@ Each has `question`, `answer` (the working, then `The answer is N.`), and `text`
 """
 
 import argparse
-import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from finchtune.errors import UserError, run_cli
-from finchtune.files import atomic_path
+from corpora import NAMES, THINGS, write_corpus
 
-NAMES = "Ada Ben Cleo Dan Eve Finn Gus Ida Jon Kim Leo Mia Ned Ola Pia Rex Sue Tom Una Zoe".split()
-THINGS = "apples books cards coins eggs figs keys mugs nuts pens pears plums rings shells".split()
+from finchtune.errors import UserError, run_cli
+
 GAINS = "finds buys gets".split()
 LOSSES = "loses sells eats".split()
 
@@ -82,13 +80,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.train < 1 or given.test < 0:
         raise UserError("--train must be at least 1 and --test at least 0")
-    source = problems(given.skills, given.seed)
-    for name, count in (("train", given.train), ("test", given.test)):
-        if count:
-            with atomic_path(given.output / f"{name}.jsonl") as path, path.open("w") as file:
-                for _ in range(count):
-                    file.write(json.dumps(next(source)) + "\n")
-    print(f"{given.output}: {given.train} problems to train on, {given.test} held out")
+    write_corpus(problems(given.skills, given.seed), given.output, given.train, given.test)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,14 @@ meaning and distractors: names without a number, and numbers of things that are 
 """
 
 import argparse
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
-from finchtune.errors import UserError, run_cli
-from finchtune.files import atomic_path
+from corpora import NAMES, THINGS, write_corpus
 
-NAMES = "Ada Ben Cleo Dan Eve Finn Gus Ida Jon Kim Leo Mia Ned Ola Pia Rex Sue Tom Una Zoe".split()
-THINGS = "apples books cards coins eggs figs keys mugs nuts pens pears plums rings shells".split()
+from finchtune.errors import UserError, run_cli
+
 WORDS = "and the river runs by old stone walls under trees where quiet birds sleep at noon".split()
 
 
@@ -66,13 +64,7 @@ def main() -> None:
         raise UserError(f"--keys must be between 1 and {len(NAMES)}, not {given.keys}")
     if not 0 < (given.shortest or given.length) <= given.length:
         raise UserError("--shortest must be above 0 and at most --length")
-    source = records(given)
-    for name, count in (("train", given.train), ("test", given.test)):
-        if count:
-            with atomic_path(given.output / f"{name}.jsonl") as path, path.open("w") as file:
-                for _ in range(count):
-                    file.write(json.dumps(next(source)) + "\n")
-    print(f"{given.output}: {given.train} records to train on, {given.test} held out")
+    write_corpus(records(given), given.output, given.train, given.test)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--repeats", type=int, default=5, help="repeats after a first, uncounted one")
+    parser.add_argument("--repeats", type=int, default=5, help="after a first, uncounted one")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", help="also write the figures to this file")

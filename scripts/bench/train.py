@@ -108,7 +108,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, choices=LENGTHS,
                         help="those of the table length")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=7, help="repeats after a first, uncounted one")
+    parser.add_argument("--repeats", type=int, default=7, help="after a first, uncounted one")
     parser.add_argument("--quick", action="store_true", help="3 repeats")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
@@ -137,7 +137,7 @@ def line(case: Case, row: dict[str, float]) -> str:
 
 
 def measure(case: Case, device_name: str, threads: int, repeats: int) -> dict[str, float]:
-    """One row's figures: medians over `repeats` measurements of the step and what it is held against."""
+    """One row's figures: medians over `repeats` of the step and what it is held against."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     device = torch.device(device_name)

@@ -257,8 +257,8 @@ def main() -> None:
     if device.type == "cpu" and has_kernels("cpu"):
         about["cpu_path"] = cpu_paths()[0]
     print(about["processor"])
-    for dtype, limits in limits.items():
-        copy, matmul = limits["bytes"] / 1e9, limits["flops"] / 1e9
+    for dtype, limit in limits.items():
+        copy, matmul = limit["bytes"] / 1e9, limit["flops"] / 1e9
         print(f"limits of {dtype}: copy {copy:.1f} GB/s, matmul {matmul:.0f} GFLOP/s")
     print(f"{'shape':20} {'dtype':5} {'pass':17} {'form':14} {'median ms':>10} {'x kernel':>9} "
           f"{'GB/s':>8} {'GFLOP/s':>9} {'of bound':>8}")  # fmt: skip

@@ -25,8 +25,8 @@ from finchtune.files import write_json
 from finchtune.ops.kernels.build import SOURCE_FOLDER
 from finchtune.ops.kernels.toolkit import BuildError, cuda_home
 
-# How often each loop inside the one over chunks runs for one iteration of the loop around it, in the
-# order of their first instructions.
+# How often each loop inside the one over chunks runs for one iteration of the loop around it, in
+# the order of their first instructions.
 ITERATIONS = {"forward_kernel": [4, 4], "backward_kernel": [4, 4, 1.5]}
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
 KINDS = {"tensor core": "HMMA", "barriers": "BAR.SYNC", "shuffles": "SHFL", "matrix loads": "LDSM"}
@@ -110,7 +110,7 @@ def blocks_of(listing: str, kernel: str) -> dict[str, Block]:
 
 
 def chunk_counts(blocks: dict[str, Block], iterations: list[float]) -> dict[str, float]:
-    """Instructions of one iteration of the outermost loop with tensor-core products, and some kinds."""
+    """Instructions of one iteration of the outer loop with tensor-core products, and some kinds."""
     edges = successors(blocks)
     loops = natural_loops(edges)
     working = {h for h in loops if any("HMMA" in x for b in loops[h] for x in blocks[b].code)}
