@@ -12,8 +12,8 @@ from finchtune.data.batch import IGNORED, LENGTH_MULTIPLE, Batch
 class Chunk(NamedTuple):
     """A piece of a micro batch.
 
-    `carried` (k,) int64 names the sequences of the chunk before that continue in this one, where they
-    are the first; the others begin here.
+    `carried` (k,) int64 names the sequences of the chunk before that continue in this one, where
+    they are the first; the others begin here.
     """
 
     batch: Batch
