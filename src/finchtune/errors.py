@@ -1,6 +1,7 @@
 """A user's mistake, told in one line."""
 
 import os
+import re
 import sys
 import unicodedata
 from collections.abc import Callable
@@ -12,6 +13,7 @@ NOT_FINITE = 3
 OUT_OF_MEMORY = 4
 LOST_RANK = 5
 INTERRUPTED = 75  # sysexits.h: a temporary failure, try again
+ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)`")
 PLAIN = "\n\t"  # the control characters that a terminal may get
 
 
@@ -29,7 +31,10 @@ def printable(text: str) -> str:
 
 
 class UserError(ValueError):
-    """Something the user can mend. The message is one line: what, where, what to do."""
+    """Something the user can mend. The message is one line: what, where, what to do.
+
+    It names arguments in backquotes, as `ctx_len`, which the command line shows as --ctx_len.
+    """
 
     status = USER_ERROR
 
@@ -88,9 +93,14 @@ class LostRank(UserError):
     status = LOST_RANK
 
 
+def with_flags(message: str) -> str:
+    """The message with arguments, as `ctx_len`, written as the flags that give them."""
+    return ARGUMENT.sub(r"--\1", message)
+
+
 def print_error(error: UserError) -> None:
-    """Print it on stderr."""
-    lines = "".join(f"error: {line}\n" for line in error.lines)
+    """Print it on stderr, with arguments as flags."""
+    lines = "".join(f"error: {with_flags(line)}\n" for line in error.lines)
     print(lines, end="", file=sys.stderr, flush=True)
 
 

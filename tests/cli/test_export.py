@@ -62,7 +62,7 @@ def test_info_of_adapters(files, tmp_path, capsys):
     [
         (["--to", "ggml", "--output", "x"], "no form 'ggml'; did you mean gguf"),
         (["--to", "gguf", "--output", "x.bin"], r"give it a name that ends in \.gguf"),
-        (["--to", "gguf", "--output", "x.gguf", "--dtype", "q3_k"], "--dtype q3_k: a GGUF .* has"),
+        (["--to", "gguf", "--output", "x.gguf", "--dtype", "q3_k"], "`dtype` q3_k: a GGUF .* has"),
         (["--to", "peft", "--output", "x"], "holds adapters: give --adapter_only 1"),
         (["--to", "deepspeed", "--output", "x"], "is only read"),
         (["--to", "gguf", "--output", "x.gguf", "--adapter_only", "1"], "needs --peft_checkpoint"),

@@ -1,6 +1,7 @@
 """The command line: what is understood, what is refused, and with which words."""
 
 import dataclasses
+import re
 
 import pytest
 from helpers.support import run_script
@@ -10,7 +11,7 @@ from finchtune.cli.flags import FIELDS, parse_train_flags
 from finchtune.cli.spellings.other_tools import OURS
 from finchtune.config import METHODS as CHOICES
 from finchtune.config import STATE_LR, config_yaml
-from finchtune.errors import ConfigurationError, UserError
+from finchtune.errors import ConfigurationError, UserError, with_flags
 from finchtune.methods import method_files
 
 BASE = ["--load_model", "m.pth", "--data_file", "d"]
@@ -18,6 +19,13 @@ BASE = ["--load_model", "m.pth", "--data_file", "d"]
 
 def parse(*words):
     return parse_train_flags([*BASE, *words])
+
+
+def refusal(words):
+    """What a command line with these words prints."""
+    with pytest.raises(UserError) as caught:
+        parse(*words)
+    return with_flags(str(caught.value))
 
 
 def test_plain_flags_arrive_with_their_types():
@@ -114,8 +122,7 @@ def test_json_spellings(words, expected):
     ],
 )
 def test_mistakes_are_named(words, message):
-    with pytest.raises(UserError, match=message):
-        parse(*words)
+    assert re.search(message, refusal(words))
 
 
 def test_every_method_and_hyperparameter_has_a_flag():
@@ -180,8 +187,7 @@ def test_what_is_trained(words, adapter, state, everything, rate):
     ],
 )
 def test_flags_of_states_and_contexts_that_do_not_go_together(words, message):
-    with pytest.raises(UserError, match=message):
-        parse(*words.split())
+    assert re.search(message, refusal(words.split()))
 
 
 def test_data_flags_of_the_incumbent():
@@ -199,9 +205,9 @@ def test_data_flags_of_the_incumbent():
 
 
 def test_model_and_data_are_required():
-    with pytest.raises(UserError, match="--load_model is missing"):
+    with pytest.raises(UserError, match="`load_model` is missing"):
         parse_train_flags(["--data_file", "d"])
-    with pytest.raises(UserError, match="--data_file is missing"):
+    with pytest.raises(UserError, match="`data_file` is missing"):
         parse_train_flags(["--load_model", "m"])
 
 
@@ -216,7 +222,7 @@ def test_all_mistakes_are_told_together():
     with pytest.raises(ConfigurationError) as caught:
         parse_train_flags(["--load_model", "m", "--beta1", "1", "--early_stop", "2"])
     assert [line.split()[0] for line in caught.value.lines] == [
-        *("--data_file", "--beta1", "--early_stop")
+        *("`data_file`", "`beta1`", "`early_stop`")
     ]
 
 

@@ -126,7 +126,7 @@ def test_bad_flags_fail_in_one_line_before_the_prompt(run, model_file, flags, me
     ("content", "message"),
     [
         ("", "holds no prompts"),
-        ('{"prompt": 3}\n', ":1: an object with a string `prompt` or `question`"),
+        ('{"prompt": 3}\n', ":1: an object with a string 'prompt' or 'question'"),
         ('{"prompt": "a"}\n[1]\n', ":2: an object with"),
         ('{"prompt": "a"}\n{\n', ":2: not JSON"),
         (None, "No such file"),

@@ -36,7 +36,7 @@ def test_the_report_is_complete(run, corpus, suffix):
         "pad at 16       2 rows, 0.0% padding",
         "pack at 16      2 rows",
         "labels          2 of 2 documents train nothing: 0 have no trained token, 2 lose theirs",
-        "cut off         12 tokens of 2 documents longer than --ctx_len 16, 8 of them trained",
+        "cut off         12 tokens of 2 documents longer than ctx_len 16, 8 of them trained",
         "vocabulary: 16 of 256 ids are used",
         "b's'",
     ):

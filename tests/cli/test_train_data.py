@@ -20,7 +20,7 @@ def test_labels_that_are_lost_are_told_before_step_1(folder):
     (folder / "turns.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = "--loss_mask qa --peft bone --bone_r 8 --epoch_steps 1 --micro_bsz 4".split()
     done = train(*flags(folder, "lost", *words, data="turns.jsonl"))
-    told = "2 of 8 documents train nothing: 1 have no trained token, 1 lose theirs to --ctx_len 64"
+    told = "2 of 8 documents train nothing: 1 have no trained token, 1 lose theirs to ctx_len 64"
     assert f"labels: {told}" in done.stdout
     assert "ctx_len: 120 keeps all trained tokens of 95% of the documents" in done.stdout
 

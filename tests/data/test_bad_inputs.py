@@ -48,7 +48,7 @@ FILES = {
     "alpaca": (
         "a.jsonl",
         b'{"instruction": "a", "output": "b"}',
-        "no field 'text', but those of --sft_field instruction input output",
+        "no field 'text', but those of `sft_field` instruction input output",
     ),
     "an object": ("a.jsonl", b'{"text": {}}', "'text' must be a string, but it is an object"),
     "repeated key": ("a.jsonl", b'{"text": "a", "text": "b"}', "the key 'text' stands twice"),

@@ -64,7 +64,7 @@ def test_rows_of_both_modes_are_told():
         "pad at 8        3 rows, 33.3% padding",
         "pack at 8       2 rows, 0.0% padding",
         "labels          each of 3 documents has a trained token",
-        "cut off         11 tokens of 1 documents longer than --ctx_len 8, 11 of them trained",
+        "cut off         11 tokens of 1 documents longer than ctx_len 8, 11 of them trained",
         "ctx_len         19 keeps all trained tokens of 95% of the documents, 19 of all",
     ]
 

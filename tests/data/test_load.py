@@ -121,23 +121,23 @@ def mask_of_zeros(corpus):
 @pytest.mark.parametrize(
     ("change", "arguments", "message"),
     [
-        (None, {"data_type": "dummy"}, "--data_type dummy: choose one of binidx, jsonl, sft"),
-        (None, {"dataload": "packed"}, "--dataload packed: choose one of pad, get, pack, only"),
-        (None, {"loss_mask": "se"}, "--loss_mask se: choose one of none, pad, qa"),
-        (None, {"data_type": "sft"}, "--data_type sft needs --sft_field with two names"),
+        (None, {"data_type": "dummy"}, "`data_type` dummy: choose one of binidx, jsonl, sft"),
+        (None, {"dataload": "packed"}, "`dataload` packed: choose one of pad, get, pack, only"),
+        (None, {"loss_mask": "se"}, "`loss_mask` se: choose one of none, pad, qa"),
+        (None, {"data_type": "sft"}, "`data_type` sft needs `sft_field` with two names"),
         (None, {"data_type": "sft", "sft_field": ["a"]}, r"not a$"),
-        (None, {"sft_field": ["a", "b"]}, "--sft_field belongs to --data_type sft, not binidx"),
-        (None, {"data_type": "jsonl"}, "--data_type jsonl needs a tokenizer"),
-        (None, {"ctx_len": 0}, "--ctx_len 0 must be at least 1"),
-        (None, {"val_split": 1.0}, r"--val_split 1\.0 must be at least 0 and below 1"),
+        (None, {"sft_field": ["a", "b"]}, "`sft_field` belongs to `data_type` sft, not binidx"),
+        (None, {"data_type": "jsonl"}, "`data_type` jsonl needs a tokenizer"),
+        (None, {"ctx_len": 0}, "`ctx_len` 0 must be at least 1"),
+        (None, {"val_split": 1.0}, r"`val_split` 1\.0 must be at least 0 and below 1"),
         (None, {"val_split": 0.1, "dataload": "get"}, "cannot hold some out; split the data"),
-        (None, {"val_split": 1e-9}, "--val_split 1e-09 leaves no document to hold out"),
+        (None, {"val_split": 1e-9}, "`val_split` 1e-09 leaves no document to hold out"),
         (None, {"val_split": 1 - 1e-9}, "leaves no document to train on"),
         (None, {"vocab_size": 500}, r"corpus\.bin: document 10, position 0: token id 501"),
         (None, {"dataload": "get", "ctx_len": 168}, "168 tokens are too few for one window"),
         (None, {"loss_mask": "qa"}, r"corpus\.mask\.bin and \.idx, which say what to train on"),
         (mask_of_other_sizes, {"loss_mask": "qa"}, r"corpus\.mask\.idx does not match"),
-        (mask_of_zeros, {"loss_mask": "qa"}, "--loss_mask qa leaves no token to train on"),
+        (mask_of_zeros, {"loss_mask": "qa"}, "`loss_mask` qa leaves no token to train on"),
     ],
 )
 def test_what_does_not_fit_is_refused(corpus, change, arguments, message):
@@ -154,7 +154,7 @@ def test_a_tokenizer_larger_than_the_model_is_refused(questions):
 
 
 def test_text_read_as_a_pair_is_told(questions):
-    with pytest.raises(UserError, match=r"is no \.bin/\.idx pair; read it with --data_type jsonl"):
+    with pytest.raises(UserError, match=r"is no \.bin/\.idx pair; read it with `data_type` jsonl"):
         load(questions, "pad")
 
 
@@ -171,7 +171,7 @@ def test_data_without_a_target_is_refused(tmp_path, documents, message):
 
 
 def test_prompts_longer_than_the_context_leave_nothing_to_train_on(questions):
-    with pytest.raises(UserError, match="leaves no token to train on within --ctx_len 20"):
+    with pytest.raises(UserError, match="leaves no token to train on within `ctx_len` 20"):
         load_questions(questions, ctx_len=20)
 
 

@@ -157,7 +157,7 @@ def test_a_held_out_document_stays_so_in_a_larger_fraction_and_another_dtype():
 
 def test_an_empty_split_is_refused(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", ["one"])
-    with pytest.raises(UserError, match="choose another --val_split"):
+    with pytest.raises(UserError, match="choose another `val_split`"):
         prepare([source], str(tmp_path / "out"), replace(BYTES, val_split=1e-9))
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 

@@ -64,12 +64,12 @@ def test_the_template_is_that_of_the_run(questions):
 
 
 def test_another_template_is_refused(questions):
-    with pytest.raises(UserError, match="was prepared with --template metamath, not with this --t"):
+    with pytest.raises(UserError, match="prepared with `template` metamath, not with this `te"):
         load(questions, template="alpaca")
 
 
 def test_another_tokenizer_is_refused(questions):
-    with pytest.raises(UserError, match="was prepared with --tokenizer bytes, but this is world"):
+    with pytest.raises(UserError, match="was prepared with `tokenizer` bytes, but this is world"):
         load(questions, load_tokenizer("world"))
 
 
@@ -138,5 +138,5 @@ def test_the_cache_knows_the_template(tmp_path):
 
 
 def test_speakers_go_with_plain_text_alone(questions):
-    with pytest.raises(UserError, match="--speakers goes with --data_type jsonl"):
+    with pytest.raises(UserError, match="`speakers` goes with `data_type` jsonl"):
         load(questions, speakers=["A/B"])

@@ -83,7 +83,7 @@ def test_numbers_and_truth_values_are_the_text_that_was_written(line, text):
         (ALPACA, {"instruction": "a", "inputs": "b", "output": "c"}, "did you mean 'inputs'?"),
         (ALPACA, {"instruction": None, "input": "b", "output": "c"}, "a string, but it is null"),
         (ALPACA, {"instruction": "", "input": "", "output": "c"}, "'instruction' is empty"),
-        (Layout(), {"instruction": "a", "output": "c"}, "those of --sft_field instruction input"),
+        (Layout(), {"instruction": "a", "output": "c"}, "those of `sft_field` instruction input"),
     ],
 )
 def test_records_that_fit_no_layout_are_refused_with_the_reason(layout, record, message):

@@ -91,7 +91,7 @@ def test_only_gives_unpadded_documents_one_at_a_time(corpus):
     data = load(corpus, "only")
     lengths = sorted(batch.tokens.shape[1] for batch in epoch_of(data))
     assert lengths == sorted(min(size - 1, CTX_LEN) for size in SIZES if size >= 2)
-    with pytest.raises(UserError, match="--dataload only takes --micro_bsz 1, not 2"):
+    with pytest.raises(UserError, match="`dataload` only takes `micro_bsz` 1, not 2"):
         data.rows(0, 0, 1, 2, 1)
 
 

@@ -70,7 +70,7 @@ def test_other_pairs_can_be_given_and_then_count_alone():
 
 @pytest.mark.parametrize("word", ["Agent", "/Agent", "Customer/", "A/A"])
 def test_what_is_no_pair_is_told(word):
-    with pytest.raises(UserError, match=f"--speakers {word}: give who asks and who answers"):
+    with pytest.raises(UserError, match=f"`speakers` {word}: give who asks and who answers"):
         parse_pairs([word])
 
 

@@ -124,8 +124,8 @@ def test_a_file_is_a_template(tmp_path):
     ("content", "message"),
     [
         ("user: [", "mine.yaml: not a readable template: "),
-        ("- a", "mine.yaml: a template needs at least the field `user`"),
-        ("cue: a", "mine.yaml: a template needs at least the field `user`"),
+        ("- a", "mine.yaml: a template needs at least the field 'user'"),
+        ("cue: a", "mine.yaml: a template needs at least the field 'user'"),
         ("user: hello", "mine.yaml: 'user' must hold {question}"),
         ("user: '{question}'\nanswer: x", "mine.yaml: 'answer' must hold {answer}"),
         ("user: '{question}'\ninput: x", "mine.yaml: 'input' must hold {input}"),
@@ -149,5 +149,5 @@ def test_a_bad_file_is_told_in_one_line(tmp_path, content, message):
 
 
 def test_an_unknown_name_is_told_with_the_near_one():
-    with pytest.raises(UserError, match=r"--template metamth: did you mean metamath\?"):
+    with pytest.raises(UserError, match=r"`template` metamth: did you mean metamath\?"):
         templates.get("metamth")

@@ -177,10 +177,10 @@ def test_the_vocabulary_size_names_the_tokenizer(vocab_size, name):
 @pytest.mark.parametrize(
     ("spec", "vocab_size", "message"),
     [
-        (None, 50277, "no tokenizer is known for a vocabulary of 50277; pass --tokenizer"),
+        (None, 50277, "no tokenizer is known for a vocabulary of 50277; pass `tokenizer`"),
         (None, None, "no tokenizer is known"),
-        ("world", 50277, "--tokenizer world has 65536 tokens, but the model only 50277"),
-        ("no_such.json", None, "--tokenizer no_such.json: no such file"),
+        ("world", 50277, "`tokenizer` world has 65536 tokens, but the model only 50277"),
+        ("no_such.json", None, "`tokenizer` no_such.json: no such file"),
     ],
 )
 def test_tokenizers_that_do_not_fit_are_refused(spec, vocab_size, message):

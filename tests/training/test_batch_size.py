@@ -51,7 +51,7 @@ def test_a_given_micro_batch_sets_the_accumulation():
 
 
 def test_what_does_not_divide_is_refused_with_what_does():
-    with pytest.raises(UserError, match="--micro_bsz 5 does not divide; choose one of 12, 6, 4"):
+    with pytest.raises(UserError, match="`micro_bsz` 5 does not divide; choose one of 12, 6, 4"):
         split(config_of(5), 12, 5)
     with pytest.raises(UserError, match="choose a multiple of 5"):
         rows_per_process(config_of(4), 5)
@@ -60,8 +60,8 @@ def test_what_does_not_divide_is_refused_with_what_does():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--micro_bsz auto", "needs --global_bsz"),
-        ("--global_bsz 8 --accumulate_grad_batches 2", "drop --accumulate_grad_batches"),
+        ("--micro_bsz auto", "needs `global_bsz`"),
+        ("--global_bsz 8 --accumulate_grad_batches 2", "drop `accumulate_grad_batches`"),
         ("--micro_bsz 0", "must be at least 1, or auto"),
         ("--micro_bsz many", "takes a whole number"),
     ],

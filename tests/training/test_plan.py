@@ -74,14 +74,14 @@ def test_labels_that_are_lost_are_told(folder, capsys):
     )
     assert (
         "labels       2 of 3 documents train nothing: 1 have no trained token, 1 lose theirs to "
-        "--ctx_len 24" in text
+        "ctx_len 24" in text
     )
-    assert "cut off      11 tokens of 1 documents longer than --ctx_len 24, 3 of them" in text
+    assert "cut off      11 tokens of 1 documents longer than ctx_len 24, 3 of them" in text
     assert "ctx_len      35 keeps all trained tokens of 95% of the documents, 35 of all" in text
 
 
 def test_an_unknown_model_is_refused_with_the_known_names():
-    with pytest.raises(UserError, match=r"--plan also takes 1\.6B, 3B, 7B, 14B"):
+    with pytest.raises(UserError, match=r"`plan` also takes 1\.6B, 3B, 7B, 14B"):
         planned_sizes("5B")
 
 

@@ -63,14 +63,14 @@ def test_finished_weights_are_not_written_over_and_the_advice_works(tmp_path):
     (tmp_path / "rwkv-0.pth").touch()
     with pytest.raises(UserError, match=r"rwkv-0\.pth of a run without checkpoints") as error:
         choose_checkpoint(config_for(tmp_path, resume="auto"))
-    assert "--overwrite 1 instead" in str(error.value)
+    assert "`overwrite` 1 instead" in str(error.value)
     with pytest.raises(UserError, match="already holds a run") as error:
         choose_checkpoint(config_for(tmp_path))
-    assert "--resume auto" not in str(error.value), "which would be refused"
+    assert "`resume` auto" not in str(error.value), "which would be refused"
     assert choose_checkpoint(config_for(tmp_path, overwrite=True)) is None
     state = {"trained": {"a": torch.zeros(2)}, "adam_step": 1}
     path = save_checkpoint(tmp_path / "checkpoints", 1, state, tensors_of(state), {})
-    with pytest.raises(UserError, match="resume with --resume auto"):
+    with pytest.raises(UserError, match="resume with `resume` auto"):
         choose_checkpoint(config_for(tmp_path))
     assert choose_checkpoint(config_for(tmp_path, resume="auto")) == path
 
@@ -81,7 +81,7 @@ def test_changed_flags_are_told_from_the_manifest_alone(tmp_path):
     state = {"trained": {"a": torch.zeros(2)}, "adam_step": 1}
     path = save_checkpoint(tmp_path, 1, state, tensors_of(state), record)
     check_flags(path, dataclasses.replace(config, resume="auto", micro_bsz=2, proj_dir="other"))
-    with pytest.raises(UserError, match=r"--bone_r 16 -> 8; --random_seed 42 -> 43"):
+    with pytest.raises(UserError, match=r"`bone_r` 16 -> 8; `random_seed` 42 -> 43"):
         check_flags(path, dataclasses.replace(config, bone_r=8, random_seed=43))
 
 

@@ -165,7 +165,7 @@ def test_every_row_is_read_once_by_any_number_of_ranks(folder, dataload, world, 
 
 def test_flags_that_need_held_out_data_say_so():
     config = {"load_model": "a", "data_file": "b"}
-    with pytest.raises(UserError, match="--val_every needs held-out data"):
+    with pytest.raises(UserError, match="`val_every` needs held-out data"):
         validate(TrainConfig(**config, val_every=3))
     with pytest.raises(UserError, match="choose one"):
         validate(TrainConfig(**config, val_file="c", val_split=0.1))

@@ -165,9 +165,9 @@ def test_a_weight_under_bat_cannot_be_trained(base):
 
 def test_other_trained_parameters_need_train_parts(base):
     path, _, weights = write_incumbent(base, "bone", ".bone", extra=("time", "ln"))
-    with pytest.raises(UserError, match=r"holds .* trained tensors .* give --train_parts time ln"):
+    with pytest.raises(UserError, match=r"holds .* trained tensors .* give `train_parts` time ln"):
         model_from(base, path, "bone", bone_r=R)
-    with pytest.raises(UserError, match="give --train_parts time to continue"):
+    with pytest.raises(UserError, match="give `train_parts` time to continue"):
         model_from(base, path, "bone", bone_r=R, train_parts=["ln"])
     with pytest.raises(UserError, match=r"does not hold head.weight .* drop what the file lacks"):
         model_from(base, path, "bone", bone_r=R, train_parts=["ln", "time", "head"])
@@ -183,12 +183,12 @@ def test_other_trained_parameters_need_train_parts(base):
 @pytest.mark.parametrize(
     ("form", "method", "flags", "message"),
     [
-        ("bone, 2025", "bone", {"bone_r": 16}, "give --peft bone --bone_r 8"),
-        ("bone, 2025", "bat", {"bat_r": R}, "give --peft bone --bone_r 8"),
-        ("bat, 2024", "bone", {"bone_r": R}, "give --peft bat --bat_r 8 --bat_mode row"),
-        ("bat, 2024", "bat", {"bat_r": R, "bat_mode": "col"}, "--bat_mode row"),
-        ("lora", "lora", {"lora_r": 4}, "give --peft lora --lora_r 8"),
-        ("lora", "pissa", {"pissa_r": R}, "no initial A and B.* as --pissa_init"),
+        ("bone, 2025", "bone", {"bone_r": 16}, "give `peft` bone `bone_r` 8"),
+        ("bone, 2025", "bat", {"bat_r": R}, "give `peft` bone `bone_r` 8"),
+        ("bat, 2024", "bone", {"bone_r": R}, "give `peft` bat `bat_r` 8 `bat_mode` row"),
+        ("bat, 2024", "bat", {"bat_r": R, "bat_mode": "col"}, "`bat_mode` row"),
+        ("lora", "lora", {"lora_r": 4}, "give `peft` lora `lora_r` 8"),
+        ("lora", "pissa", {"pissa_r": R}, "no initial A and B.* as `pissa_init`"),
     ],
 )
 def test_flags_that_do_not_fit_the_file_are_refused_with_those_that_do(
@@ -200,7 +200,7 @@ def test_flags_that_do_not_fit_the_file_are_refused_with_those_that_do(
 
 
 def test_files_without_adapters_are_not_started_from(base):
-    with pytest.raises(UserError, match="holds no adapter; give merged weights as --load_model"):
+    with pytest.raises(UserError, match="holds no adapter; give merged weights as `load_model`"):
         model_from(base, base, "bone")
 
 
@@ -211,7 +211,7 @@ def test_our_own_files_are_checked_against_their_record(base, tmp_path):
     record = {"adapter": model.adapter_spec, "base": {"file": "base", "sha256": sha256(base)}}
     tensors = {key: model.state_dict()[name] for name, key in adapter_keys(model).items()}
     save_adapter(tensors, record, path)
-    with pytest.raises(UserError, match="give --peft lora --lora_r 8 --lora_alpha 12"):
+    with pytest.raises(UserError, match="give `peft` lora `lora_r` 8 `lora_alpha` 12"):
         model_from(base, path, "lora", lora_r=R)
     again = model_from(base, path, "lora", lora_r=R, lora_alpha=ALPHA, lora_dropout=0.0)
     assert torch.equal(

@@ -89,7 +89,7 @@ def test_pissa_of_other_software_has_a_second_file(tmp_path):
 
 def test_lora_without_json_needs_its_alpha(tmp_path):
     base, model, adapter = make_adapter(tmp_path, "lora", METHODS["lora"], record=False)
-    with pytest.raises(UserError, match="give --lora_alpha"):
+    with pytest.raises(UserError, match="give `lora_alpha`"):
         merge_files(base, adapter, tmp_path / "merged.pth")
     stated = PLAIN | {"alpha": 16.0, "rslora": False}
     merge_files(base, adapter, tmp_path / "merged.pth", stated=stated)

@@ -84,13 +84,13 @@ def test_a_json_that_is_no_record_is_refused(tmp_path, change, message):
 
 
 OPEN = {
-    "olora": ({"r": 4, "alpha": 64}, "method, alpha, quant; give --method lora_ga|olora|pissa"),
+    "olora": ({"r": 4, "alpha": 64}, "method, alpha, quant; give `method` lora_ga|olora|pissa"),
     "lora_ga": ({"r": 4, "alpha": 64}, "method, alpha, quant"),
     "pissa": ({"r": 4}, "method, alpha, quant"),
-    "lora": ({"r": 4, "alpha": 64, "rslora": True}, "alpha, rslora, quant; give --lora_alpha"),
+    "lora": ({"r": 4, "alpha": 64, "rslora": True}, "alpha, rslora, quant; give `lora_alpha`"),
     "dora": ({"r": 4, "alpha": 64}, "alpha, quant"),
-    "bat": ({"r": 8, "mode": "col"}, "mode, quant; give --bat_mode row or col --quant none"),
-    "bone": ({"r": 8, "quant": "nf4"}, "quant; give --quant none or its form"),
+    "bat": ({"r": 8, "mode": "col"}, "mode, quant; give `bat_mode` row or col `quant` none"),
+    "bone": ({"r": 8, "quant": "nf4"}, "quant; give `quant` none or its form"),
     "disha": ({"r1": 8, "r2": 4}, "quant"),
 }
 

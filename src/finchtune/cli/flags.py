@@ -28,6 +28,7 @@ from finchtune.errors import (
     USER_ERROR,
     ConfigurationError,
     UserError,
+    with_flags,
 )
 from finchtune.methods import flag_methods
 
@@ -117,7 +118,7 @@ def told(config: TrainConfig, values: dict[str, Any], notes: list[str], compat: 
     try:
         lines = [*notes, *differences(config, values)]
     except UserError as error:
-        lines = [*notes, f"there: {error.line}"]
+        lines = [*notes, f"there: {with_flags(error.line)}"]
     if not lines:
         return []
     head = "otherwise than in RWKV-PEFT (--compat rwkv-peft takes its meanings; docs/rwkv-peft.md):"

@@ -105,7 +105,7 @@ def prompt_of(line: bytes, where: str, template: Template) -> Prompt:
         return record["prompt"], ()
     if isinstance(record.get("question"), str):
         return template.prompt(record["question"]), template.stop
-    raise UserError(f"{where}: an object with a string `prompt` or `question` is needed")
+    raise UserError(f"{where}: an object with a string 'prompt' or 'question' is needed")
 
 
 def stream(engine: Engine, row: Row, prompt: str) -> None:

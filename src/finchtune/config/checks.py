@@ -55,10 +55,10 @@ def mistakes_of(config: TrainConfig) -> Iterator[str]:
 def missing(config: TrainConfig) -> Iterator[str]:
     for name in ("load_model",) if config.plan else ("load_model", "data_file"):
         if not getattr(config, name):
-            yield f"--{name} is missing"
+            yield f"`{name}` is missing"
     for package in ("wandb", "tensorboard"):
         if getattr(config, package) and find_spec(package) is None:
-            yield f"--{package} needs the package: pip install {package}"
+            yield f"`{package}` needs the package: pip install {package}"
 
 
 def out_of_range(config: TrainConfig) -> Iterator[str]:
@@ -68,76 +68,76 @@ def out_of_range(config: TrainConfig) -> Iterator[str]:
             continue
         least = 1 if name in AT_LEAST_ONE else 0
         if not math.isfinite(value):
-            yield f"--{name} must be a finite number, not {value}"
+            yield f"`{name}` must be a finite number, not {value}"
         elif value < least:
-            yield f"--{name} must be {'at least 1' if least else 'zero or more'}, not {value}"
+            yield f"`{name}` must be {'at least 1' if least else 'zero or more'}, not {value}"
         elif value > (most := AT_MOST.get(name, MOST)):
-            yield f"--{name} must be at most {most:,}, not {value:,}"
+            yield f"`{name}` must be at most {most:,}, not {value:,}"
         elif name in BELOW_ONE and value >= 1:
-            yield f"--{name} must be below 1, not {value}"
+            yield f"`{name}` must be below 1, not {value}"
         elif name in ABOVE_ZERO and value == 0:
-            yield f"--{name} must be above zero"
+            yield f"`{name}` must be above zero"
     if config.grad_cp not in (0, 1, 2):
-        yield f"--grad_cp must be 0, 1 or 2, not {config.grad_cp}"
+        yield f"`grad_cp` must be 0, 1 or 2, not {config.grad_cp}"
 
 
 def contradictions(config: TrainConfig) -> Iterator[str]:
     yield from contradictions_of_method(config)
     yield from contradictions_of_contexts(config)
     if config.lr_schedule == "exp" and config.lr_final == 0:
-        yield "--lr_schedule exp cannot reach --lr_final 0; give a small number"
+        yield "`lr_schedule` exp cannot reach `lr_final` 0; give a small number"
     if config.lr_schedule == "constant" and config.lr_final not in (None, config.lr_init):
-        yield "--lr_schedule constant has no use for --lr_final; drop it or use cos"
+        yield "`lr_schedule` constant has no use for `lr_final`; drop it or use cos"
     if config.micro_bsz == 0 and not config.global_bsz:
-        yield "--micro_bsz auto needs --global_bsz, the rows of an optimizer step"
+        yield "`micro_bsz` auto needs `global_bsz`, the rows of an optimizer step"
     if config.global_bsz and config.accumulate_grad_batches != 1:
-        yield "--global_bsz sets the accumulation; drop --accumulate_grad_batches"
+        yield "`global_bsz` sets the accumulation; drop `accumulate_grad_batches`"
     held_out = [name for name in ("val_file", "val_split") if getattr(config, name)]
     if len(held_out) == 2:
-        yield "--val_file and --val_split both name held-out data; choose one"
+        yield "`val_file` and `val_split` both name held-out data; choose one"
     for name in ("val_every", "early_stop"):
         if getattr(config, name) and not held_out:
-            yield f"--{name} needs held-out data: give --val_file or --val_split"
+            yield f"`{name}` needs held-out data: give `val_file` or `val_split`"
     if config.sample_every and not config.sample_prompt:
-        yield "--sample_every needs a --sample_prompt"
+        yield "`sample_every` needs a `sample_prompt`"
     if config.data_type == "binidx" and config.sft_field:
-        yield "--sft_field goes with --data_type jsonl; binidx files carry their masks"
+        yield "`sft_field` goes with `data_type` jsonl; binidx files carry their masks"
 
 
 def contradictions_of_method(config: TrainConfig) -> Iterator[str]:
     if config.pissa_init and not (config.peft == "pissa" and config.peft_load):
-        yield "--pissa_init goes with --peft pissa and --peft_load"
+        yield "`pissa_init` goes with `peft` pissa and `peft_load`"
     if config.trains_all and (config.train_parts or config.peft_load):
-        yield "--train_parts and --peft_load need --peft; without it all is trained"
+        yield "`train_parts` and `peft_load` need `peft`; without it all is trained"
     if config.adapter == "none" and config.quant != "none":
-        yield "--quant needs --peft: a quantised weight cannot be trained itself"
+        yield "`quant` needs `peft`: a quantised weight cannot be trained itself"
     if config.decay_adapters and not (config.weight_decay and config.adapter != "none"):
-        yield "--decay_adapters goes with --weight_decay and --peft"
+        yield "`decay_adapters` goes with `weight_decay` and `peft`"
     acts = config.trains_all or config.decay_adapters or config.train_parts
     if config.weight_decay and not acts:
         yield (
-            f"--weight_decay {config.weight_decay:g} would act on nothing: adapter matrices are "
-            "not decayed unless --decay_adapters 1 is given"
+            f"`weight_decay` {config.weight_decay:g} would act on nothing: adapter matrices are "
+            "not decayed unless `decay_adapters` 1 is given"
         )
 
 
 def contradictions_of_contexts(config: TrainConfig) -> Iterator[str]:
     if config.trains_all and config.lr_init >= DESTRUCTIVE_LR:
         yield (
-            f"--lr_init {config.lr_init:g} would destroy a model whose every weight is trained; "
-            "give --train_type state if it is for states, else a lower rate"
+            f"`lr_init` {config.lr_init:g} would destroy a model whose every weight is trained; "
+            "give `train_type` state if it is for states, else a lower rate"
         )
     if config.lr_state and not (config.trains_state and config.adapter != "none"):
-        yield "--lr_state goes with --train_type state and an adapter; else give --lr_init"
+        yield "`lr_state` goes with `train_type` state and an adapter; else give `lr_init`"
     changed = [
         *(["chunk_ctx"] if config.chunk_ctx != ContextFlags.chunk_ctx else []),
         *(["bptt"] if config.bptt != ContextFlags.bptt else []),
         *(["infctx_offload"] if config.infctx_offload else []),
     ]
     if changed and not config.chunked:
-        yield f"--{changed[0]} goes with --train_type infctx"
+        yield f"`{changed[0]}` goes with `train_type` infctx"
     if config.chunked and config.chunk_ctx % config.context_parallel:
         yield (
-            f"--context_parallel {config.context_parallel} must divide --chunk_ctx "
+            f"`context_parallel` {config.context_parallel} must divide `chunk_ctx` "
             f"{config.chunk_ctx}"
         )

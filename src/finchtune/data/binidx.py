@@ -15,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
-from finchtune.errors import UserError
+from finchtune.errors import DataError, UserError
 from finchtune.files import FileSet, finish_interrupted
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -90,7 +90,7 @@ class BinIdx:
                 continue
             bad = start + int(np.flatnonzero((chunk < 0) | (chunk >= vocab_size))[0])
             doc = int(np.searchsorted(self.offsets, bad, side="right")) - 1
-            raise UserError(
+            raise DataError(
                 f"{self.prefix}.bin: document {doc}, position {bad - self.offsets[doc]}: token id "
                 f"{self.tokens[bad]} is not below the vocabulary size {vocab_size}; prepare the "
                 "data with the model's tokenizer"
@@ -104,9 +104,9 @@ def require_file(path: Path, prefix: str) -> None:
     except OSError as error:
         longer = f"{prefix}_text_document"
         hint = f"; did you mean {longer}?" if os.path.exists(f"{longer}.idx") else ""
-        raise UserError(f"{path}: {error.strerror}{hint}") from None
+        raise DataError(f"{path}: {error.strerror}{hint}") from None
     if not stat.S_ISREG(mode):
-        raise UserError(f"{path}: not a regular file")
+        raise DataError(f"{path}: not a regular file")
 
 
 def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
@@ -114,25 +114,25 @@ def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarra
     try:
         raw = np.memmap(path, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise DataError(f"{path}: {error.strerror}") from None
     if len(raw) < HEADER.size:
-        raise UserError(
+        raise DataError(
             f"{path}: {len(raw)} bytes, too short for the header of {HEADER.size}; "
             "the file is empty or truncated"
         )
     magic, version, code, n, m = HEADER.unpack(raw[: HEADER.size].tobytes())
     if magic != MAGIC:
-        raise UserError(f"{path}: starts with {magic!r}, not {MAGIC!r}; this is no .idx file")
+        raise DataError(f"{path}: starts with {magic!r}, not {MAGIC!r}; this is no .idx file")
     if version != VERSION:
-        raise UserError(f"{path}: version {version}, but only version {VERSION} is known")
+        raise DataError(f"{path}: version {version}, but only version {VERSION} is known")
     dtype = np.dtype(DTYPES.get(code, "V1"))
     if dtype.kind not in "iu":
-        raise UserError(
+        raise DataError(
             f"{path}: dtype code {code} is not one of the integer codes 1, 2, 3, 4, 5, 8"
         )
     expected = HEADER.size + 12 * n + 8 * m
     if expected != len(raw):
-        raise UserError(
+        raise DataError(
             f"{path}: {len(raw)} bytes, but its header of {n} documents and {m} boundaries needs "
             f"{expected}; the file is truncated or damaged"
         )
@@ -145,14 +145,14 @@ def _check_sizes(path: Path, sizes: np.ndarray) -> None:
     negative = np.flatnonzero(sizes < 0)
     if len(negative):
         i = int(negative[0])
-        raise UserError(f"{path}: document {i} has the negative size {sizes[i]}")
+        raise DataError(f"{path}: document {i} has the negative size {sizes[i]}")
 
 
 def _check_starts(path: Path, starts: np.ndarray, expected: np.ndarray) -> None:
     wrong = np.flatnonzero(starts != expected[:-1])
     if len(wrong):
         i = int(wrong[0])
-        raise UserError(
+        raise DataError(
             f"{path}: document {i} starts at byte {starts[i]}, but the documents before it end at "
             f"byte {expected[i]}; the index is damaged"
         )
@@ -162,13 +162,13 @@ def _check_doc_idx(path: Path, doc_idx: np.ndarray, n: int) -> None:
     """The boundaries must rise from 0 to n; where several items share one, items are documents."""
     wrong = len(doc_idx) == 0 or doc_idx[0] != 0 or doc_idx[-1] != n or (np.diff(doc_idx) < 0).any()
     if wrong:
-        raise UserError(f"{path}: the document boundaries do not rise from 0 to {n}")
+        raise DataError(f"{path}: the document boundaries do not rise from 0 to {n}")
 
 
 def _map_tokens(path: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
     size, expected = path.stat().st_size, n_tokens * dtype.itemsize
     if size != expected:
-        raise UserError(
+        raise DataError(
             f"{path}: {size} bytes, but its .idx describes {n_tokens} tokens of {dtype.itemsize} "
             f"bytes, {expected} in all; the two files do not belong together or one is truncated"
         )
@@ -178,7 +178,7 @@ def _map_tokens(path: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
         # As a plain array, whose slices cost a tenth of a memmap's.
         return np.memmap(path, dtype, mode="r").view(np.ndarray)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+        raise DataError(f"{path}: {error.strerror}") from None
 
 
 class BinIdxWriter:
@@ -225,14 +225,14 @@ class BinIdxWriter:
             self.sizes[-1] = self.sizes[-1][:-1]
             self.n_documents -= 1
         if len(lengths) and lengths.max() > MAX_DOCUMENT:
-            raise UserError(
+            raise DataError(
                 f"document {self.n_documents + int(lengths.argmax())} has {lengths.max()} tokens, "
                 f"more than the {MAX_DOCUMENT} that the format can hold; split it"
             )
         try:
             self._file.write(np.ascontiguousarray(tokens).data)
         except OSError as error:
-            raise UserError(f"cannot write {self.prefix}.bin: {error.strerror}") from None
+            raise DataError(f"cannot write {self.prefix}.bin: {error.strerror}") from None
         self.sizes.append(lengths.astype("<i4"))
         self.n_documents += len(lengths)
         self.n_tokens += len(tokens)

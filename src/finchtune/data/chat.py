@@ -105,7 +105,7 @@ def _calls(message: dict[str, Any]) -> list[str]:
 def _call(function: Any) -> str:
     """One call as the line that many chat models write: {"name": ..., "arguments": ...} in tags."""
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadRecord("a tool call must be an object with the `name` of a function")
+        raise BadRecord("a tool call must be an object with the 'name' of a function")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         with suppress(ValueError):  # a text that is no JSON stays a text

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finchtune.errors import UserError
+from finchtune.errors import DataError
 
 SUFFIXES = (".gz", ".zst")
 BLOCK_BYTES = 1 << 20
@@ -48,7 +48,7 @@ class _Bounded(io.RawIOBase):
         n = self._content.readinto(buffer)
         self._read += n
         if self._read > max(ALWAYS_ALLOWED, MOST_TIMES * self._stored.tell()):
-            raise UserError(
+            raise DataError(
                 f"{self._path}: unfolds to more than {MOST_TIMES} times its size; if that is "
                 "meant, decompress it first"
             )
@@ -59,7 +59,7 @@ def _zst_reader(path: Path, stored: io.BufferedReader) -> io.RawIOBase:
     try:
         import zstandard
     except ImportError:
-        raise UserError(f"{path}: reading .zst needs `pip install zstandard`") from None
+        raise DataError(f"{path}: reading .zst needs `pip install zstandard`") from None
     return _ZstReader(zstandard, stored)
 
 

@@ -93,7 +93,7 @@ class Data:
         assert step >= 0
         assert 0 <= rank < world
         if self.dataload == "only" and micro_bsz != 1:
-            raise UserError(f"--dataload only takes --micro_bsz 1, not {micro_bsz}")
+            raise UserError(f"`dataload` only takes `micro_bsz` 1, not {micro_bsz}")
         first = step * world * micro_bsz * accumulate + rank * micro_bsz
         starts = [first + i * world * micro_bsz for i in range(accumulate)]
         return [range(start, start + micro_bsz) for start in starts]

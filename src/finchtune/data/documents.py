@@ -14,7 +14,7 @@ from finchtune.data.records import Findings
 from finchtune.data.render import Layout
 from finchtune.data.templates import Piece, Template
 from finchtune.data.values import BadRecord
-from finchtune.errors import UserError
+from finchtune.errors import DataError, UserError
 from finchtune.tokenizer import Tokenizer
 
 MASK_SUFFIX = ".mask"
@@ -192,12 +192,12 @@ def _read_mask(data: BinIdx) -> np.ndarray:
     prefix = data.prefix + MASK_SUFFIX
     if not exists(prefix):
         raise UserError(
-            f"--loss_mask qa needs {prefix}.bin and .idx, which say what to train on; make them "
-            "by running scripts/prepare_data.py again with --sft_field, or --loss_mask qa for text"
+            f"`loss_mask` qa needs {prefix}.bin and .idx, which say what to train on; make them "
+            "by running scripts/prepare_data.py again with `sft_field`, or `loss_mask` qa for text"
         )
     mask = BinIdx(prefix)
     if mask.dtype != np.uint8 or not np.array_equal(mask.sizes, data.sizes):
-        raise UserError(
+        raise DataError(
             f"{prefix}.idx does not match {data.prefix}.idx; run scripts/prepare_data.py again"
         )
     mask.check_tokens(2)

@@ -15,7 +15,7 @@ from finchtune.data.encodings import SAMPLE_BYTES, conversion_hint
 from finchtune.data.records import BOM, NotUTF8, parse_line
 from finchtune.data.tables import DELIMITERS, csv_rows, parquet_rows
 from finchtune.data.values import BadRecord
-from finchtune.errors import UserError
+from finchtune.errors import DataError
 
 LINES = (".jsonl", ".ndjson", ".json")
 TEXT = (".txt",)
@@ -92,14 +92,14 @@ def find_inputs(patterns: Sequence[str]) -> list[Path]:
         matches = [match for match in matches if match.exists() and not match.is_dir()]
         if not matches:
             what = "no data files in this folder" if path.is_dir() else "no such file"
-            raise UserError(f"{pattern}: {what}")
+            raise DataError(f"{pattern}: {what}")
         found |= dict.fromkeys(matches)
     for path in found:
         if not path.is_file():
-            raise UserError(f"{path}: not a regular file")
+            raise DataError(f"{path}: not a regular file")
         if not _kind(path):
             known = ", ".join(LINES + TEXT + TABLE)
-            raise UserError(f"{path}: unknown kind of file; known are {known}, and .gz or .zst")
+            raise DataError(f"{path}: unknown kind of file; known are {known}, and .gz or .zst")
     return list(found)
 
 
@@ -126,7 +126,7 @@ def read_blocks(
             yield from _read_lines(path)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: {reason}") from None
+        raise DataError(f"{path}: {reason}") from None
 
 
 def _kind(path: Path) -> str:
@@ -148,7 +148,7 @@ def _read_lines(path: Path) -> Iterator[Block]:
             lines = block.count(b"\n")
             rest = content.readline(MAX_RECORD)
             if len(rest) == MAX_RECORD:
-                raise UserError(
+                raise DataError(
                     f"{path}:{number + lines}: a line longer than {MAX_RECORD:,} bytes; split it"
                 )
             lines += rest.count(b"\n")
@@ -194,7 +194,7 @@ def _read_array(path: Path, content: Any, stored: io.BufferedReader) -> Iterator
             lines.append(element.replace(b"\n", b" ") if element.strip() else b",")
             del element
     except BadRecord as error:
-        raise UserError(f"{path}: {error}") from None
+        raise DataError(f"{path}: {error}") from None
     yield block()
 
 

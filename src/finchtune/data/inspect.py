@@ -25,7 +25,7 @@ def overview(documents: Documents) -> Iterator[str]:
     yield f"ending in 0     {ended:,} of {len(documents):,} documents"
     if documents.trained is not None:
         share = documents.trained.mean() if documents.n_tokens else 0.0
-        yield f"trained on      {share:.1%} of the tokens under --loss_mask qa"
+        yield f"trained on      {share:.1%} of the tokens under loss_mask qa"
     if len(documents):
         p50, p90, p99 = np.percentile(sizes, [50, 90, 99], method="lower")
         yield (

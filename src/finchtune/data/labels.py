@@ -47,7 +47,7 @@ class Labels:
                 "labels",
                 (
                     f"{without:,} of {n:,} {self.unit} train nothing: {self.untrained:,} have no "
-                    f"trained token, {self.emptied:,} lose theirs to --ctx_len {self.ctx_len}"
+                    f"trained token, {self.emptied:,} lose theirs to ctx_len {self.ctx_len}"
                 ),
             )
         else:
@@ -59,7 +59,7 @@ class Labels:
         yield (
             "cut off",
             (
-                f"{self.lost_tokens:,} tokens of {self.cut:,} documents longer than --ctx_len "
+                f"{self.lost_tokens:,} tokens of {self.cut:,} documents longer than ctx_len "
                 f"{self.ctx_len}, {self.lost_targets:,} of them trained"
             ),
         )

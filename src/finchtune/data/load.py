@@ -18,7 +18,7 @@ from finchtune.data.render import Layout
 from finchtune.data.sampling import DocumentRows, PackedRows, Rows, WindowRows
 from finchtune.data.speakers import parse_pairs
 from finchtune.data.templates import Template
-from finchtune.errors import UserError
+from finchtune.errors import DataError, UserError
 from finchtune.tokenizer import Tokenizer
 
 DATA_TYPES = ("binidx", "jsonl", "sft")
@@ -83,9 +83,9 @@ def load_data(
         weights = [weight for _, weight in sources]
         rows: Rows = MixedRows(parts, weights, seed) if len(parts) > 1 else parts[0]
         if not rows.counts().targets:
-            raise UserError(
-                f"{data_file}: --loss_mask {loss_mask} leaves no token to train on within "
-                f"--ctx_len {ctx_len}; raise --ctx_len or choose another mask"
+            raise DataError(
+                f"{data_file}: `loss_mask` {loss_mask} leaves no token to train on within "
+                f"`ctx_len` {ctx_len}; raise `ctx_len` or choose another mask"
             )
         longest = max(part.ctx_len for part in parts)
         return Data(rows, dataload, longest, sets, chosen_template)
@@ -104,18 +104,18 @@ def _check_choices(data_type: str, dataload: str, loss_mask: str) -> None:
     ]
     for flag, value, known in choices:
         if value not in known:
-            raise UserError(f"--{flag} {value}: choose one of {', '.join(known)}")
+            raise UserError(f"`{flag}` {value}: choose one of {', '.join(known)}")
 
 
 def _check_numbers(ctx_len: int, val_split: float, dataload: str) -> None:
     if ctx_len < 1:
-        raise UserError(f"--ctx_len {ctx_len} must be at least 1")
+        raise UserError(f"`ctx_len` {ctx_len} must be at least 1")
     if not 0 <= val_split < 1:
-        raise UserError(f"--val_split {val_split} must be at least 0 and below 1")
+        raise UserError(f"`val_split` {val_split} must be at least 0 and below 1")
     if val_split and dataload == "get":
         raise UserError(
-            "--dataload get reads across documents, so it cannot hold some out; split the data "
-            "with scripts/prepare_data.py --val_split"
+            "`dataload` get reads across documents, so it cannot hold some out; split the data "
+            "with scripts/prepare_data.py `val_split`"
         )
 
 
@@ -128,13 +128,13 @@ def _layout(
 ) -> Layout:
     if data_type == "sft" and (sft_field is None or len(sft_field) not in (2, 3)):
         raise UserError(
-            "--data_type sft needs --sft_field with two names (question answer) or three "
+            "`data_type` sft needs `sft_field` with two names (question answer) or three "
             f"(instruction input output), not {' '.join(sft_field or []) or 'none'}"
         )
     if data_type != "sft" and sft_field:
-        raise UserError(f"--sft_field belongs to --data_type sft, not {data_type}")
+        raise UserError(f"`sft_field` belongs to `data_type` sft, not {data_type}")
     if speakers and (data_type != "jsonl" or loss_mask != "qa"):
-        raise UserError("--speakers goes with --data_type jsonl and --loss_mask qa")
+        raise UserError("`speakers` goes with `data_type` jsonl and `loss_mask` qa")
     return Layout(
         tuple(sft_field or ("text",)),
         qa=loss_mask == "qa",
@@ -151,7 +151,7 @@ def _common_template(
     if len(found) > 1:
         names = ", ".join(sorted(template.name for template in found))
         raise UserError(
-            f"--data_file {data_file}: the data sets have different templates ({names}), so a "
+            f"`data_file` {data_file}: the data sets have different templates ({names}), so a "
             "model could not be asked as it was trained; prepare them with one"
         )
     return next(iter(found), given)
@@ -170,18 +170,18 @@ def require_sources(data_file: str, data_type: str) -> None:
 
 def _check_tokenizer(tokenizer: Tokenizer | None, data_type: str, vocab_size: int) -> None:
     if data_type != "binidx" and tokenizer is None:
-        raise UserError(f"--data_type {data_type} needs a tokenizer; pass --tokenizer")
+        raise UserError(f"`data_type` {data_type} needs a tokenizer; pass `tokenizer`")
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise UserError(
+        raise DataError(
             f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, but the model only "
-            f"{vocab_size}; pass --tokenizer with the model's own"
+            f"{vocab_size}; pass `tokenizer` with the model's own"
         )
 
 
 def _refuse_text(data_file: str) -> None:
     if Path(data_file).is_file() and not exists(data_file):
         raise UserError(
-            f"--data_file {data_file} is no .bin/.idx pair; read it with --data_type jsonl or "
+            f"`data_file` {data_file} is no .bin/.idx pair; read it with `data_type` jsonl or "
             "sft, or make a pair of it with scripts/prepare_data.py"
         )
 
@@ -205,15 +205,15 @@ def _read_pair(
 def _split(documents: Documents, val_split: float) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the documents to train on and of those held out, each of two tokens or more."""
     if len(documents) == 0:
-        raise UserError(f"{documents.source}: there are no documents in it")
+        raise DataError(f"{documents.source}: there are no documents in it")
     usable = np.flatnonzero(documents.sizes >= 2)
     if not val_split:
         return usable, usable[:0]
     held = held_out(documents, usable, val_split)
     for name, chosen in (("train on", ~held), ("hold out", held)):
         if not chosen.any():
-            raise UserError(
-                f"{documents.source}: --val_split {val_split} leaves no document to {name}"
+            raise DataError(
+                f"{documents.source}: `val_split` {val_split} leaves no document to {name}"
             )
     return usable[~held], usable[held]
 
@@ -228,13 +228,13 @@ def _rows(
 ) -> SourceRows:
     if dataload == "get":
         if documents.n_tokens <= ctx_len:
-            raise UserError(
+            raise DataError(
                 f"{documents.source}: {documents.n_tokens} tokens are too few for one window of "
-                f"--ctx_len {ctx_len} and its last target; lower --ctx_len or use --dataload pad"
+                f"`ctx_len` {ctx_len} and its last target; lower `ctx_len` or use `dataload` pad"
             )
         return WindowRows(documents, ctx_len, seed)
     if len(chosen) == 0:
-        raise UserError(f"{documents.source}: no document has two tokens, so there is no target")
+        raise DataError(f"{documents.source}: no document has two tokens, so there is no target")
     longest = max(ctx_len, int(documents.sizes[chosen].max()) - 1) if whole else ctx_len
     if dataload == "pack":
         return PackedRows(documents, chosen, ctx_len, seed, longest)

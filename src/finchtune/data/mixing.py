@@ -29,11 +29,11 @@ def parse_sources(data_file: str) -> list[tuple[str, float | None]]:
         sources.append((match[1], float(match[2])) if match else (part, None))
     weights = [weight for _, weight in sources]
     if not all(path for path, _ in sources):
-        raise UserError(f"--data_file {data_file}: a name is missing beside a comma")
+        raise UserError(f"`data_file` {data_file}: a name is missing beside a comma")
     if None in weights and any(weight is not None for weight in weights):
-        raise UserError(f"--data_file {data_file}: give every data set a weight, or none of them")
+        raise UserError(f"`data_file` {data_file}: give every data set a weight, or none of them")
     if 0 in weights:
-        raise UserError(f"--data_file {data_file}: weights must be above 0; leave the set out")
+        raise UserError(f"`data_file` {data_file}: weights must be above 0; leave the set out")
     return sources
 
 

@@ -13,7 +13,7 @@ from finchtune.data.inputs import find_inputs, no_cut, read_blocks
 from finchtune.data.provenance import Provenance, info_path
 from finchtune.data.templates import Template
 from finchtune.data.workers import EncodedBlock, Recipe, encode_all
-from finchtune.errors import UserError
+from finchtune.errors import DataError
 from finchtune.files import FileSet
 from finchtune.tokenizer import Tokenizer, load_tokenizer
 
@@ -138,10 +138,10 @@ def _count(totals: Totals, block: EncodedBlock) -> None:
 def _check(outputs: list[_Output], totals: Totals, inputs: Sequence[str]) -> None:
     if not totals.documents:
         skipped = f" ({totals.skipped} bad records skipped)" if totals.skipped else ""
-        raise UserError(f"{' '.join(inputs)}: there are no documents in it{skipped}")
+        raise DataError(f"{' '.join(inputs)}: there are no documents in it{skipped}")
     for target in outputs:
         if not target.tokens.n_documents:
-            raise UserError(
+            raise DataError(
                 f"no document would go to {target.prefix} of {totals.documents} in all; "
-                "choose another --val_split"
+                "choose another `val_split`"
             )

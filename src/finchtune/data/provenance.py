@@ -7,7 +7,7 @@ from typing import Any
 from finchtune.data import templates
 from finchtune.data.binidx import strip_extension
 from finchtune.data.templates import Template
-from finchtune.errors import UserError
+from finchtune.errors import DataError
 from finchtune.files import read_json
 from finchtune.tokenizer import Tokenizer
 
@@ -32,14 +32,14 @@ class Provenance:
     def check(self, prefix: str, tokenizer: Tokenizer | None, template: Template | None) -> None:
         """UserError unless the pair's tokenizer, and its template if it has one, are these."""
         if tokenizer and tokenizer.sha256 != self.tokenizer_sha256:
-            raise UserError(
-                f"{prefix} was prepared with --tokenizer {self.tokenizer}, but this is "
+            raise DataError(
+                f"{prefix} was prepared with `tokenizer` {self.tokenizer}, but this is "
                 f"{tokenizer.name}, which differs; give that one, or prepare the data again"
             )
         if template and self.template and template != self.template:
-            raise UserError(
-                f"{prefix} was prepared with --template {self.template.name}, not with this "
-                f"--template {template.name}; drop the flag, or prepare the data again"
+            raise DataError(
+                f"{prefix} was prepared with `template` {self.template.name}, not with this "
+                f"`template` {template.name}; drop the flag, or prepare the data again"
             )
 
 
@@ -66,9 +66,9 @@ def read_provenance(prefix: str | Path, documents: int, tokens: int) -> Provenan
             template=None if template is None else templates.from_record(template, where), **content
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: not what prepare_data.py writes ({error}); remove it") from None
+        raise DataError(f"{path}: not what prepare_data.py writes ({error}); remove it") from None
     if (found.documents, found.tokens) != (documents, tokens):
-        raise UserError(
+        raise DataError(
             f"{path} is about {found.documents} documents of {found.tokens} tokens, but the pair "
             f"has {documents} of {tokens}; prepare the data again, or remove that file"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from finchtune.data.values import BadRecord, Number
-from finchtune.errors import UserError
+from finchtune.errors import DataError, UserError
 
 BOM = b"\xef\xbb\xbf"
 MAX_REASON = 300
@@ -28,7 +28,7 @@ class Findings:
 
     def __init__(self, policy: str = "fail"):
         if policy not in ("fail", "skip"):
-            raise UserError(f"--on_bad {policy}: choose fail or skip")
+            raise UserError(f"`on_bad` {policy}: choose fail or skip")
         self.policy = policy
         self.count = 0
         self.first = ""
@@ -39,7 +39,7 @@ class Findings:
         """Count a bad record; UserError under `fail`."""
         message = f"{where}: {reason if len(reason) <= MAX_REASON else reason[:MAX_REASON] + '...'}"
         if self.policy == "fail":
-            raise UserError(f"{message} (--on_bad skip leaves such records out)")
+            raise DataError(f"{message} (`on_bad` skip leaves such records out)")
         self.first = self.first or message
         self.count += 1
 

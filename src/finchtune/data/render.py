@@ -93,5 +93,5 @@ def _input(record: dict[str, Any], name: str) -> str:
 def _text(record: dict[str, Any], name: str) -> str:
     """A plain text field, with a hint where the record is of another kind."""
     if name not in record and ALPACA[0] in record and ALPACA[2] in record:
-        raise BadRecord(f"there is no field {name!r}, but those of --sft_field {' '.join(ALPACA)}")
+        raise BadRecord(f"there is no field {name!r}, but those of `sft_field` {' '.join(ALPACA)}")
     return text_of(record, name)

@@ -25,7 +25,7 @@ def parse_pairs(words: list[str]) -> Pairs:
         asks, slash, answers = word.partition("/")
         if not (slash and asks.strip() and answers.strip() and asks != answers):
             raise UserError(
-                f"--speakers {word}: give who asks and who answers, such as Customer/Agent"
+                f"`speakers` {word}: give who asks and who answers, such as Customer/Agent"
             )
     return tuple((word.split("/", 1)[0], word.split("/", 1)[1]) for word in words) or PAIRS
 

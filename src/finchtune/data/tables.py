@@ -9,7 +9,7 @@ from typing import Any
 from finchtune.data.compressed import open_data
 from finchtune.data.encodings import conversion_hint
 from finchtune.data.values import BadRecord
-from finchtune.errors import UserError
+from finchtune.errors import DataError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 MAX_CELL = 1 << 28
@@ -38,15 +38,15 @@ def csv_rows(path: Path, kind: str) -> Rows:
                     rows, size, position = [], 0, stored.tell()
             yield tuple(rows), stored.tell() - position
         except csv.Error as error:
-            raise UserError(f"{path}:{table.line_num}: not a readable table: {error}") from None
+            raise DataError(f"{path}:{table.line_num}: not a readable table: {error}") from None
         except UnicodeDecodeError as error:
             hint = conversion_hint(str(path), error.object)
-            raise UserError(f"{path}: the table is not UTF-8{hint}") from None
+            raise DataError(f"{path}: the table is not UTF-8{hint}") from None
 
 
 def _names(path: Path, names: list[str]) -> list[str]:
     if not names or len(set(names)) < len(names) or not all(name.strip() for name in names):
-        raise UserError(f"{path}:1: the first line must hold the names of the columns, each once")
+        raise DataError(f"{path}:1: the first line must hold the names of the columns, each once")
     return names
 
 
@@ -65,7 +65,7 @@ def parquet_rows(path: Path) -> Rows:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading .parquet needs `pip install pyarrow`") from None
+        raise DataError(f"{path}: reading .parquet needs `pip install pyarrow`") from None
     try:
         table = pyarrow.parquet.ParquetFile(path)
         size = path.stat().st_size
@@ -73,4 +73,4 @@ def parquet_rows(path: Path) -> Rows:
             rows = tuple(batch.to_pylist())
             yield rows, size * len(rows) // max(table.metadata.num_rows, 1)
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a readable .parquet: {error}") from None
+        raise DataError(f"{path}: not a readable .parquet: {error}") from None

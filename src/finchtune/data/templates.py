@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finchtune.errors import UserError
+from finchtune.errors import DataError, UserError
 
 Piece = tuple[str, bool]
 """Text, and whether it is trained on."""
@@ -178,7 +178,7 @@ def get(name_or_path: str) -> Template:
         near = difflib.get_close_matches(name_or_path, TEMPLATES, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise UserError(
-            f"--template {name_or_path}: {hint}it is one of {', '.join(TEMPLATES)}, or the path of "
+            f"`template` {name_or_path}: {hint}it is one of {', '.join(TEMPLATES)}, or the path of "
             "a template file"
         )
     return from_record({"name": path.stem, **_read(path)}, str(path))
@@ -191,25 +191,25 @@ def from_record(record: Any, where: str = "template") -> Template:
     """
     fields = {field.name for field in dataclasses.fields(Template)}
     if not isinstance(record, dict) or "name" not in record:
-        raise UserError(f"{where}: not a template: an object with its fields is needed")
+        raise DataError(f"{where}: not a template: an object with its fields is needed")
     for key, value in record.items():
         if key not in fields:
-            raise UserError(
+            raise DataError(
                 f"{where}: unknown field {key!r}; known are {', '.join(sorted(fields))}"
             )
         strings = value if key == "stop" else [value]
         if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
-            raise UserError(
+            raise DataError(
                 f"{where}: {key!r} must be {'a list of strings' if key == 'stop' else 'a string'}"
             )
     template = Template(**record | {"stop": tuple(record.get("stop", ()))})
     for key, needed in (("user", "{question}"), ("answer", "{answer}"), ("tool", "{result}")):
         if needed not in getattr(template, key):
-            raise UserError(f"{where}: {key!r} must hold {needed}")
+            raise DataError(f"{where}: {key!r} must hold {needed}")
     if template.input and "{input}" not in template.input:
-        raise UserError(f"{where}: 'input' must hold {{input}}")
+        raise DataError(f"{where}: 'input' must hold {{input}}")
     if "" in template.stop:
-        raise UserError(f"{where}: an empty string in 'stop' would end every answer at once")
+        raise DataError(f"{where}: an empty string in 'stop' would end every answer at once")
     return template
 
 
@@ -218,11 +218,11 @@ def _read(path: Path) -> dict[str, Any]:
 
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise UserError(f"{path}: larger than a template of {MAX_FILE_BYTES:,} bytes can be")
+            raise DataError(f"{path}: larger than a template of {MAX_FILE_BYTES:,} bytes can be")
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise UserError(f"{path}: not a readable template: {reason}") from None
+        raise DataError(f"{path}: not a readable template: {reason}") from None
     if not isinstance(content, dict) or "user" not in content:
-        raise UserError(f"{path}: a template needs at least the field `user` with {{question}}")
+        raise DataError(f"{path}: a template needs at least the field 'user' with {{question}}")
     return content

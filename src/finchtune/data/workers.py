@@ -112,7 +112,7 @@ class _Worker:
         self.process.join()
         return UserError(
             f"a worker process died with exit code {self.process.exitcode}; if that was for want "
-            "of memory, lower --workers"
+            "of memory, lower `workers`"
         )
 
 

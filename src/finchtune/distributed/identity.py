@@ -41,12 +41,12 @@ def processes_to_start(devices: int, num_nodes: int) -> int:
     if launched():
         if devices * num_nodes not in (1, world_size()):
             raise UserError(
-                f"--devices {devices} --num_nodes {num_nodes} contradicts the launcher, which "
+                f"`devices` {devices} `num_nodes` {num_nodes} contradicts the launcher, which "
                 f"started {world_size()} processes; drop the flags"
             )
     elif num_nodes > 1:
         raise UserError(
-            "--num_nodes needs a launcher: see scripts/run_multinode.sh (torchrun) and "
+            "`num_nodes` needs a launcher: see scripts/run_multinode.sh (torchrun) and "
             "scripts/run_slurm.sh, and drop the flag"
         )
     return 0 if launched() or devices == 1 else devices

@@ -99,7 +99,7 @@ def read_items(task: Task, path: str, shots: int, limit: int | None) -> list[Ite
         if limit is not None and len(records) == shots + limit:
             break
     if len(records) <= shots:
-        raise UserError(f"{path}: holds {len(records)} questions, {shots} of them for --shots")
+        raise UserError(f"{path}: holds {len(records)} questions, {shots} of them for `shots`")
     task.show(records[:shots])
     samples = range(task.choices.samples)
     return [
@@ -158,7 +158,7 @@ def begun(folder: Path, identity: dict[str, Any]) -> dict[str, int]:
     """The batches of the run that began in the folder, {} if none did."""
     if not (folder / SETTINGS).exists():
         if (folder / ROWS).exists():
-            raise UserError(f"{folder / ROWS} is of no evaluation; choose another --output")
+            raise UserError(f"{folder / ROWS} is of no evaluation; choose another `output`")
         return {}
     found = read_json(folder / SETTINGS)
     batches = found.pop("batches")
@@ -166,7 +166,7 @@ def begun(folder: Path, identity: dict[str, Any]) -> dict[str, int]:
         if found.get(name) != value:
             raise UserError(
                 f"{folder} holds an evaluation with another {name} ({found.get(name)}, now "
-                f"{value}); choose another --output"
+                f"{value}); choose another `output`"
             )
     return batches
 

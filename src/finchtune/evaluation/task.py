@@ -59,7 +59,7 @@ class Task:
         self.max_tokens = choices.max_tokens or self.max_tokens
         self.shown = ""
         if choices.samples > 1 and not self.sampled:
-            raise UserError("--samples is for the tasks humaneval and mbpp")
+            raise UserError("`samples` is for the tasks humaneval and mbpp")
 
     def require(self) -> None:
         """Raise UserError where this machine cannot score the task."""
@@ -102,7 +102,7 @@ class Task:
     def show(self, examples: Sequence[Record]) -> None:
         """Put examples with their answers before every question."""
         if examples and not self.has_examples:
-            raise UserError("--shots is not for this task")
+            raise UserError("`shots` is not for this task")
         self.shown = "".join(f"{self.example(record)}\n\n" for record in examples)
 
     def prompt_of(self, item: Item, answers: Sequence[str]) -> str:

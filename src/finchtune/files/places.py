@@ -69,5 +69,5 @@ def require_space(folder: Path, n_bytes: int) -> None:
     if free < n_bytes:
         raise UserError(
             f"{folder}: {n_bytes / 1e6:,.1f} MB are needed but only {free / 1e6:,.1f} MB are free; "
-            "nothing was written there; make room, or keep fewer checkpoints with --keep_last"
+            "nothing was written there; make room, or keep fewer checkpoints with `keep_last`"
         )

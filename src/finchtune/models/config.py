@@ -34,7 +34,7 @@ class ModelSizes:
         if self.n_embd % self.head_size:
             raise UserError(
                 f"head size {self.head_size} does not divide n_embd {self.n_embd}; "
-                "choose --head_size_a so that it does"
+                "choose `head_size_a` so that it does"
             )
 
     def defaults(self) -> dict[str, int]:

@@ -99,7 +99,7 @@ class LanguageModel(nn.Module):
         of the packed sequences, a `state` that is the same in all, and returns the state after
         the last part, the same in all. Raises UserError where the generation cannot.
         """
-        raise UserError("--context_parallel is not available for this generation of models")
+        raise UserError("`context_parallel` is not available for this generation of models")
 
     def state_from(self, initial: Mapping[str, Tensor]) -> State:
         """The state of one sequence that begins from tensors named as in `initial_states`."""

@@ -21,12 +21,12 @@ def load_tokenizer(spec: str | None, vocab_size: int | None = None) -> Tokenizer
     if spec is None:
         raise UserError(
             f"no tokenizer is known for a vocabulary of {vocab_size}; "
-            "pass --tokenizer with the path of its tokenizer.json"
+            "pass `tokenizer` with the path of its tokenizer.json"
         )
     tokenizer = _open_tokenizer(spec)
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"--tokenizer {spec} has {tokenizer.vocab_size} tokens, but the model only "
+            f"`tokenizer` {spec} has {tokenizer.vocab_size} tokens, but the model only "
             f"{vocab_size}; pass the tokenizer that the model was trained with"
         )
     return tokenizer
@@ -40,7 +40,7 @@ def _open_tokenizer(spec: str) -> Tokenizer:
         return BytesTokenizer()
     if not Path(spec).is_file():
         raise UserError(
-            f"--tokenizer {spec}: no such file; give world, bytes or the path of a tokenizer.json"
+            f"`tokenizer` {spec}: no such file; give world, bytes or the path of a tokenizer.json"
         )
     if spec.endswith(".txt"):
         read_world_vocabulary(Path(spec))

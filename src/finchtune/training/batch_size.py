@@ -42,8 +42,8 @@ def resolve_batch_size(
     least = need_of(choices[-1], model, device)
     raise UserError(
         f"not even one row fits: it takes {least / 2**20:,.0f} MiB beside the weights, and of the "
-        f"free memory {free / 2**20:,.0f} MiB may be used; lower --ctx_len, use --grad_cp 1, or "
-        "a higher deepspeed_stage_N with more --devices"
+        f"free memory {free / 2**20:,.0f} MiB may be used; lower `ctx_len`, use `grad_cp` 1, or "
+        "a higher deepspeed_stage_N with more `devices`"
     )
 
 
@@ -57,7 +57,7 @@ def rows_per_process(config: TrainConfig, world: int) -> int:
     """Rows that one of `world` processes has in an optimizer step under --global_bsz."""
     if config.global_bsz % world:
         raise UserError(
-            f"--global_bsz {config.global_bsz} cannot be shared among {world} processes; "
+            f"`global_bsz` {config.global_bsz} cannot be shared among {world} processes; "
             f"choose a multiple of {world}"
         )
     return config.global_bsz // world
@@ -67,7 +67,7 @@ def split(config: TrainConfig, rows: int, micro_bsz: int) -> TrainConfig:
     """The configuration in which a process reads its `rows` by `micro_bsz` at a time."""
     if rows % micro_bsz:
         raise UserError(
-            f"--global_bsz leaves {rows} rows for a process, which --micro_bsz {micro_bsz} does "
+            f"`global_bsz` leaves {rows} rows for a process, which `micro_bsz` {micro_bsz} does "
             f"not divide; choose one of {', '.join(map(str, divisors(rows, config.dataload)))}"
         )
     return dataclasses.replace(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError, UserError
 from finchtune.files import (
     atomic_folder,
     check_sums,
@@ -113,13 +113,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, OSError) as error:
-        raise UserError(
+        raise CheckpointError(
             f"{path / STATE}: refused, it is no checkpoint of finchtune or is damaged; "
-            "use --resume auto or an earlier checkpoint"
+            "use `resume` auto or an earlier checkpoint"
         ) from error
     manifest = read_manifest(path)
     if state.get("adam_step") != manifest["optimizer_step"]:
-        raise UserError(
+        raise CheckpointError(
             f"{path}: the optimizer made {state.get('adam_step')} steps in {STATE} but "
             f"{manifest['optimizer_step']} in {MANIFEST}; use an earlier checkpoint"
         )

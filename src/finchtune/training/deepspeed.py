@@ -90,7 +90,7 @@ def check_frozen(module: nn.Module) -> None:
         if differing:
             raise UserError(
                 f"rank {rank} has other weights than rank 0 ({differing[0].removeprefix('model.')} "
-                f"and {len(differing) - 1} more); --load_model must be the same file everywhere"
+                f"and {len(differing) - 1} more); `load_model` must be the same file everywhere"
             )
 
 

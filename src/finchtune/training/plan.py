@@ -73,7 +73,7 @@ def print_plan(config: TrainConfig) -> None:
 def planned_batch(config: TrainConfig) -> TrainConfig:
     """The configuration with the accumulation that --global_bsz asks for."""
     if not config.micro_bsz:
-        raise UserError("--plan needs a number for --micro_bsz; auto looks at a device at work")
+        raise UserError("`plan` needs a number for `micro_bsz`; auto looks at a device at work")
     if not config.global_bsz:
         return config
     rows = rows_per_process(config, config.readers(config.devices * config.num_nodes))
@@ -87,7 +87,7 @@ def planned_sizes(load_model: str) -> ModelSizes:
         return released[load_model]
     if not Path(load_model).exists():
         names = ", ".join(released)
-        raise UserError(f"--load_model {load_model}: no such file; --plan also takes {names}")
+        raise UserError(f"`load_model` {load_model}: no such file; `plan` also takes {names}")
     return model_sizes(load_model)
 
 

@@ -26,7 +26,7 @@ def choose_precision(config: TrainConfig, device_type: str) -> torch.dtype:
     on_gpu = device_type == "cuda"
     name = config.precision or ("bf16" if on_gpu else "fp32")
     if name in ("fp16", "tf32") and not on_gpu:
-        raise UserError(f"--precision {name} needs a GPU; use bf16 or fp32 on a CPU")
+        raise UserError(f"`precision` {name} needs a GPU; use bf16 or fp32 on a CPU")
     return DTYPES[name]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError, UserError
 from finchtune.files import missing_parents, remove, remove_empty, remove_leftovers
 from finchtune.training.checkpoints import (
     checkpoint_problem,
@@ -41,7 +41,7 @@ def choose_checkpoint(config: TrainConfig) -> Path | None:
 
 def _choose_checkpoint(config: TrainConfig) -> Path | None:
     if config.resume and config.overwrite:
-        raise UserError("--resume continues a run, --overwrite throws it away; choose one")
+        raise CheckpointError("`resume` continues a run, `overwrite` throws it away; choose one")
     folder = Path(config.proj_dir)
     check_folder(folder)
     if config.resume == "auto":
@@ -49,22 +49,24 @@ def _choose_checkpoint(config: TrainConfig) -> Path | None:
     if config.resume:
         path = Path(config.resume)
         if not path.is_dir():
-            raise UserError(f"--resume {path}: no such checkpoint folder")
+            raise CheckpointError(f"`resume` {path}: no such checkpoint folder")
         problem = checkpoint_problem(path)
         if problem:
-            raise UserError(f"--resume {path}: {problem}; use --resume auto or an earlier one")
+            raise CheckpointError(
+                f"`resume` {path}: {problem}; use `resume` auto or an earlier one"
+            )
         return path
     if run_files(folder) and not config.overwrite:
-        resume = "resume with --resume auto, " if checkpoints(folder / "checkpoints") else ""
+        resume = "resume with `resume` auto, " if checkpoints(folder / "checkpoints") else ""
         raise UserError(
-            f"--proj_dir {folder} already holds a run; {resume}throw it away with --overwrite 1, "
+            f"`proj_dir` {folder} already holds a run; {resume}throw it away with `overwrite` 1, "
             "or choose another folder"
         )
     if foreign_files(folder) and not config.overwrite:
         raise UserError(
-            f"--proj_dir {folder} holds files that are no run's, such as "
+            f"`proj_dir` {folder} holds files that are no run's, such as "
             f"{foreign_files(folder)[0].name}; choose another folder, or write beside them with "
-            "--overwrite 1"
+            "`overwrite` 1"
         )
     return None
 
@@ -75,21 +77,19 @@ def _newest(proj_dir: Path) -> Path | None:
     for line in skipped:
         distributed.print_rank_zero(f"warning: {line}")
     if checkpoint is None and checkpoints(folder):
-        raise UserError(
-            f"--resume auto: no checkpoint in {folder} is intact; start the run anew with "
-            "--overwrite 1 instead"
+        raise CheckpointError(
+            f"`resume` auto: no checkpoint in {folder} is intact; start the run anew with "
+            "`overwrite` 1 instead"
         )
     saved = sorted(proj_dir.glob("rwkv-*.pth"))
     if checkpoint is None and saved:
-        raise UserError(
-            f"--resume auto: {proj_dir} holds {saved[0].name} of a run without checkpoints, which "
-            "cannot be gone on with and would be written over; choose another --proj_dir, or throw "
-            "it away with --overwrite 1 instead"
+        raise CheckpointError(
+            f"`resume` auto: {proj_dir} holds {saved[0].name} of a run without checkpoints, which "
+            "cannot be gone on with and would be written over; choose another `proj_dir`, or throw "
+            "it away with `overwrite` 1 instead"
         )
     if checkpoint is None:
-        distributed.print_rank_zero(
-            f"--resume auto: there is no checkpoint in {folder}; starting anew"
-        )
+        distributed.print_rank_zero(f"there is no checkpoint in {folder}; starting anew")
     return checkpoint
 
 
@@ -101,16 +101,16 @@ def check_flags(checkpoint: Path, config: TrainConfig) -> None:
     manifest, new = read_manifest(checkpoint), dataclasses.asdict(config)
     old = manifest.get("config")
     if not isinstance(old, dict):
-        raise UserError(f"--resume {checkpoint}: its manifest holds no configuration")
+        raise CheckpointError(f"`resume` {checkpoint}: its manifest holds no configuration")
     free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
     changed = [k for k in new if k not in free and old.get(k) != new[k]]
-    told = [f"--{k} {old.get(k)} -> {new[k]}" for k in changed]
+    told = [f"`{k}` {old.get(k)} -> {new[k]}" for k in changed]
     readers = config.readers(distributed.world_size())
     batch = config.global_bsz or config.micro_bsz * config.accumulate_grad_batches * readers
     if batch and "global_batch" in manifest:  # 0 while --micro_bsz auto is not resolved
         told += changed_batch(manifest.get("global_batch"), batch, readers)
     if told:
-        raise UserError(f"cannot resume with another configuration: {'; '.join(told)}")
+        raise CheckpointError(f"cannot resume with another configuration: {'; '.join(told)}")
 
 
 def changed_batch(old: Any, new: int, readers: int) -> list[str]:
@@ -118,7 +118,7 @@ def changed_batch(old: Any, new: int, readers: int) -> list[str]:
     if old == new:
         return []
     return [
-        f"global_batch {old} -> {new}: choose --micro_bsz and --accumulate_grad_batches so that "
+        f"global_batch {old} -> {new}: choose `micro_bsz` and `accumulate_grad_batches` so that "
         f"their product, times {readers} processes, is {old} again"
     ]
 
@@ -155,11 +155,11 @@ def lock(path: Path) -> int:
             os.close(descriptor)  # the run that had it has just ended
     except BlockingIOError as error:
         raise UserError(
-            f"--proj_dir {path.parent}: another run is writing there ({holder(path)}); wait for "
+            f"`proj_dir` {path.parent}: another run is writing there ({holder(path)}); wait for "
             "it to end, or choose another folder"
         ) from error
     except OSError as error:
-        raise UserError(f"--proj_dir {path.parent}: cannot be written: {error.strerror}") from error
+        raise UserError(f"`proj_dir` {path.parent}: cannot be written: {error.strerror}") from error
 
 
 def holder(path: Path) -> str:
@@ -176,10 +176,10 @@ def check_folder(folder: Path) -> None:
         if path.is_symlink():
             raise UserError(
                 f"{path} is a link to {path.resolve()}; a run writes only into its own folder: "
-                "give --proj_dir the place itself"
+                "give `proj_dir` the place itself"
             )
         if path.exists() and not path.is_dir():
-            raise UserError(f"{path} is a file, not a folder; choose another --proj_dir")
+            raise UserError(f"{path} is a file, not a folder; choose another `proj_dir`")
 
 
 def run_files(folder: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from finchtune import distributed
 from finchtune.config import TrainConfig, config_yaml
 from finchtune.data import Data
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.files import write_text
 from finchtune.models import LanguageModel
 from finchtune.training.checkpoints import load_checkpoint, save_checkpoint
@@ -155,21 +155,23 @@ class Saver:
         cut = manifest["config"].get("micro_bsz")
         if self.config.loss_mean == "micro_batches" and cut != self.config.micro_bsz:
             differing.append(
-                f"--micro_bsz {cut} -> {self.config.micro_bsz}, which changes the loss under "
-                "--loss_mean micro_batches"
+                f"`micro_bsz` {cut} -> {self.config.micro_bsz}, which changes the loss under "
+                "`loss_mean` micro_batches"
             )
         dtype = manifest.get("dtype", str(self.base_dtype))
         if dtype != str(self.base_dtype):
             differing.append(
                 f"weights in {dtype.removeprefix('torch.')} -> "
-                f"{str(self.base_dtype).removeprefix('torch.')}: give --precision as it was"
+                f"{str(self.base_dtype).removeprefix('torch.')}: give `precision` as it was"
             )
         if (manifest["data"], manifest["content"]) != (self.data, self.content()):
             differing += self._changed_data(manifest)
         if manifest["base"]["sha256"] != self.base_sha256():
-            differing.append(f"--load_model is not the same file as {manifest['base']['file']}")
+            differing.append(f"`load_model` is not the same file as {manifest['base']['file']}")
         if differing:
-            raise UserError(f"cannot resume with another configuration: {'; '.join(differing)}")
+            raise CheckpointError(
+                f"cannot resume with another configuration: {'; '.join(differing)}"
+            )
 
     def _changed_data(self, manifest: dict[str, Any]) -> list[str]:
         """What to say of data that are not the checkpoint's; nothing where a flag accepts it."""
@@ -181,7 +183,7 @@ class Saver:
         told = [f"{k} {counts.get(k)} -> {v}" for k, v in self.data.items() if counts.get(k) != v]
         return [
             f"the data were edited or reordered ({', '.join(told) or 'of the same sizes'}); take "
-            "the old ones, or continue with these by --data_changed 1"
+            "the old ones, or continue with these by `data_changed` 1"
         ]
 
 
@@ -192,11 +194,11 @@ def restore_tensors(
     state, manifest = load_checkpoint(checkpoint)
     own = model.state_dict()
     if set(state.get("trained", {})) != {n for n, p in model.named_parameters() if p.requires_grad}:
-        raise UserError(f"--resume {checkpoint}: it trains other parameters than this run")
+        raise CheckpointError(f"`resume` {checkpoint}: it trains other parameters than this run")
     tensors = state["trained"] | state["frozen"]
     if any(name not in own or own[name].shape != t.shape for name, t in tensors.items()):
-        raise UserError(
-            f"--resume {checkpoint}: its tensors do not fit --load_model; is it the same base?"
+        raise CheckpointError(
+            f"`resume` {checkpoint}: its tensors do not fit `load_model`; is it the same base?"
         )
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -78,13 +78,13 @@ def train_part(model: LanguageModel, part: str) -> None:
     """Make the parameters with `part` in their names trainable; UserError if that cannot be."""
     chosen = {name: p for name, p in model.named_parameters() if part in name}
     if not chosen or not part:
-        raise UserError(f"--train_parts {part or repr(part)}: no parameter has this in its name")
+        raise UserError(f"`train_parts` {part or repr(part)}: no parameter has this in its name")
     layers = adapted_layers(model) if hasattr(model, "adapter_spec") else {}
     for name, layer in layers.items():
         if layer.adapter.freezes_W and f"{name}.weight" in chosen:
             raise UserError(
-                f"--train_parts {part}: {name} has an adapter of {layer.adapter.name}, beside "
-                "which its weight cannot be trained; name other parts, or choose another --peft"
+                f"`train_parts` {part}: {name} has an adapter of {layer.adapter.name}, beside "
+                "which its weight cannot be trained; name other parts, or choose another `peft`"
             )
     for parameter in chosen.values():
         parameter.requires_grad_(True)
@@ -130,7 +130,7 @@ def check_processes(config: TrainConfig) -> None:
     world, sharing = distributed.world_size(), config.context_parallel
     if world % sharing:
         raise UserError(
-            f"--context_parallel {sharing} does not divide the {world} processes; choose --devices "
+            f"`context_parallel` {sharing} does not divide the {world} processes; choose `devices` "
             "so that it does"
         )
     if config.trains_state and config.state_lr > STATE_LR:
@@ -145,7 +145,7 @@ def check_sizes(config: TrainConfig, sizes: ModelSizes) -> None:
     generation = generation_of_sizes(sizes).name
     if config.my_testing not in (None, generation):
         raise UserError(
-            f"--my_testing {config.my_testing} contradicts {config.load_model}, which is "
+            f"`my_testing` {config.my_testing} contradicts {config.load_model}, which is "
             f"{generation}; drop the flag, the generation is read off the file"
         )
     in_file = {
@@ -160,7 +160,7 @@ def check_sizes(config: TrainConfig, sizes: ModelSizes) -> None:
         given = getattr(config, name)
         if given not in (None, value):
             raise UserError(
-                f"--{name} {given} contradicts {config.load_model}, where it is {value}; "
+                f"`{name}` {given} contradicts {config.load_model}, where it is {value}; "
                 "drop the flag, sizes are read off the file"
             )
 

@@ -48,22 +48,22 @@ def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
     path, defaults = config.peft_load, hyperparameters_of(get_method(config.peft))
     wanted = {"method": config.peft, **defaults, **config.adapter_hyperparameters}
     if not found:
-        raise UserError(f"--peft_load {path} holds no adapter; give merged weights as --load_model")
+        raise UserError(f"`peft_load` {path} holds no adapter; give merged weights as `load_model`")
     if config.peft == "pissa" and found["method"] == "lora" and not config.pissa_init:
         raise UserError(
-            f"--peft_load {path} holds no initial A and B, which PiSSA subtracts; give the file "
-            "that holds them (init_pissa.pth) as --pissa_init"
+            f"`peft_load` {path} holds no initial A and B, which PiSSA subtracts; give the file "
+            "that holds them (init_pissa.pth) as `pissa_init`"
         )
     if any(wanted.get(key) != found[key] for key in found if key not in FREE_HYPERPARAMETERS):
         kind = found["method"]
         flags = {own.hyperparameter: flag for flag, own in method_files()[kind].flags.items()}
         flags |= {"method": "peft", "quant": "quant"}
         needed = " ".join(
-            f"--{flags[key]} {value}"
+            f"`{flags[key]}` {value}"
             for key, value in found.items()
             if key in flags and key not in FREE_HYPERPARAMETERS
         )
-        raise UserError(f"--peft_load {path} was trained otherwise; give {needed}")
+        raise UserError(f"`peft_load` {path} was trained otherwise; give {needed}")
 
 
 def check_parts(model: LanguageModel, found: set[str], path: str) -> None:
@@ -78,12 +78,12 @@ def check_parts(model: LanguageModel, found: set[str], path: str) -> None:
         parts = [part for part in PARTS if any(part in name for name in extra)]
         words = " ".join(parts) if parts else " ".join(extra)
         raise UserError(
-            f"--peft_load {path} also holds {len(extra)} trained tensors of the model, such as "
-            f"{extra[0]}; give --train_parts {words} to continue training them"
+            f"`peft_load` {path} also holds {len(extra)} trained tensors of the model, such as "
+            f"{extra[0]}; give `train_parts` {words} to continue training them"
         )
     missing = sorted(wanted - found)
     if missing:
         raise UserError(
-            f"--peft_load {path} does not hold {missing[0]} ({len(missing)} such tensors), which "
-            "--train_parts trains; drop what the file lacks from --train_parts"
+            f"`peft_load` {path} does not hold {missing[0]} ({len(missing)} such tensors), which "
+            "`train_parts` trains; drop what the file lacks from `train_parts`"
         )

@@ -85,6 +85,6 @@ class StepWatch:
             raise NotFinite(
                 f"{self.in_a_row} steps in a row had NaN or infinity, the last of them step "
                 f"{step + 1}; checkpoints from before are good; look at the documents named in "
-                f"{self.path}, or resume from an earlier checkpoint with a lower --lr_init, more "
-                "--warmup_steps, or --precision fp32"
+                f"{self.path}, or resume from an earlier checkpoint with a lower `lr_init`, more "
+                "`warmup_steps`, or `precision` fp32"
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finchtune.adapters import attach, load_adapter_state
 from finchtune.adapters.state import file_key, is_adapter_tensor
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.files import FileSet, json_text, read_json, sha256
 from finchtune.models import INITIAL_STATE, LanguageModel
 from finchtune.weights.base import load_model
@@ -101,7 +101,9 @@ def require_ours(path: Path) -> None:
         return
     content = read_json(path)
     if not isinstance(content, dict) or not {"sha256", "output"} & set(content):
-        raise UserError(f"{path} was not written by finchtune; choose another name for the output")
+        raise CheckpointError(
+            f"{path} was not written by finchtune; choose another name for the output"
+        )
 
 
 def adapter_record(path: str | Path) -> dict[str, Any] | None:
@@ -126,12 +128,14 @@ def adapter_record(path: str | Path) -> dict[str, Any] | None:
         return check_record(inside, path)
     record = check_record(read_json(beside), beside)
     if record.get("sha256") not in (None, sha256(path)):
-        raise UserError(
+        raise CheckpointError(
             f"{path} ({path.stat().st_size:,} bytes) does not match its checksum in "
             f"{beside.name}; copy both again, or take the JSON away if you changed the file"
         )
     if inside is not None and inside != {key: record[key] for key in INSIDE if key in record}:
-        raise UserError(f"{beside} differs from the record in {path.name} itself; take it away")
+        raise CheckpointError(
+            f"{beside} differs from the record in {path.name} itself; take it away"
+        )
     return record
 
 
@@ -141,9 +145,11 @@ def check_record(record: Any, path: Path) -> dict[str, Any]:
     base = record.get("base", {"sha256": ""}) if isinstance(record, dict) else None
     sound = isinstance(spec, dict) and isinstance(spec.get("method", ""), str)
     if not sound or not isinstance(base, dict) or not isinstance(base.get("sha256"), str):
-        raise UserError(f"{path}: is no record of an adapter; take it away if it belongs elsewhere")
+        raise CheckpointError(
+            f"{path}: is no record of an adapter; take it away if it belongs elsewhere"
+        )
     if record.get("format", FORMAT) != FORMAT:
-        raise UserError(
+        raise CheckpointError(
             f"{path}: the record's format is {record['format']!r}, but only {FORMAT!r} is known "
             "here; use the finchtune that wrote it"
         )
@@ -153,10 +159,10 @@ def check_record(record: Any, path: Path) -> dict[str, Any]:
 def check_base(record: dict[str, Any], base: str | Path, adapter: str | Path) -> None:
     """Raise UserError unless `base` is what the adapter was trained on, where that is told."""
     if not Path(base).exists():
-        raise UserError(f"{base}: no such file")
+        raise CheckpointError(f"{base}: no such file")
     known = record.get("base", {})
     if known and weights_sha256(base) != known.get("sha256"):
-        raise UserError(
+        raise CheckpointError(
             f"{base} is not the base of {adapter}, which was trained on "
             f"{known.get('file')} (sha256 {str(known.get('sha256'))[:12]}...)"
         )

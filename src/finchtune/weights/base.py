@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError, UserError
 from finchtune.models import (
     INITIAL_STATE,
     LanguageModel,
@@ -116,4 +116,4 @@ def _told_of(
     try:
         return work(weights)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: {error}") from error

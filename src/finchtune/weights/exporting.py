@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError, UserError
 from finchtune.files import FileSet, json_text
 from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter
 from finchtune.weights.base import read_base
@@ -79,25 +79,25 @@ def as_low_rank(
 ) -> LowRank:
     """An adapter's tensors as LoRA; of the base's `weights` only the shapes count."""
     if "quant" in spec:
-        raise UserError(
+        raise CheckpointError(
             f"{adapter} was trained on a base in {spec['quant']}, which no other runtime has; "
             "merge it, with merge/merge.py"
         )
     layers, alpha = {}, 0.0
     for name, change in group_by_weight(tensors, weights, adapter).items():
         if "" in change:
-            raise UserError(
+            raise CheckpointError(
                 f"{adapter} holds {name}, a trained tensor of the model itself, for which LoRA "
                 "has no place; merge it, with merge/merge.py"
             )
         try:
             A, B, scale = filled_adapter(name, weights[name], change, dict(spec)).low_rank()
         except UserError as error:
-            raise UserError(f"{adapter}: {error}") from error
+            raise CheckpointError(f"{adapter}: {error}") from error
         layers[name.removesuffix(".weight")] = (A, B)
         alpha = scale * len(A)
     if not layers:
-        raise UserError(f"{adapter} holds no adapter; give it as --model")
+        raise CheckpointError(f"{adapter} holds no adapter; give it as `model`")
     return LowRank(layers, alpha)
 
 
@@ -108,7 +108,7 @@ def chosen_dtype(form: Form, dtype: str | None, weights: Mapping[str, Tensor]) -
         own = names.get(next(iter(layout_of(weights).values())).dtype, "")
         return own if own in form.dtypes else form.dtypes[0]
     if dtype not in form.dtypes:
-        raise UserError(f"--dtype {dtype}: {form.title} has {', '.join(form.dtypes)}")
+        raise UserError(f"`dtype` {dtype}: {form.title} has {', '.join(form.dtypes)}")
     return dtype
 
 

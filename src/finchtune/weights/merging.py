@@ -13,7 +13,7 @@ from torch import Tensor
 
 from finchtune.adapters import Adapter, QuantisedWeight, get_method, hyperparameters_of
 from finchtune.adapters.residual import ResidualLoRA
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError, UserError
 from finchtune.files import FileSet, json_text
 from finchtune.models import INITIAL_STATE, sizes_of
 from finchtune.weights.adapter_files import (
@@ -79,7 +79,9 @@ def open_merge(
     method = spec.get("method", "state" if all(map(is_state, tensors)) else "none")
     if methods and method not in methods:
         found = "a fully fine-tuned model" if method == "none" else method
-        raise UserError(f"{adapter} is {found}, not {' or '.join(methods)}; use merge/merge.py")
+        raise CheckpointError(
+            f"{adapter} is {found}, not {' or '.join(methods)}; use merge/merge.py"
+        )
 
     def merged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Tensor:
         if "" in change:
@@ -178,7 +180,7 @@ def changed_weights(
         largest[name] = largest_gap(new, old)
         if not largest[name] < float("inf"):
             check_finite({name: old}, source)
-            raise UserError(f"{name} would hold NaN or infinity; nothing is written")
+            raise CheckpointError(f"{name} would hold NaN or infinity; nothing is written")
         return new
 
     return LazyTensors(layout_of(weights), tensor_of), largest
@@ -239,7 +241,9 @@ def group_by_weight(
         layer, _, own = key.rpartition(".")
         name, part = (key, "") if key in weights else (f"{layer}.weight", own)
         if name not in weights:
-            raise UserError(f"{adapter}: {key} belongs to no tensor of the base; wrong base model?")
+            raise CheckpointError(
+                f"{adapter}: {key} belongs to no tensor of the base; wrong base model?"
+            )
         changes.setdefault(name, {})[part] = tensor
     return changes
 
@@ -247,7 +251,7 @@ def group_by_weight(
 def replaced_weight(name: str, weight: Tensor, trained: Tensor) -> Tensor:
     """A tensor that was trained itself, in the dtype of the one that it replaces."""
     if trained.shape != weight.shape:
-        raise UserError(
+        raise CheckpointError(
             f"{name} is {list(trained.shape)} in the adapter and {list(weight.shape)} in the base"
         )
     return trained.to(weight.dtype)
@@ -264,10 +268,10 @@ def filled_adapter(
         with torch.device("meta"):
             adapter = method(weight.shape[1], weight.shape[0], **hyperparameters)
     except UserError as error:
-        raise UserError(f"{name}: {error}") from error
+        raise CheckpointError(f"{name}: {error}") from error
     shapes = {part: list(tensor.shape) for part, tensor in adapter.state_dict().items()}
     found = {part: list(tensor.shape) for part, tensor in change.items()}
     if shapes != found:
-        raise UserError(f"{name}: the adapter holds {found}, {spec['method']} needs {shapes}")
+        raise CheckpointError(f"{name}: the adapter holds {found}, {spec['method']} needs {shapes}")
     adapter.load_state_dict({part: t.float() for part, t in change.items()}, assign=True)
     return adapter

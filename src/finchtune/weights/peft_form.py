@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from finchtune.adapters import get_method, hyperparameters_of
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.files import atomic_folder, read_json, write_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -54,7 +54,7 @@ def write_peft(adapter: PeftAdapter, folder: str | Path) -> None:
     """
     folder = Path(folder)
     if folder.exists():
-        raise UserError(f"{folder} exists already; choose another name")
+        raise CheckpointError(f"{folder} exists already; choose another name")
     with atomic_folder(folder) as temporary:
         fill_folder(adapter, temporary)
 
@@ -73,7 +73,7 @@ def fill_folder(adapter: PeftAdapter, folder: Path) -> None:
         layer, _, own = key.rpartition(".")
         suffix = "miss_block" if own == "shard" else SUFFIXES.get(own)
         if suffix is None:
-            raise UserError(
+            raise CheckpointError(
                 f"{key} is a trained tensor of the model itself, for which peft's form has no "
                 "place; merge the adapter instead"
             )
@@ -135,7 +135,7 @@ def peft_config(spec: dict[str, Any]) -> dict[str, Any]:
         sizes = {"r": spec["r2"], "mini_r": spec["r1"]}
         return common | {"peft_type": "MISS", "init_weights": "mini", **sizes}
     mode = " in row mode" if method == "bat" else ""
-    raise UserError(f"peft has no form for {method}{mode}; merge the adapter instead")
+    raise CheckpointError(f"peft has no form for {method}{mode}; merge the adapter instead")
 
 
 def read_peft(folder: str | Path) -> PeftAdapter:
@@ -152,13 +152,15 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     try:
         found = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
+        raise CheckpointError(f"{folder / WEIGHTS}: cannot be read: {error}") from error
     own_names = {suffix: own for own, suffix in SUFFIXES.items()}
     tensors = {}
     for key, tensor in found.items():
         match = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.({'|'.join(own_names)})", key)
         if not match:
-            raise UserError(f"{folder / WEIGHTS}: {key} is no tensor of a {spec['method']} adapter")
+            raise CheckpointError(
+                f"{folder / WEIGHTS}: {key} is no tensor of a {spec['method']} adapter"
+            )
         layer, own = match[1], own_names[match[2]]
         if spec["method"] == "disha":
             own, tensor = "shard", tensor.T.contiguous()
@@ -172,25 +174,27 @@ def spec_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Method and hyperparameters that an adapter_config.json stands for."""
     kind = config.get("peft_type")
     if kind not in READ:
-        raise UserError(f"{path}: peft_type {kind} is not known here; LORA and MISS are")
+        raise CheckpointError(f"{path}: peft_type {kind} is not known here; LORA and MISS are")
     for key in ("r", "lora_alpha") if kind == "LORA" else ("r",):
         if key not in config:
-            raise UserError(f"{path}: {key} is missing")
+            raise CheckpointError(f"{path}: {key} is missing")
     for key, value in config.items():
         if key not in HARMLESS | READ[kind] and value and value != "none":
-            raise UserError(f"{path}: {key} {value!r} is not available here")
+            raise CheckpointError(f"{path}: {key} {value!r} is not available here")
     if kind == "MISS":
         return miss_spec(config, path)
     start = config.get("init_lora_weights", True)
     if isinstance(start, str) and start.split("_niter")[0] in CHANGED_BASE:
-        raise UserError(
+        raise CheckpointError(
             f"{path}: an adapter that started by {start} stands on changed base weights; save it "
             "in peft with path_initial_model_for_weight_conversion, which makes it a plain LoRA"
         )
     spec = {"method": "lora", "r": config["r"], "alpha": config["lora_alpha"]}
     if config.get("use_dora"):
         if config.get("use_rslora") or config.get("lora_dropout"):
-            raise UserError(f"{path}: dora with use_rslora or lora_dropout is not available here")
+            raise CheckpointError(
+                f"{path}: dora with use_rslora or lora_dropout is not available here"
+            )
         return spec | {"method": "dora"}
     return spec | {
         "dropout": config.get("lora_dropout", 0.0),
@@ -201,7 +205,9 @@ def spec_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
 def miss_spec(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Bone, Bat-col or general DiSHA."""
     if config.get("miss_dropout"):
-        raise UserError(f"{path}: miss_dropout {config['miss_dropout']} is not available here")
+        raise CheckpointError(
+            f"{path}: miss_dropout {config['miss_dropout']} is not available here"
+        )
     form = config.get("init_weights", True)
     if form == "bat":
         return {"method": "bat", "r": config["r"], "mode": "col"}
@@ -229,7 +235,9 @@ def from_hf_rwkv6(name: str) -> str:
     if re.match(r"head(\.|$)", name):
         return name
     if not name.startswith("rwkv."):
-        raise UserError(f"{name} is no name of Hugging Face's RWKV-6 layout; drop --layer_names")
+        raise CheckpointError(
+            f"{name} is no name of Hugging Face's RWKV-6 layout; drop `layer_names`"
+        )
     name = re.sub(r"^embeddings(?=\.|$)", "emb", name.removeprefix("rwkv."))
     name = re.sub(r"^(blocks\.0)\.pre_ln(?=\.|$)", r"\1.ln0", name)
     name = re.sub(r"^(blocks\.\d+)\.attention(?=\.|$)", r"\1.att", name)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.weights.hashing import HashingWriter
 
 LOCAL_HEADER = struct.Struct("<26xHH")  # the lengths of the name and of the extra field
@@ -80,10 +80,10 @@ def read_record(path: Path) -> Any:
             if not names:
                 return None
             if len(names) > 1 or archive.getinfo(names[0]).file_size > LARGEST_RECORD:
-                raise UserError(f"{path}: its record is damaged; download or copy it again")
+                raise CheckpointError(f"{path}: its record is damaged; download or copy it again")
             return json.loads(archive.read(names[0]))
     except (*UNREADABLE, RecursionError) as error:
-        raise UserError(f"{path}: its record is damaged ({error}); copy it again") from error
+        raise CheckpointError(f"{path}: its record is damaged ({error}); copy it again") from error
 
 
 def check_members(path: Path) -> None:
@@ -94,7 +94,7 @@ def check_members(path: Path) -> None:
     except UNREADABLE as error:
         damaged = str(error)
     if damaged:
-        raise UserError(f"{path}: does not match its checksums ({damaged}); copy it again")
+        raise CheckpointError(f"{path}: does not match its checksums ({damaged}); copy it again")
 
 
 def tensors_of(layout: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.models import INITIAL_STATE, LanguageModel, State, meta_model
 from finchtune.weights.tensors import check_shapes, read_tensors
 
@@ -24,7 +24,7 @@ def read_states(path: str | Path, model: LanguageModel) -> dict[str, Tensor]:
     named = {re.sub(r"^model\.", "", name): t for name, t in read_tensors(path).items()}
     states = {name: tensor for name, tensor in named.items() if name.endswith(INITIAL_STATE)}
     if not states:
-        raise UserError(f"{path}: holds no initial states (blocks.0{INITIAL_STATE}, ...)")
+        raise CheckpointError(f"{path}: holds no initial states (blocks.0{INITIAL_STATE}, ...)")
     blank = meta_model(model.config)
     blank.add_initial_state()
     expected = {name: tuple(p.shape) for name, p in blank.initial_states().items()}

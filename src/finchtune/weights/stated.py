@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from finchtune.adapters import METHODS, hyperparameters_of
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 
 FLAGS = {
-    "method": "--method NAME",
-    "alpha": "--lora_alpha NUMBER",
-    "rslora": "--rslora 0 or 1",
-    "mode": "--bat_mode row or col",
-    "quant": "--quant none or its form",
+    "method": "`method` NAME",
+    "alpha": "`lora_alpha` NUMBER",
+    "rslora": "`rslora` 0 or 1",
+    "mode": "`bat_mode` row or col",
+    "quant": "`quant` none or its form",
 }
 """What has to be stated -> the flag for it."""
 SHAPES = {
@@ -68,14 +68,14 @@ def stated_spec(
     methods = possible_methods(tensors)
     if stated.get("method", methods[0] if methods else None) not in methods:
         names = " or ".join(methods) or "those of no method"
-        raise UserError(f"{adapter}: its tensors ({', '.join(sorted(kinds))}) are {names}")
+        raise CheckpointError(f"{adapter}: its tensors ({', '.join(sorted(kinds))}) are {names}")
     if "method" in stated:
         methods = [stated["method"]]
     known = {"method": methods[0]} if len(methods) == 1 else {}
     missing = [key for key in FLAGS if key in asked(methods) and key not in stated]
     if missing:
-        flags = [f"--method {'|'.join(methods)}" if k == "method" else FLAGS[k] for k in missing]
-        raise UserError(
+        flags = [f"`method` {'|'.join(methods)}" if k == "method" else FLAGS[k] for k in missing]
+        raise CheckpointError(
             f"{adapter} carries no record of how it was trained, and its tensors do not tell "
             f"{', '.join(missing)}; give {' '.join(flags)}, as in training"
         )
@@ -112,5 +112,5 @@ def spec_of(
     for key, value in stated.items():
         if recorded.get(key, value) != value:
             flag = FLAGS[key].split()[0]
-            raise UserError(f"{flag} {value}: the record of {adapter} says {recorded[key]}")
+            raise CheckpointError(f"{flag} {value}: the record of {adapter} says {recorded[key]}")
     return record["adapter"]

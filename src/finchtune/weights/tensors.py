@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.errors import NotFinite, UserError
+from finchtune.errors import CheckpointError, NotFinite
 from finchtune.files import atomic_path, finish_interrupted
 from finchtune.weights.pth import write_pth
 
@@ -27,7 +27,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     finish_interrupted(path.parent)
     if not path.is_file():
-        raise UserError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file")
     size = f"{path.stat().st_size:,} bytes"
     try:
         # Only torch's zip format can be mapped; older files are read whole.
@@ -35,20 +35,20 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
         )
     except pickle.UnpicklingError as error:
-        raise UserError(
+        raise CheckpointError(
             f"{path} ({size}): refused, it is no plain weight file: it holds objects that could "
             "run code, or is damaged; get it from a source you trust"
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
+        raise CheckpointError(
             f"{path} ({size}): damaged or cut short ({error}); download or copy it again"
         ) from error
     content = inner(content)
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dict of tensors")
     for name, tensor in content.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise UserError(
+            raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(tensor).__name__}; expected a flat dict of "
                 "tensors, the form that RWKV weights are released in"
             )
@@ -66,7 +66,7 @@ def separate(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.layout is not torch.strided or tensor.is_meta or tensor.dtype not in FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
+            raise CheckpointError(
                 f"{path}: {name} is a {'' if tensor.layout is torch.strided else 'sparse '}"
                 f"tensor of {kind}, not of floating-point numbers; weights are fp32, bf16 or fp16"
             )
@@ -119,7 +119,7 @@ def check_shapes(
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{path} does not fit: {'; '.join(problems[:5])}{more}")
+        raise CheckpointError(f"{path} does not fit: {'; '.join(problems[:5])}{more}")
 
 
 def is_finite(tensor: Tensor) -> bool:
@@ -133,7 +133,7 @@ def check_finite(tensors: Mapping[str, Tensor], path: str | Path) -> None:
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             dtype = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
+            raise CheckpointError(
                 f"{path}: {name} holds NaN or infinity (as {dtype}); the file is damaged, or its "
                 "numbers do not fit this precision"
             )
@@ -145,6 +145,6 @@ def finite(names: Iterable[str], tensors: Iterable[Tensor], path: Path) -> Itera
         if not is_finite(tensor):
             raise NotFinite(
                 f"{name} holds NaN or infinity; {path} is not written, earlier files stay; a run "
-                "resumes from an earlier checkpoint, with a lower --lr_init or --grad_clip"
+                "resumes from an earlier checkpoint, with a lower `lr_init` or `grad_clip`"
             )
         yield tensor

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.files import atomic_path, read_json, sha256
 from finchtune.weights.adapter_files import adapter_record, read_adapter, record_hash
 from finchtune.weights.base import fitting_model, read_base
@@ -44,13 +44,15 @@ def unmerge_files(
     known = record or ({"adapter": receipt["adapter_spec"]} if receipt else None)
     spec = spec_of(known, tensors, stated or {}, adapter)
     if "quant" in spec:
-        raise UserError(f"{merged} was made of a quantised base: the weights themselves are lost")
+        raise CheckpointError(
+            f"{merged} was made of a quantised base: the weights themselves are lost"
+        )
     if receipt and receipt["adapter"]["sha256"] != weights_sha256(adapter):
-        raise UserError(f"{merged} was merged from another adapter than {adapter}")
+        raise CheckpointError(f"{merged} was merged from another adapter than {adapter}")
     changes = group_by_weight(tensors, weights, adapter)
     lost = [name for name, change in changes.items() if "" in change]
     if lost:
-        raise UserError(f"{adapter} replaced {lost[0]}: the base's own is in neither file")
+        raise CheckpointError(f"{adapter} replaced {lost[0]}: the base's own is in neither file")
 
     def unmerged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Tensor:
         return filled_adapter(name, weight, change, spec).unmerged(weight).to(weight.dtype)
@@ -71,7 +73,7 @@ def largest_difference(path: str | Path, other: str | Path) -> float:
     """The largest difference between the tensors of two files of one model."""
     mine, theirs = read_base(path), read_base(other)
     if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in theirs.items()}:
-        raise UserError(f"{other} holds other tensors than {path}; it is not its base")
+        raise CheckpointError(f"{other} holds other tensors than {path}; it is not its base")
     return max(largest_gap(mine[name], theirs[name]) for name in mine)
 
 
@@ -89,7 +91,9 @@ def read_receipt(merged: str | Path) -> dict[str, Any]:
     except (KeyError, TypeError):
         sound = False
     if not sound:
-        raise UserError(f"{path} is no receipt of a merge; take it away if it belongs elsewhere")
+        raise CheckpointError(
+            f"{path} is no receipt of a merge; take it away if it belongs elsewhere"
+        )
     if output != sha256(merged):
-        raise UserError(f"{merged} is not the file that {receipt_path(merged)} tells of")
+        raise CheckpointError(f"{merged} is not the file that {receipt_path(merged)} tells of")
     return receipt

@@ -33,7 +33,7 @@ def writing_model(
     files that are none or do not belong together, and for a device that is not there.
     """
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; give --device cpu")
+        raise UserError("`device` cuda: torch finds no GPU here; give `device` cpu")
     if dtype is None and torch.device(device).type == "cpu":
         dtype = torch.float32
     if adapter is None:

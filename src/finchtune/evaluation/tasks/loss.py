@@ -27,7 +27,7 @@ class Loss(Task):
     def __init__(self, choices: Choices):
         super().__init__(choices)
         if choices.given:
-            raise UserError("the task loss asks a model: give --model, not --answers")
+            raise UserError("the task loss asks a model: give `model`, not `answers`")
         self.layout = Layout(self.fields, template=choices.template)
 
     def check(self, record: Record) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finchtune.data.templates import Template
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.tokenizer import Tokenizer
 from finchtune.weights.lazy import LazyTensors, layout_of
 
@@ -99,7 +99,9 @@ def to_form(weights: Mapping[str, Tensor], entries: Sequence[Entry]) -> LazyTens
     layout = layout_of(weights)
     extra = set(layout) - {name for entry in entries for name in entry.ours}
     if extra:
-        raise UserError(f"{min(extra)} is no tensor of a plain RWKV-6: this form cannot hold it")
+        raise CheckpointError(
+            f"{min(extra)} is no tensor of a plain RWKV-6: this form cannot hold it"
+        )
 
     def make(name: str, source: Mapping[str, Tensor]) -> Tensor:
         return by_name[name].make([source[ours] for ours in by_name[name].ours])
@@ -116,7 +118,7 @@ def from_form(
     problems = [f"{name} is missing" for name in wanted - theirs.keys()]
     problems += [f"{name} is not known" for name in theirs.keys() - wanted]
     if problems:
-        raise UserError(f"{path} is no whole RWKV-6: {'; '.join(sorted(problems)[:5])}")
+        raise CheckpointError(f"{path} is no whole RWKV-6: {'; '.join(sorted(problems)[:5])}")
     places = {ours: (e, i) for e in entries for i, ours in enumerate(e.ours)}
 
     def make(name: str, source: Mapping[str, Tensor]) -> Tensor:
@@ -127,7 +129,7 @@ def from_form(
     try:
         layout = {n: make(n, blank) for n in official_names(n_layer_of(places, "blocks."))}
     except (RuntimeError, IndexError) as error:
-        raise UserError(f"{path}: a tensor has an unexpected shape: {error}") from error
+        raise CheckpointError(f"{path}: a tensor has an unexpected shape: {error}") from error
     return LazyTensors(layout, lambda name: make(name, theirs))
 
 
@@ -139,9 +141,9 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         lowest, highest = torch.aminmax(tensor)
         largest = max(-float(lowest), float(highest))
         if largest > FP16_LARGEST:
-            raise UserError(
+            raise CheckpointError(
                 f"{name} reaches {largest:.6g}, above fp16's largest number of 65504; "
-                "choose --dtype bf16 or fp32, in a form that has it"
+                "choose `dtype` bf16 or fp32, in a form that has it"
             )
     return tensor.to(dtype)
 

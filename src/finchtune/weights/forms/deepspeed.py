@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError, UserError
 from finchtune.weights.forms.base import Form
 from finchtune.weights.forms.folders import CONFIG, read_folder, weight_files
 from finchtune.weights.tensors import read_tensors
@@ -44,14 +44,14 @@ def is_sharded(path: Path) -> bool:
 def read(path: Path) -> Mapping[str, Tensor]:
     """A folder's tensors, memory-mapped."""
     if is_sharded(path):
-        raise UserError(f"{path} is a checkpoint of ZeRO stage 3, in shards; {CONVERT}")
+        raise CheckpointError(f"{path} is a checkpoint of ZeRO stage 3, in shards; {CONVERT}")
     if not states_file(path).is_file():
         return read_folder(path)
     try:
         return read_tensors(states_file(path))
     except UserError as error:
-        raise UserError(f"{path}: a DeepSpeed checkpoint that holds more than tensors; {CONVERT}")\
-            from error  # fmt: skip
+        held = "a DeepSpeed checkpoint that holds more than tensors"
+        raise CheckpointError(f"{path}: {held}; {CONVERT}") from error
 
 
 FORM = Form(

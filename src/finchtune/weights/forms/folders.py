@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.files import read_json, write_json
 from finchtune.tokenizer import Tokenizer, WorldTokenizer
 from finchtune.weights.forms.base import DTYPES, Settings, converted
@@ -30,7 +30,7 @@ def config_of(path: Path) -> dict[str, Any]:
         return {}
     config = read_json(path / CONFIG)
     if not isinstance(config, dict):
-        raise UserError(f"{path / CONFIG}: not a JSON object")
+        raise CheckpointError(f"{path / CONFIG}: not a JSON object")
     return config
 
 
@@ -60,13 +60,13 @@ def shards_of(index: Path) -> list[Path]:
     content = read_json(index)
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
-        raise UserError(f"{index}: has no weight_map")
+        raise CheckpointError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in places.values()})
     for name in names:
         if not SHARD_NAME.fullmatch(name):
-            raise UserError(f"{index} names {name!r}, which is no file of weights beside it")
+            raise CheckpointError(f"{index} names {name!r}, which is no file of weights beside it")
         if not (index.parent / name).is_file():
-            raise UserError(f"{index.parent / name}: no such file; {index.name} names it")
+            raise CheckpointError(f"{index.parent / name}: no such file; {index.name} names it")
     return [index.parent / name for name in names]
 
 

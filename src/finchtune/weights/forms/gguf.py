@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.tokenizer import BytesTokenizer, Tokenizer, WorldTokenizer
 from finchtune.weights.forms.base import (
     DTYPES,
@@ -59,7 +59,7 @@ def open_gguf(path: Path) -> Any:
     try:
         reader = gguf.GGUFReader(path, "c")
     except (ValueError, IndexError, KeyError, OverflowError, OSError, UnicodeError) as error:
-        raise UserError(
+        raise CheckpointError(
             f"{path} ({size:,} bytes): damaged or cut short ({error}); copy it again"
         ) from error
     return reader
@@ -90,7 +90,7 @@ def tensors_of(reader: Any, path: Path) -> dict[str, Tensor]:
     found = {}
     for tensor in reader.tensors:
         if tensor.tensor_type not in kinds:
-            raise UserError(
+            raise CheckpointError(
                 f"{path} holds {tensor.name} as {tensor.tensor_type.name}: what quantising took "
                 "away is lost; give the F32, F16 or BF16 file that it was made from"
             )
@@ -105,7 +105,7 @@ def read(path: Path) -> Mapping[str, Tensor]:
     reader = open_gguf(path)
     architecture = field(reader, "general.architecture")
     if architecture != ARCHITECTURE:
-        raise UserError(f"{path} holds a {architecture} model, not an RWKV-6")
+        raise CheckpointError(f"{path} holds a {architecture} model, not an RWKV-6")
     theirs = tensors_of(reader, path)
     rescale = field(reader, f"{ARCHITECTURE}.rescale_every_n_layers")
     return from_form(theirs, entries(n_layer_of(theirs, "blk."), int(rescale or 0)), path)
@@ -174,7 +174,9 @@ def add_vocabulary(writer: Any, settings: Settings, vocab_size: int) -> None:
 def token_bytes(tokenizer: Tokenizer | None, id: int) -> bytes:
     """The bytes of a token, none for one that stands for no text."""
     if not isinstance(tokenizer, WorldTokenizer | BytesTokenizer):
-        raise UserError("a GGUF of RWKV-6 holds the World vocabulary or bytes, no other tokenizer")
+        raise CheckpointError(
+            "a GGUF of RWKV-6 holds the World vocabulary or bytes, no other tokenizer"
+        )
     return tokenizer.id_bytes(id) if 0 < id < tokenizer.vocab_size else b""
 
 
@@ -188,9 +190,9 @@ def write_tensors(writer: Any, tensors: Mapping[str, Tensor], kind: Any, path: P
     for name, like in layout_of(tensors).items():
         block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
         if like.shape[-1] % block:
-            raise UserError(
+            raise CheckpointError(
                 f"{name} has rows of {like.shape[-1]}, which blocks of {block} do not divide; "
-                "choose --dtype fp16"
+                "choose `dtype` fp16"
             )
         writer.add_tensor_info(
             name, like.shape, np.float32, like.numel() // block * size, raw_dtype=kinds[name]
@@ -254,7 +256,7 @@ def read_adapter(path: Path) -> FoundAdapter:
 
     reader = open_gguf(path)
     if field(reader, gguf.Keys.Adapter.TYPE) != "lora":
-        raise UserError(f"{path} is no LoRA")
+        raise CheckpointError(f"{path} is no LoRA")
     found = tensors_of(reader, path)
     n_layer = n_layer_of(found, "blk.")
     entry_of = {entry.name: entry for entry in entries(n_layer)}
@@ -264,7 +266,7 @@ def read_adapter(path: Path) -> FoundAdapter:
         if side == "lora_b" and f"{base}.lora_a" in found:
             continue
         if side != "lora_a" or base not in entry_of or f"{base}.lora_b" not in found:
-            raise UserError(f"{path}: {name} belongs to no linear layer of an RWKV-6")
+            raise CheckpointError(f"{path}: {name} belongs to no linear layer of an RWKV-6")
         B = entry_of[base].split(found[f"{base}.lora_b"])[0]
         layers[entry_of[base].ours[0].removesuffix(".weight")] = (A, B)
     return LowRank(layers, float(field(reader, gguf.Keys.Adapter.LORA_ALPHA))).found()

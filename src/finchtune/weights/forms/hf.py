@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.models.rwkv6 import ModelConfig
 from finchtune.weights.forms.base import (
     DTYPES,
@@ -81,7 +81,7 @@ def check_sizes(sizes: ModelConfig) -> None:
     }
     for name, value in derived.items():
         if getattr(sizes, name) != value:
-            raise UserError(
+            raise CheckpointError(
                 f"Hugging Face's RWKV-6 code takes {name} {value} for n_embd {C}, and the model "
                 f"has {getattr(sizes, name)}; export it to fla or another form"
             )

@@ -5,7 +5,7 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.weights import forms
 from finchtune.weights.forms.base import Form
 
@@ -33,7 +33,7 @@ def get_form(name: str) -> Form:
     if name not in FORMS:
         near = difflib.get_close_matches(name, FORMS, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]}?" if near else f"; known: {', '.join(FORMS)}"
-        raise UserError(f"no form {name!r}{hint}")
+        raise CheckpointError(f"no form {name!r}{hint}")
     return FORMS[name]
 
 
@@ -41,14 +41,16 @@ def form_of(path: str | Path) -> Form:
     """The form of the weights in a file or folder. Raises UserError if it is of none."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"{path}: no such file")
+        raise CheckpointError(f"{path}: no such file")
     found = next((form for form in FORMS.values() if form.recognise(path)), None)
     if found:
         return found
     adapter = adapter_form_of(path)
     if adapter:
-        raise UserError(f"{path} is an adapter ({adapter.title}); give it as --peft_checkpoint")
-    raise UserError(f"{path} {what_else(path)}")
+        raise CheckpointError(
+            f"{path} is an adapter ({adapter.title}); give it as `peft_checkpoint`"
+        )
+    raise CheckpointError(f"{path} {what_else(path)}")
 
 
 def adapter_form_of(path: str | Path) -> Form | None:

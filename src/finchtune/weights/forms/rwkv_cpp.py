@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError, UserError
 from finchtune.weights.forms.base import (
     DTYPES,
     Entry,
@@ -99,11 +99,13 @@ def scan(path: Path) -> dict[str, Place]:
         try:
             version = HEADER.unpack(file.read(HEADER.size))[1]
             if version != VERSION:
-                raise UserError(f"{path}: version {version} of rwkv.cpp's form is not known here")
+                raise CheckpointError(
+                    f"{path}: version {version} of rwkv.cpp's form is not known here"
+                )
             while file.tell() < size:
                 n_dims, length, code = TENSOR.unpack(file.read(TENSOR.size))
                 if code not in dtypes:
-                    raise UserError(f"{path} is quantised; give the file it was made from")
+                    raise CheckpointError(f"{path} is quantised; give the file it was made from")
                 if not 0 < n_dims <= MOST_DIMENSIONS or not 0 < length <= LONGEST_NAME:
                     raise ValueError("a tensor's header makes no sense")
                 shape = struct.unpack(f"={n_dims}i", file.read(4 * n_dims))[::-1]
@@ -117,7 +119,7 @@ def scan(path: Path) -> dict[str, Place]:
         except (struct.error, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
+            raise CheckpointError(
                 f"{path} ({size:,} bytes): damaged or cut short ({error}); copy it again"
             ) from error
     return places

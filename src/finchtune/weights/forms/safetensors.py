@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.weights.forms.base import DTYPES, Form, Settings, converted
 from finchtune.weights.hashing import HashingWriter
 from finchtune.weights.lazy import layout_of, mapped
@@ -40,9 +40,9 @@ def header_of(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(content)
     except ValueError as error:
-        raise UserError(f"{path}: damaged or cut short; download or copy it again") from error
+        raise CheckpointError(f"{path}: damaged or cut short; download or copy it again") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path}: damaged; download or copy it again")
+        raise CheckpointError(f"{path}: damaged; download or copy it again")
     return header
 
 
@@ -55,7 +55,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.offset_keys()}
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise UserError(
+        raise CheckpointError(
             f"{path} ({size}): damaged or cut short ({error}); download or copy it again"
         ) from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from finchtune.errors import UserError
+from finchtune.errors import CheckpointError
 from finchtune.weights.forms.base import (
     DTYPES,
     Entry,
@@ -68,7 +68,7 @@ def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
     """Write a model; returns the file's sha256."""
     n_layer = n_layer_of(weights, "blocks.")
     if n_layer < FEWEST_LAYERS:
-        raise UserError(
+        raise CheckpointError(
             f"web-rwkv loads no model of fewer than {FEWEST_LAYERS} layers; this one has {n_layer}"
         )
     theirs = to_form(weights, entries(n_layer))
@@ -92,10 +92,10 @@ def read_adapter(path: Path) -> FoundAdapter:
         layer, B = name.removesuffix(A_KEY), f"{name.removesuffix(A_KEY)}{B_KEY}"
         if name.endswith(A_KEY):
             if B not in found:
-                raise UserError(f"{path}: {B} is missing")
+                raise CheckpointError(f"{path}: {B} is missing")
             layers[layer] = (tensor.T.contiguous(), found[B])
     if not layers or len(found) != 2 * len(layers):
-        raise UserError(f"{path} is no whole LoRA of web-rwkv")
+        raise CheckpointError(f"{path} is no whole LoRA of web-rwkv")
     alpha = header_of(path).get("__metadata__", {}).get("alpha")
     rank = len(next(iter(layers.values()))[0])
     return LowRank(layers, float(alpha) if alpha else rank).found()
