@@ -37,7 +37,7 @@ def test_peft_computes_the_same(method, tmp_path):
 
 def test_layers_may_have_hugging_faces_names(tmp_path):
     base, _, adapter = make_adapter(tmp_path, "bone", {"r": 8})
-    settings = FP32._replace(hf_names=True)
+    settings = FP32._replace(layer_names="hf_rwkv6")
     export_adapter(base, adapter, tmp_path / "peft", FORMS["peft"], settings)
     names = read_json(tmp_path / "peft" / "adapter_config.json")["target_modules"]
     assert "rwkv.blocks.0.attention.key" in names

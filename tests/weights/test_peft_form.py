@@ -10,11 +10,10 @@ from torch import nn
 from finchtune.adapters import adapter_state, attach, load_adapter_state
 from finchtune.errors import UserError
 from finchtune.files import read_json, write_json
+from finchtune.models.rwkv6.layouts import from_hf, to_hf
 from finchtune.weights.peft_form import (
     PeftAdapter,
-    from_hf_rwkv6,
     read_peft,
-    to_hf_rwkv6,
     with_whole_magnitudes,
     write_peft,
 )
@@ -253,10 +252,10 @@ def test_names_of_hugging_faces_rwkv6():
         "ln_out.weight": "rwkv.ln_out.weight",
         "head.weight": "head.weight",
     }
-    assert {name: to_hf_rwkv6(name) for name in names} == names
-    assert [from_hf_rwkv6(name) for name in names.values()] == list(names)
+    assert {name: to_hf(name) for name in names} == names
+    assert [from_hf(name) for name in names.values()] == list(names)
     everything = list(small_model().state_dict())
-    assert len({to_hf_rwkv6(name) for name in everything}) == len(everything)
-    assert [from_hf_rwkv6(to_hf_rwkv6(name)) for name in everything] == everything
+    assert len({to_hf(name) for name in everything}) == len(everything)
+    assert [from_hf(to_hf(name)) for name in everything] == everything
     with pytest.raises(UserError, match="no name of Hugging Face's RWKV-6 layout"):
-        from_hf_rwkv6("blocks.0.att.key")
+        from_hf("blocks.0.att.key")

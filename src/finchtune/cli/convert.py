@@ -18,10 +18,9 @@ from finchtune.weights.base import read_base
 from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.peft_form import (
     PeftAdapter,
-    from_hf_rwkv6,
+    namings,
     read_peft,
     renamed,
-    to_hf_rwkv6,
     write_peft,
 )
 from finchtune.weights.stated import spec_of
@@ -44,9 +43,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base_model", help="with a folder: the .pth that the adapter stands on")
     parser.add_argument(
         "--layer_names",
-        choices=("plain", "hf_rwkv6"),
+        choices=("plain", *namings()),
         default="plain",
-        help="names of peft's side: as in the .pth, or as in RWKV-6's Hugging Face conversions",
+        help="names of peft's side: as in the .pth, or as in Hugging Face conversions",
     )
     add_stated_flags(parser)
     return parser.parse_args(arguments)
@@ -57,10 +56,8 @@ def to_peft(given: argparse.Namespace) -> None:
     spec = spec_of(record, tensors, stated_of(given), given.input)
     if not spec:
         raise UserError(f"{given.input} is a fully fine-tuned model, not an adapter")
-    adapter = PeftAdapter(tensors, spec)
-    write_peft(
-        renamed(adapter, to_hf_rwkv6) if given.layer_names == "hf_rwkv6" else adapter, given.output
-    )
+    adapter, naming = PeftAdapter(tensors, spec), namings().get(given.layer_names)
+    write_peft(renamed(adapter, naming.theirs) if naming else adapter, given.output)
 
 
 def from_peft(given: argparse.Namespace) -> None:
@@ -68,8 +65,8 @@ def from_peft(given: argparse.Namespace) -> None:
     if not given.base_model:
         raise UserError("give --base_model, on which the adapter stands; its hash is recorded")
     adapter = read_peft(given.input)
-    if given.layer_names == "hf_rwkv6":
-        adapter = renamed(adapter, from_hf_rwkv6)
+    if naming := namings().get(given.layer_names):
+        adapter = renamed(adapter, naming.ours)
     weights = read_base(given.base_model)
     for key in adapter.tensors:
         if f"{key.rpartition('.')[0]}.weight" not in weights:

@@ -21,6 +21,7 @@ from finchtune.tokenizer import Tokenizer, load_tokenizer
 from finchtune.weights.base import model_sizes, read_base
 from finchtune.weights.exporting import chosen_dtype, export_adapter, export_model, receipt_path
 from finchtune.weights.forms import FORMS, Form, Settings, get_form
+from finchtune.weights.peft_form import namings
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,7 +60,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", help="world, bytes or a tokenizer.json")
     parser.add_argument("--template", default="chat",
                         help=f"{', '.join(templates.TEMPLATES)}, or a file [chat]")  # fmt: skip
-    parser.add_argument("--layer_names", choices=("plain", "hf_rwkv6"), default="plain",
+    parser.add_argument("--layer_names", choices=("plain", *namings()), default="plain",
                         help="for peft: as in the .pth, or as in Hugging Face folders")  # fmt: skip
     parser.add_argument("--other_base", type=int, choices=(0, 1), default=0, help=OTHER_BASE)
     add_stated_flags(parser)
@@ -100,5 +101,5 @@ def settings_of(given: argparse.Namespace, form: Form) -> Settings:
         name=Path(given.output).stem,
         tokenizer=tokenizer,
         template=templates.get(given.template),
-        hf_names=given.layer_names == "hf_rwkv6",
+        layer_names=given.layer_names,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from finchtune.errors import UserError
 from finchtune.models.config import ModelSizes
 from finchtune.models.language_model import LanguageModel
+from finchtune.models.layouts import Layout
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,15 @@ class Generation:
     """Pattern of the keys of vectors (1, 1, C) that some files store as (C)."""
     released: dict[str, ModelSizes]
     """Sizes of the released models by their names, e.g. 3B."""
+    layouts: dict[str, Layout]
+    """How forms of other software lay it out, by the names of the forms."""
+    unread: str = r"$^"
+    """Pattern of the keys of tensors that some files hold and no model reads."""
+
+    def tensor_names(self, n_layer: int) -> list[str]:
+        """Every tensor of a plain model, in the order of its file."""
+        sizes = self.sizes(n_layer=n_layer, n_embd=64, vocab_size=1, dim_ffn=1)
+        return list(meta_model(sizes).state_dict())
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finchtune.errors import CheckpointError, UserError
 from finchtune.files import FileSet, json_text
+from finchtune.models import generation_of
 from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter
 from finchtune.weights.base import read_base
 from finchtune.weights.forms import DTYPES, Form, LowRank, Settings
@@ -98,7 +99,7 @@ def as_low_rank(
         alpha = scale * len(A)
     if not layers:
         raise CheckpointError(f"{adapter} holds no adapter; give it as `model`")
-    return LowRank(layers, alpha)
+    return LowRank(layers, alpha, generation_of(weights))
 
 
 def chosen_dtype(form: Form, dtype: str | None, weights: Mapping[str, Tensor]) -> str:

@@ -15,6 +15,8 @@ from torch import Tensor
 from finchtune.adapters import get_method, hyperparameters_of
 from finchtune.errors import CheckpointError
 from finchtune.files import atomic_folder, read_json, write_json
+from finchtune.models import generations
+from finchtune.models.layouts import Naming
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -216,32 +218,14 @@ def miss_spec(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return {"method": "bone", "r": config["r"]}
 
 
-def to_hf_rwkv6(name: str) -> str:
-    """The name of an RWKV-6 module or tensor in the layout of its Hugging Face conversions.
-
-    That of BBuf/RWKV-World-HF-Tokenizer (scripts/convert_rwkv6_checkpoint_to_hf.py), by which the
-    RWKV/v6-Finch models were made: blocks.0.att.key -> rwkv.blocks.0.attention.key.
-    """
-    if re.match(r"head(\.|$)", name):
-        return name
-    name = re.sub(r"^emb(?=\.|$)", "embeddings", name)
-    name = re.sub(r"^(blocks\.0)\.ln0(?=\.|$)", r"\1.pre_ln", name)
-    name = re.sub(r"^(blocks\.\d+)\.att(?=\.|$)", r"\1.attention", name)
-    return "rwkv." + re.sub(r"^(blocks\.\d+)\.ffn(?=\.|$)", r"\1.feed_forward", name)
-
-
-def from_hf_rwkv6(name: str) -> str:
-    """The inverse of `to_hf_rwkv6`. Raises UserError for a name of another layout."""
-    if re.match(r"head(\.|$)", name):
-        return name
-    if not name.startswith("rwkv."):
-        raise CheckpointError(
-            f"{name} is no name of Hugging Face's RWKV-6 layout; drop `layer_names`"
-        )
-    name = re.sub(r"^embeddings(?=\.|$)", "emb", name.removeprefix("rwkv."))
-    name = re.sub(r"^(blocks\.0)\.pre_ln(?=\.|$)", r"\1.ln0", name)
-    name = re.sub(r"^(blocks\.\d+)\.attention(?=\.|$)", r"\1.att", name)
-    return re.sub(r"^(blocks\.\d+)\.feed_forward(?=\.|$)", r"\1.ffn", name)
+def namings() -> dict[str, Naming]:
+    """The names that layers have in other forms, by the words of --layer_names."""
+    return {
+        f"{form}_rwkv{generation.number}": layout.naming
+        for generation in generations().values()
+        for form, layout in generation.layouts.items()
+        if layout.naming
+    }
 
 
 def renamed(adapter: PeftAdapter, rename: Callable[[str], str]) -> PeftAdapter:

@@ -41,7 +41,7 @@ def test_a_lora_there_and_back_gives_the_same_bits(name, tmp_path):
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_merging_takes_them(name, tmp_path):
-    base, adapter, output = exported(tmp_path, name, "bone", {"r": 8}, hf_names=True)
+    base, adapter, output = exported(tmp_path, name, "bone", {"r": 8}, layer_names="hf_rwkv6")
     merge_files(base, adapter, tmp_path / "ours.pth")
     receipt = merge_files(base, output, tmp_path / "theirs.pth")
     assert receipt["merged"] == 32

@@ -10,12 +10,12 @@ from helpers.llama_cpp import LlamaCpp
 from helpers.support import save_model, small_model
 
 from finchtune.data import templates
+from finchtune.models import generation_of
 from finchtune.tokenizer import load_tokenizer
 from finchtune.weights.base import load_model, read_base
 from finchtune.weights.exporting import export_adapter, export_model
 from finchtune.weights.forms import FORMS, Settings
 from finchtune.weights.forms.base import from_form
-from finchtune.weights.forms.gguf_entries import entries
 from finchtune.weights.merging import merge_files
 
 GGUF = FORMS["gguf"]
@@ -43,7 +43,7 @@ def test_llama_cpp_computes_the_same(sizes, dtype, tmp_path):
     base, path = save_model(model, tmp_path / "base.pth"), tmp_path / "model.gguf"
     export_model(base, path, GGUF, settings(dtype))
     if dtype == "q8_0":
-        model.load_state_dict(dequantised(path, sizes["n_layer"]))
+        model.load_state_dict(dequantised(path, model))
     runtime = LlamaCpp(path)
     found = runtime.log_probabilities(PROMPT, 50)
     expected = next_log_probabilities(model, PROMPT)
@@ -53,14 +53,15 @@ def test_llama_cpp_computes_the_same(sizes, dtype, tmp_path):
     check_greedy(model, runtime.greedy(PROMPT, STEPS), TOLERANCE[dtype])
 
 
-def dequantised(path, n_layer: int) -> dict[str, torch.Tensor]:
+def dequantised(path, model) -> dict[str, torch.Tensor]:
     """The numbers that a quantised file holds."""
     tensors = {}
     for tensor in gguf.GGUFReader(path).tensors:
         numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         shape = [int(size) for size in reversed(tensor.shape)]
         tensors[tensor.name] = torch.tensor(numbers).view(shape)
-    return dict(from_form(tensors, entries(n_layer), path))
+    generation = generation_of(model.state_dict())
+    return dict(from_form(tensors, "gguf", generation, model.config.n_layer, path))
 
 
 def check_greedy(model, tokens: list[int], tolerance: float) -> None:

@@ -4,6 +4,7 @@ from finchtune.models.generations import Generation
 from finchtune.models.recurrent import BlockState, State
 from finchtune.models.rwkv6.config import ModelConfig
 from finchtune.models.rwkv6.init import init_weights
+from finchtune.models.rwkv6.layouts import LAYOUTS
 from finchtune.models.rwkv6.model import RWKV6
 
 GENERATION = Generation(
@@ -20,6 +21,7 @@ GENERATION = Generation(
         "7B": ModelConfig(n_layer=32, n_embd=4096, vocab_size=65536),
         "14B": ModelConfig(n_layer=61, n_embd=4096, vocab_size=65536),
     },
+    layouts=LAYOUTS,
 )
 
 __all__ = ["GENERATION", "RWKV6", "BlockState", "ModelConfig", "State", "init_weights"]

@@ -29,6 +29,8 @@ GENERATION = Generation(
         "7.2B": released(32, 4096, 128, 128, 96, 480),
         "13.3B": released(61, 4096, 192, 192, 128, 384),
     },
+    layouts={},
+    unread=r"^blocks\.0\.att\.v[012]$",
 )
 
 __all__ = ["GENERATION", "RWKV7", "BlockState", "ModelConfig", "State", "init_weights"]

@@ -1,6 +1,7 @@
 """What a form of weights is: how to know it, read it and write it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from finchtune.data.templates import Template
 from finchtune.errors import CheckpointError
+from finchtune.models import Generation, generation_of, generations
+from finchtune.models.layouts import Layout, Told
 from finchtune.tokenizer import Tokenizer
 from finchtune.weights.lazy import LazyTensors, layout_of
 
@@ -24,7 +27,7 @@ class Settings(NamedTuple):
     name: str  # of the model, for people
     tokenizer: Tokenizer | None = None
     template: Template | None = None
-    hf_names: bool = False  # layers named as in Hugging Face's layout, for peft
+    layer_names: str = "plain"  # for peft: or one of the namings of peft_form
 
 
 class FoundAdapter(NamedTuple):
@@ -39,6 +42,7 @@ class LowRank(NamedTuple):
 
     layers: Mapping[str, tuple[Tensor, Tensor]]
     alpha: float
+    generation: Generation | None = None  # of the base, where one is known
 
     def found(self) -> FoundAdapter:
         """The same as the method lora has it."""
@@ -74,33 +78,44 @@ class Form:
     write_adapter: Callable[[LowRank, Path, Settings], str | None] | None = None
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A tensor of another form, and the official ones that it is made of.
-
-    `make` takes theirs from ours, `split` is its inverse. Both take meta tensors and give views
-    where they can.
-    """
-
-    name: str
-    ours: tuple[str, ...]
-    make: Callable[[Sequence[Tensor]], Tensor] = lambda ours: ours[0]
-    split: Callable[[Tensor], Sequence[Tensor]] = lambda theirs: [theirs]
+def layout_in(form: str, generation: Generation) -> Layout:
+    """How a form lays a generation out. Raises UserError if it cannot hold it."""
+    if form not in generation.layouts:
+        others = ", ".join(generation.layouts)
+        raise CheckpointError(f"the form {form} has no RWKV-{generation.number}; choose {others}")
+    return generation.layouts[form]
 
 
-def reshaped(name: str, ours: str, make: Callable[..., Any], split: Callable[..., Any]) -> Entry:
-    """An entry for one tensor that is laid out otherwise."""
-    return Entry(name, (ours,), lambda tensors: make(tensors[0]), lambda theirs: [split(theirs)])
+def recognised(form: str, shapes: Mapping[str, Sequence[int]]) -> Generation | None:
+    """The generation whose layout in a form has tensors of these names and shapes."""
+    for generation in generations().values():
+        if form in generation.layouts and generation.layouts[form].recognise(shapes):
+            return generation
+    return None
 
 
-def to_form(weights: Mapping[str, Tensor], entries: Sequence[Entry]) -> LazyTensors:
+def called(form: str, name: str) -> Generation | None:
+    """The generation that files of a form call by this name."""
+    for generation in generations().values():
+        if form in generation.layouts and generation.layouts[form].name == name:
+            return generation
+    return None
+
+
+def to_form(weights: Mapping[str, Tensor], form: str) -> LazyTensors:
     """Official tensors in another form. Raises UserError for one that the form has no place for."""
-    by_name = {entry.name: entry for entry in entries}
     layout = layout_of(weights)
-    extra = set(layout) - {name for entry in entries for name in entry.ours}
+    generation = generation_of(layout)
+    sizes = generation.sizes.from_weights(layout)
+    names = generation.tensor_names(sizes.n_layer)
+    own = layout_in(form, generation)
+    own.check(sizes)
+    by_name = {e.name: e for e in own.entries(Told(sizes.n_layer, names, sizes.head_size))}
+    extra = {name for name in layout if not re.search(generation.unread, name)} - set(names)
     if extra:
         raise CheckpointError(
-            f"{min(extra)} is no tensor of a plain RWKV-6: this form cannot hold it"
+            f"{min(extra)} is no tensor of a plain RWKV-{generation.number}: this form cannot "
+            "hold it"
         )
 
     def make(name: str, source: Mapping[str, Tensor]) -> Tensor:
@@ -111,14 +126,31 @@ def to_form(weights: Mapping[str, Tensor], entries: Sequence[Entry]) -> LazyTens
 
 
 def from_form(
-    theirs: Mapping[str, Tensor], entries: Sequence[Entry], path: Path
+    theirs: Mapping[str, Tensor],
+    form: str,
+    generation: Generation,
+    n_layer: int,
+    path: Path,
+    **more: Any,
 ) -> Mapping[str, Tensor]:
-    """Tensors of another form by their official names, in the official order."""
+    """Tensors of another form by their official names, in the official order.
+
+    `more` is what the file tells besides, by the names of `Told`.
+    """
+    if n_layer > len(theirs):
+        raise CheckpointError(
+            f"{path} has {len(theirs)} tensors, but layers up to number {n_layer - 1}"
+        )
+    names = generation.tensor_names(n_layer)
+    entries = layout_in(form, generation).entries(Told(n_layer, names, **more))
     wanted = {entry.name for entry in entries}
     problems = [f"{name} is missing" for name in wanted - theirs.keys()]
-    problems += [f"{name} is not known" for name in theirs.keys() - wanted]
+    unknown = theirs.keys() - wanted
+    problems += [f"{n} is not known" for n in unknown if not re.search(generation.unread, n)]
     if problems:
-        raise CheckpointError(f"{path} is no whole RWKV-6: {'; '.join(sorted(problems)[:5])}")
+        raise CheckpointError(
+            f"{path} is no whole RWKV-{generation.number}: {'; '.join(sorted(problems)[:5])}"
+        )
     places = {ours: (e, i) for e in entries for i, ours in enumerate(e.ours)}
 
     def make(name: str, source: Mapping[str, Tensor]) -> Tensor:
@@ -127,7 +159,7 @@ def from_form(
 
     blank = {name: tensor.to("meta") for name, tensor in layout_of(theirs).items()}
     try:
-        layout = {n: make(n, blank) for n in official_names(n_layer_of(places, "blocks."))}
+        layout = {n: make(n, blank) for n in names}
     except (RuntimeError, IndexError) as error:
         raise CheckpointError(f"{path}: a tensor has an unexpected shape: {error}") from error
     return LazyTensors(layout, lambda name: make(name, theirs))
@@ -153,23 +185,3 @@ def n_layer_of(names: Iterable[str], pattern: str) -> int:
     numbers = (name.removeprefix(pattern).partition(".")[0] for name in names
                if name.startswith(pattern))  # fmt: skip
     return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
-
-
-def official_names(n_layer: int) -> Iterator[str]:
-    """Every tensor of a plain RWKV-6, in the order of its file."""
-    yield "emb.weight"
-    for layer in range(n_layer):
-        for norm in ("ln1", "ln2", *(["ln0"] if layer == 0 else [])):
-            yield from (f"blocks.{layer}.{norm}.{part}" for part in ("weight", "bias"))
-        yield from (f"blocks.{layer}.att.{part}" for part in ATT)
-        yield from (f"blocks.{layer}.ffn.{part}" for part in FFN)
-    yield from ("ln_out.weight", "ln_out.bias", "head.weight")
-
-
-ATT = (
-    *("time_maa_x", "time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"),
-    *("time_maa_w1", "time_maa_w2", "time_decay", "time_decay_w1", "time_decay_w2", "time_faaaa"),
-    *("receptance.weight", "key.weight", "value.weight", "output.weight", "gate.weight"),
-    *("ln_x.weight", "ln_x.bias"),
-)
-FFN = ("time_maa_k", "time_maa_r", "key.weight", "receptance.weight", "value.weight")

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from finchtune.errors import CheckpointError
 from finchtune.files import read_json, write_json
+from finchtune.models import Generation, generation_of, generations
 from finchtune.tokenizer import Tokenizer, WorldTokenizer
-from finchtune.weights.forms.base import DTYPES, Settings, converted
+from finchtune.weights.forms.base import (
+    DTYPES,
+    Settings,
+    called,
+    converted,
+    layout_in,
+    to_form,
+)
 from finchtune.weights.forms.safetensors import read_safetensors, write_safetensors
 from finchtune.weights.forms.templates import jinja_of
-from finchtune.weights.lazy import mapped
+from finchtune.weights.lazy import layout_of, mapped
 from finchtune.weights.tensors import read_tensors
 
 CONFIG = "config.json"
@@ -45,14 +53,24 @@ def weight_files(path: Path) -> list[Path]:
     return []
 
 
-def is_rwkv6_folder(path: Path, architecture: str, key: str) -> bool:
-    """Whether config.json names this architecture, or is of an RWKV-6 and has this key."""
+def generation_of_folder(path: Path, form: str) -> Generation | None:
+    """The generation that config.json names as a form does, None for a folder of another form."""
     if not path.is_dir() or not weight_files(path):
-        return False
+        return None
     config = config_of(path)
-    return architecture in (config.get("architectures") or []) or (
-        config.get("model_type") == "rwkv6" and key in config
-    )
+    for architecture in config.get("architectures") or []:
+        if generation := called(form, architecture):
+            return generation
+    for generation in generations().values():
+        layout = generation.layouts.get(form)
+        if layout and config.get("model_type") == model_type(generation) and layout.mark in config:
+            return generation
+    return None
+
+
+def model_type(generation: Generation) -> str:
+    """What config.json calls a generation."""
+    return f"rwkv{generation.number}"
 
 
 def shards_of(index: Path) -> list[Path]:
@@ -79,20 +97,24 @@ def read_folder(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def write_folder(
-    tensors: Mapping[str, Tensor], path: Path, config: dict[str, Any], settings: Settings
-) -> None:
+def write_folder(weights: Mapping[str, Tensor], form: str, path: Path, settings: Settings) -> None:
     """Write weights, configuration and tokenizer into an empty folder."""
-    dtype = DTYPES[settings.dtype]
+    generation = generation_of(layout_of(weights))
+    layout = layout_in(form, generation)
+    sizes = generation.sizes.from_weights(layout_of(weights))
+    tensors, dtype = to_form(weights, form), DTYPES[settings.dtype]
     write_safetensors(mapped(tensors, lambda n, t: converted(n, t, dtype)), path / WEIGHTS[0])
-    common = {
+    config = {
+        "architectures": [layout.name],
+        "model_type": model_type(generation),
+        **layout.told(sizes),
         "bos_token_id": 0,
         "eos_token_id": 0,
         "tie_word_embeddings": False,
         "torch_dtype": DTYPE_NAMES[settings.dtype],
         "use_cache": True,
     }
-    write_json(path / CONFIG, config | common)
+    write_json(path / CONFIG, config)
     if settings.tokenizer:
         write_tokenizer(settings.tokenizer, path)
     if settings.template:

@@ -1,8 +1,4 @@
-"""GGUF, architecture rwkv6: llama.cpp, Ollama and what is built on them.
-
-Names and layouts as llama.cpp's own converter makes them (convert_hf_to_gguf.py, Rwkv6Model), and
-as its loader wants them (src/models/rwkv6.cpp). Written and read through the `gguf` package.
-"""
+"""GGUF: llama.cpp, Ollama and what is built on them. Written and read through package `gguf`."""
 
 import re
 from collections.abc import Mapping
@@ -14,33 +10,34 @@ import torch
 from torch import Tensor
 
 from finchtune.errors import CheckpointError
-from finchtune.tokenizer import BytesTokenizer, Tokenizer, WorldTokenizer
+from finchtune.models import Generation, ModelSizes, generation_of, generations
+from finchtune.models.layouts import Entry, Told
 from finchtune.weights.forms.base import (
     DTYPES,
     Form,
     FoundAdapter,
     LowRank,
     Settings,
+    called,
     converted,
     from_form,
+    layout_in,
     n_layer_of,
     to_form,
 )
-from finchtune.weights.forms.gguf_entries import RESCALE, entries
-from finchtune.weights.forms.templates import jinja_of, ollama_of
+from finchtune.weights.forms.gguf_vocabulary import add_vocabulary
+from finchtune.weights.forms.templates import ollama_of
 from finchtune.weights.hashing import HashingWriter
 from finchtune.weights.lazy import layout_of
 from finchtune.weights.pth import bytes_of
 
 MAGIC = b"GGUF"
-ARCHITECTURE = "rwkv6"
+NAME = "gguf"
 CONTEXT = 1 << 20  # not limited by the model
-END_OF_TURN = b"\n\n"
 CHUNK = 1 << 22  # numbers quantised at a time
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"} | {
     kind.lower(): kind for kind in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 }
-ALWAYS_FLOAT32 = re.compile(r"norm|lerp|time_mix_(ln|first|w1|w2|decay)")
 
 
 def recognise_any(path: Path) -> bool:
@@ -100,15 +97,24 @@ def tensors_of(reader: Any, path: Path) -> dict[str, Tensor]:
     return found
 
 
+def generation_in(reader: Any, path: Path) -> Generation:
+    """The generation that a file says that it holds. Raises UserError for other models."""
+    architecture = field(reader, "general.architecture")
+    generation = called(NAME, architecture)
+    if generation is None:
+        known = ", ".join(f"RWKV-{one.number}" for one in generations().values())
+        raise CheckpointError(f"{path} holds a {architecture} model, none of {known}")
+    return generation
+
+
 def read(path: Path) -> Mapping[str, Tensor]:
     """A model's tensors. Those of later layers are made when asked for: see RESCALE."""
     reader = open_gguf(path)
-    architecture = field(reader, "general.architecture")
-    if architecture != ARCHITECTURE:
-        raise CheckpointError(f"{path} holds a {architecture} model, not an RWKV-6")
+    generation = generation_in(reader, path)
     theirs = tensors_of(reader, path)
-    rescale = field(reader, f"{ARCHITECTURE}.rescale_every_n_layers")
-    return from_form(theirs, entries(n_layer_of(theirs, "blk."), int(rescale or 0)), path)
+    rescale = field(reader, f"{layout_in(NAME, generation).name}.rescale_every_n_layers")
+    n_layer = n_layer_of(theirs, "blk.")
+    return from_form(theirs, NAME, generation, n_layer, path, rescale=int(rescale or 0))
 
 
 def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
@@ -116,16 +122,18 @@ def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
     import gguf
 
     layout = layout_of(weights)
-    writer = gguf.GGUFWriter(None, ARCHITECTURE)
+    generation = generation_of(layout)
+    own = layout_in(NAME, generation)
+    writer = gguf.GGUFWriter(None, own.name)
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(settings.name)
-    add_sizes(writer, layout)
+    sizes = generation.sizes.from_weights(layout)
+    add_sizes(writer, sizes, own.told(sizes))
     kind = getattr(gguf.GGMLQuantizationType, KINDS[settings.dtype])
     writer.add_file_type(file_type(settings.dtype))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_vocabulary(writer, settings, layout["emb.weight"].shape[0])
-    theirs = to_form(weights, entries(n_layer_of(layout, "blocks.")))
-    return write_tensors(writer, theirs, kind, path)
+    add_vocabulary(writer, settings, sizes.vocab_size)
+    return write_tensors(writer, to_form(weights, NAME), kind, path, own.precise)
 
 
 def file_type(dtype: str) -> int:
@@ -137,55 +145,29 @@ def file_type(dtype: str) -> int:
     return getattr(gguf.LlamaFileType, f"MOSTLY_{KINDS[dtype]}")
 
 
-def add_sizes(writer: Any, layout: Mapping[str, Tensor]) -> None:
-    """The sizes that the runtime reads, off the tensors' shapes."""
-    n_embd = layout["emb.weight"].shape[1]
+def add_sizes(writer: Any, sizes: ModelSizes, more: Mapping[str, Any]) -> None:
+    """The sizes that the runtime reads, those of every generation and more."""
     writer.add_context_length(CONTEXT)
-    writer.add_embedding_length(n_embd)
-    writer.add_block_count(n_layer_of(layout, "blocks."))
+    writer.add_embedding_length(sizes.n_embd)
+    writer.add_block_count(sizes.n_layer)
     writer.add_layer_norm_eps(1e-5)
-    writer.add_rescale_every_n_layers(RESCALE)
-    writer.add_wkv_head_size(layout["blocks.0.att.time_faaaa"].shape[1])
-    writer.add_time_mix_extra_dim(layout["blocks.0.att.time_maa_w2"].shape[1])
-    writer.add_time_decay_extra_dim(layout["blocks.0.att.time_decay_w1"].shape[1])
-    writer.add_feed_forward_length(layout["blocks.0.ffn.key.weight"].shape[0])
+    writer.add_feed_forward_length(sizes.dim_ffn)
     writer.add_head_count(0)  # asked for, not used
+    for key, value in more.items():
+        writer.add_uint32(f"{writer.arch}.{key}", value)
 
 
-def add_vocabulary(writer: Any, settings: Settings, vocab_size: int) -> None:
-    """The tokens, each as the escaped bytes of Python's repr, and the chat template."""
-    import gguf
+def write_tensors(
+    writer: Any, tensors: Mapping[str, Tensor], kind: Any, path: Path, precise: str
+) -> str:
+    """Write the metadata and the tensors one after another; returns the file's sha256.
 
-    tokens = [token_bytes(settings.tokenizer, id) for id in range(vocab_size)]
-    kinds = [gguf.TokenType.NORMAL if token else gguf.TokenType.UNUSED for token in tokens]
-    texts = [repr(token)[2:-1] if token else f"[PAD{id}]" for id, token in enumerate(tokens)]
-    texts[0], kinds[0] = "<s>", gguf.TokenType.CONTROL
-    writer.add_tokenizer_model("rwkv")
-    writer.add_token_list(texts)
-    writer.add_token_types(kinds)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    if END_OF_TURN in tokens:
-        writer.add_eot_token_id(tokens.index(END_OF_TURN))
-    if settings.template:
-        writer.add_chat_template(jinja_of(settings.template))
-
-
-def token_bytes(tokenizer: Tokenizer | None, id: int) -> bytes:
-    """The bytes of a token, none for one that stands for no text."""
-    if not isinstance(tokenizer, WorldTokenizer | BytesTokenizer):
-        raise CheckpointError(
-            "a GGUF of RWKV-6 holds the World vocabulary or bytes, no other tokenizer"
-        )
-    return tokenizer.id_bytes(id) if 0 < id < tokenizer.vocab_size else b""
-
-
-def write_tensors(writer: Any, tensors: Mapping[str, Tensor], kind: Any, path: Path) -> str:
-    """Write the metadata and the tensors one after another; returns the file's sha256."""
+    Vectors, and tensors whose names match `precise`, are written in fp32.
+    """
     import gguf
 
     float32 = gguf.GGMLQuantizationType.F32
-    kinds = {name: stored_as(name, like, kind, float32)
+    kinds = {name: float32 if like.dim() == 1 or re.search(precise, name) else kind
              for name, like in layout_of(tensors).items()}  # fmt: skip
     for name, like in layout_of(tensors).items():
         block, size = gguf.GGML_QUANT_SIZES[kinds[name]]
@@ -211,11 +193,6 @@ def write_tensors(writer: Any, tensors: Mapping[str, Tensor], kind: Any, path: P
         return file.sha256()
 
 
-def stored_as(name: str, tensor: Tensor, kind: Any, float32: Any) -> Any:
-    """The type of one tensor in a file whose matrices have `kind`."""
-    return float32 if tensor.dim() == 1 or ALWAYS_FLOAT32.search(name) else kind
-
-
 def encoded(name: str, tensor: Tensor, kind: Any) -> list[memoryview] | Any:
     """A tensor's bytes in pieces. Raises UserError where fp16 overflows."""
     import gguf
@@ -230,24 +207,32 @@ def encoded(name: str, tensor: Tensor, kind: Any) -> list[memoryview] | Any:
         yield np.ascontiguousarray(quantised).reshape(-1).view(np.uint8).data
 
 
+def entries_of(generation: Generation, n_layer: int) -> list[Entry]:
+    """Every tensor of this form, of a base with the usual RESCALE."""
+    names = generation.tensor_names(n_layer)
+    return layout_in(NAME, generation).entries(Told(n_layer, names))
+
+
 def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> str:
     """Write an adapter for a base that was written with the same RESCALE."""
     import gguf
 
-    n_layer = n_layer_of(list(adapter.layers), "blocks.")
-    entry_of = {entry.ours[0]: entry for entry in entries(n_layer)}
+    assert adapter.generation is not None
+    own = layout_in(NAME, adapter.generation)
+    entries = entries_of(adapter.generation, n_layer_of(list(adapter.layers), "blocks."))
+    entry_of = {name: entry for entry in entries for name in entry.ours}
     tensors: dict[str, Tensor] = {}
     for layer, (A, B) in adapter.layers.items():
         entry = entry_of[f"{layer}.weight"]
         tensors[f"{entry.name}.lora_a"] = A
         tensors[f"{entry.name}.lora_b"] = entry.make([B])
-    writer = gguf.GGUFWriter(None, ARCHITECTURE)
+    writer = gguf.GGUFWriter(None, own.name)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(settings.name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
     kind = getattr(gguf.GGMLQuantizationType, KINDS[settings.dtype])
-    return write_tensors(writer, tensors, kind, path)
+    return write_tensors(writer, tensors, kind, path, own.precise)
 
 
 def read_adapter(path: Path) -> FoundAdapter:
@@ -258,15 +243,16 @@ def read_adapter(path: Path) -> FoundAdapter:
     if field(reader, gguf.Keys.Adapter.TYPE) != "lora":
         raise CheckpointError(f"{path} is no LoRA")
     found = tensors_of(reader, path)
-    n_layer = n_layer_of(found, "blk.")
-    entry_of = {entry.name: entry for entry in entries(n_layer)}
+    generation = generation_in(reader, path)
+    entries = entries_of(generation, n_layer_of(found, "blk."))
+    entry_of = {entry.name: entry for entry in entries}
     layers = {}
     for name, A in found.items():
         base, _, side = name.rpartition(".")
         if side == "lora_b" and f"{base}.lora_a" in found:
             continue
         if side != "lora_a" or base not in entry_of or f"{base}.lora_b" not in found:
-            raise CheckpointError(f"{path}: {name} belongs to no linear layer of an RWKV-6")
+            raise CheckpointError(f"{path}: {name} belongs to no linear layer of an RWKV")
         B = entry_of[base].split(found[f"{base}.lora_b"])[0]
         layers[entry_of[base].ours[0].removesuffix(".weight")] = (A, B)
     return LowRank(layers, float(field(reader, gguf.Keys.Adapter.LORA_ALPHA))).found()
@@ -283,7 +269,7 @@ def modelfile(output: Path, settings: Settings, is_adapter: bool) -> tuple[str, 
 
 
 FORM = Form(
-    name="gguf",
+    name=NAME,
     title="a GGUF (llama.cpp, Ollama)",
     suffix=".gguf",
     dtypes=("fp16", *(name for name in KINDS if name != "fp16")),

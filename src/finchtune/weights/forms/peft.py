@@ -1,7 +1,9 @@
 """Folders of Hugging Face's peft. Written as LoRA alone, which is exact: see Adapter.low_rank."""
 
+from contextlib import suppress
 from pathlib import Path
 
+from finchtune.errors import UserError
 from finchtune.weights.forms.base import (
     DTYPES,
     Form,
@@ -14,13 +16,10 @@ from finchtune.weights.peft_form import (
     CONFIG,
     PeftAdapter,
     fill_folder,
-    from_hf_rwkv6,
+    namings,
     read_peft,
     renamed,
-    to_hf_rwkv6,
 )
-
-HF_PREFIX = "rwkv."
 
 
 def recognise_adapter(path: Path) -> bool:
@@ -29,10 +28,13 @@ def recognise_adapter(path: Path) -> bool:
 
 
 def read_adapter(path: Path) -> FoundAdapter:
-    """An adapter whose layers have our names or those of Hugging Face's RWKV-6."""
+    """An adapter whose layers have our names, or those of another form."""
     adapter = read_peft(path)
-    if any(name.startswith(HF_PREFIX) for name in adapter.tensors):
-        adapter = renamed(adapter, from_hf_rwkv6)
+    if any(name.startswith("blocks.") for name in adapter.tensors):
+        return FoundAdapter(*adapter)
+    for naming in namings().values():
+        with suppress(UserError):
+            return FoundAdapter(*renamed(adapter, naming.ours))
     return FoundAdapter(*adapter)
 
 
@@ -41,7 +43,8 @@ def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> None:
     tensors, spec = adapter.found()
     dtype = DTYPES[settings.dtype]
     named = PeftAdapter({name: converted(name, t, dtype) for name, t in tensors.items()}, spec)
-    fill_folder(renamed(named, to_hf_rwkv6) if settings.hf_names else named, path)
+    naming = namings().get(settings.layer_names)
+    fill_folder(renamed(named, naming.theirs) if naming else named, path)
 
 
 FORM = Form(

@@ -61,7 +61,7 @@ def adapter_form_of(path: str | Path) -> Form | None:
 def what_else(path: Path) -> str:
     """What a path is that holds no weights, for a message."""
     if path.is_dir():
-        return "is a folder without weights of an RWKV-6"
+        return "is a folder without weights of an RWKV"
     if not path.is_file():
         return "is neither a file nor a folder"
     with path.open("rb") as file:

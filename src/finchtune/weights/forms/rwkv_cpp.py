@@ -1,9 +1,7 @@
-"""rwkv.cpp: its own binary file, in fp32 or fp16.
-
-Source: RWKV/rwkv.cpp, docs/FILE_FORMAT.md and python/convert_pytorch_to_ggml.py.
-"""
+"""rwkv.cpp: its own binary file, in fp32 or fp16. Source: RWKV/rwkv.cpp, docs/FILE_FORMAT.md."""
 
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,22 +11,23 @@ import torch
 from torch import Tensor
 
 from finchtune.errors import CheckpointError, UserError
+from finchtune.models import generation_of
 from finchtune.weights.forms.base import (
     DTYPES,
-    Entry,
     Form,
     Settings,
     converted,
     from_form,
+    layout_in,
     n_layer_of,
-    official_names,
-    reshaped,
+    recognised,
     to_form,
 )
 from finchtune.weights.hashing import HashingWriter
 from finchtune.weights.lazy import layout_of, mapped
 from finchtune.weights.pth import bytes_of
 
+NAME = "rwkv.cpp"
 MAGIC, VERSION = 0x67676D66, 101
 HEADER = struct.Struct("=IiiiiI")  # magic, version, vocabulary, n_embd, layers, dtype
 TENSOR = struct.Struct("=iii")  # dimensions, length of the name, dtype
@@ -42,30 +41,6 @@ class Place(NamedTuple):
     begin: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-
-
-def entries(n_layer: int, head_size: int = 1) -> list[Entry]:
-    """Every tensor of this form; `head_size` counts only where one is made."""
-    found = []
-    for name in official_names(n_layer):
-        part = name.rpartition(".")[2]
-        make, split = LAYOUTS.get(part, (None, None))
-        if part == "time_decay":
-            make, split = lambda t: t.view(-1, head_size, 1), lambda t: t.reshape(1, 1, -1)
-        elif make is None and part.startswith("time_maa_"):
-            make, split = lambda t: t.view(-1), lambda t: t.view(1, 1, -1)
-        found.append(reshaped(name, name, make, split) if make and split
-                     else Entry(name, (name,)))  # fmt: skip
-    return found
-
-
-LAYOUTS = {
-    "time_maa_w1": (lambda t: t.T, lambda t: t.T),
-    "time_maa_w2": (lambda t: t.transpose(1, 2), lambda t: t.transpose(1, 2)),
-    "time_decay_w1": (lambda t: t.T, lambda t: t.T),
-    "time_decay_w2": (lambda t: t.T, lambda t: t.T),
-    "time_faaaa": (lambda t: t.unsqueeze(-1), lambda t: t.squeeze(-1)),
-}
 
 
 def recognise(path: Path) -> bool:
@@ -87,7 +62,10 @@ def read(path: Path) -> Mapping[str, Tensor]:
         ).view(p.shape)
         for name, p in places.items()
     }
-    return from_form(theirs, entries(n_layer_of(theirs, "blocks.")), path)
+    generation = recognised(NAME, {name: place.shape for name, place in places.items()})
+    if generation is None:
+        raise CheckpointError(f"{path} holds no generation of RWKV that is known here")
+    return from_form(theirs, NAME, generation, n_layer_of(theirs, "blocks."), path)
 
 
 def scan(path: Path) -> dict[str, Place]:
@@ -126,17 +104,17 @@ def scan(path: Path) -> dict[str, Place]:
 
 
 def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
-    """Write a model; vectors and all time_* stay fp32. Returns the file's sha256."""
+    """Write a model; vectors and small matrices stay fp32. Returns the file's sha256."""
     layout = layout_of(weights)
     dtype = DTYPES[settings.dtype]
     n_layer = n_layer_of(layout, "blocks.")
-    head_size = layout["blocks.0.att.time_faaaa"].shape[1]
+    precise = layout_in(NAME, generation_of(layout)).precise
 
     def stored(name: str, tensor: Tensor) -> Tensor:
-        small = tensor.dim() == 1 or ".time_" in name
+        small = tensor.dim() == 1 or re.search(precise, name)
         return converted(name, tensor, torch.float32 if small else dtype)
 
-    theirs = mapped(to_form(weights, entries(n_layer, head_size)), stored)
+    theirs = mapped(to_form(weights, NAME), stored)
     vocab_size, n_embd = layout["emb.weight"].shape
     with HashingWriter(path.open("wb")) as file:
         file.write(HEADER.pack(MAGIC, VERSION, vocab_size, n_embd, n_layer, CODES[dtype]))
@@ -150,7 +128,7 @@ def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
 
 
 FORM = Form(
-    name="rwkv.cpp",
+    name=NAME,
     title="rwkv.cpp's file",
     suffix=".bin",
     dtypes=("fp16", "fp32"),

@@ -1,6 +1,7 @@
 """Safetensors with the official names: the same tensors as in a plain .pth."""
 
 import json
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from finchtune.errors import CheckpointError
-from finchtune.weights.forms.base import DTYPES, Form, Settings, converted
+from finchtune.models import generations
+from finchtune.weights.forms.base import DTYPES, Form, Settings, converted, recognised
 from finchtune.weights.hashing import HashingWriter
 from finchtune.weights.lazy import layout_of, mapped
 from finchtune.weights.pth import bytes_of
@@ -44,6 +46,12 @@ def header_of(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: damaged; download or copy it again")
     return header
+
+
+def shapes_of(path: Path) -> dict[str, list[int]]:
+    """The shapes of a file's tensors."""
+    header = header_of(path)
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -90,7 +98,9 @@ def recognise(path: Path) -> bool:
     """Safetensors with a model's official names."""
     if not is_safetensors(path):
         return False
-    return any(name.endswith("blocks.0.att.time_faaaa") for name in header_of(path))
+    shapes = shapes_of(path)
+    of_any = any(re.search(one.recognised_by, n) for one in generations().values() for n in shapes)
+    return of_any and recognised("web-rwkv", shapes) is None
 
 
 def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:

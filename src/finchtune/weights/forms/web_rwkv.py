@@ -1,9 +1,5 @@
-"""web-rwkv and Ai00: `.st`, safetensors in fp16 with names and layouts of their own.
+"""web-rwkv and Ai00: `.st`, safetensors in fp16 with names and layouts of their own."""
 
-Source: cryscan/web-rwkv, assets/scripts/convert_safetensors.py and src/runtime/loader.rs.
-"""
-
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +8,6 @@ from torch import Tensor
 from finchtune.errors import CheckpointError
 from finchtune.weights.forms.base import (
     DTYPES,
-    Entry,
     Form,
     FoundAdapter,
     LowRank,
@@ -20,48 +15,33 @@ from finchtune.weights.forms.base import (
     converted,
     from_form,
     n_layer_of,
-    official_names,
-    reshaped,
+    recognised,
     to_form,
 )
 from finchtune.weights.forms.safetensors import (
     header_of,
     is_safetensors,
     read_safetensors,
+    shapes_of,
     write_safetensors,
 )
 from finchtune.weights.lazy import mapped
 
-TRANSPOSED = re.compile(r"(time_mix|time_decay)_w[12]$")
+NAME = "web-rwkv"
 FEWEST_LAYERS = 4  # below it the runtime does not load a model
 A_KEY, B_KEY = ".lora.0", ".lora.1"
 
 
-def entries(n_layer: int) -> list[Entry]:
-    """Every tensor of this form."""
-    found = []
-    for ours in official_names(n_layer):
-        theirs = ours.replace("time_faaaa", "time_first").replace("time_maa", "time_mix")
-        transposed = TRANSPOSED.search(theirs)
-        found.append(reshaped(theirs, ours, swapped, swapped) if transposed
-                     else Entry(theirs, (ours,)))  # fmt: skip
-    return found
-
-
-def swapped(tensor: Tensor) -> Tensor:
-    """The last two dimensions exchanged."""
-    return tensor.transpose(-1, -2)
-
-
 def recognise(path: Path) -> bool:
-    """Safetensors with this form's name for what others call time_faaaa."""
-    return is_safetensors(path) and "blocks.0.att.time_mix_w1" in header_of(path)
+    """Safetensors with a generation's names and layouts in this form."""
+    return is_safetensors(path) and recognised(NAME, shapes_of(path)) is not None
 
 
 def read(path: Path) -> Mapping[str, Tensor]:
     """A model's tensors, memory-mapped."""
-    theirs = read_safetensors(path)
-    return from_form(theirs, entries(n_layer_of(theirs, "blocks.")), path)
+    theirs, generation = read_safetensors(path), recognised(NAME, shapes_of(path))
+    assert generation is not None
+    return from_form(theirs, NAME, generation, n_layer_of(theirs, "blocks."), path)
 
 
 def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
@@ -71,7 +51,7 @@ def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
         raise CheckpointError(
             f"web-rwkv loads no model of fewer than {FEWEST_LAYERS} layers; this one has {n_layer}"
         )
-    theirs = to_form(weights, entries(n_layer))
+    theirs = to_form(weights, NAME)
     dtype = DTYPES[settings.dtype]
     return write_safetensors(mapped(theirs, lambda n, t: converted(n, t, dtype)), path)
 
@@ -112,7 +92,7 @@ def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> str:
 
 
 FORM = Form(
-    name="web-rwkv",
+    name=NAME,
     title="web-rwkv's .st (Ai00)",
     suffix=".st",
     dtypes=("fp16",),
