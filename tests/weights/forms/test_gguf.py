@@ -20,7 +20,12 @@ from finchtune.weights.merging import merge_files
 
 GGUF = FORMS["gguf"]
 PROMPT = [40, 1000, 65000, 12, 300]
-SIZES = [{"n_layer": 2, "n_embd": 64}, {"n_layer": 8, "n_embd": 128}]
+RANKS = {"dim_decay_lora": 32, "dim_rate_lora": 64, "dim_value_lora": 96, "dim_gate_lora": 128}
+SIZES = [
+    {"n_layer": 2, "n_embd": 64},
+    {"n_layer": 8, "n_embd": 128},
+    {"n_layer": 3, "n_embd": 128, "generation": 7, **RANKS},
+]
 """The second is deep enough for halved hidden states."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "q8_0": 0.15}
 """Of log-probabilities, whose deviation is 1. llama.cpp rounds activations to fp16 and q8_0 too."""
@@ -61,7 +66,9 @@ def dequantised(path, model) -> dict[str, torch.Tensor]:
         shape = [int(size) for size in reversed(tensor.shape)]
         tensors[tensor.name] = torch.tensor(numbers).view(shape)
     generation = generation_of(model.state_dict())
-    return dict(from_form(tensors, "gguf", generation, model.config.n_layer, path))
+    sizes = model.config
+    told = {"head_size": sizes.head_size}
+    return dict(from_form(tensors, "gguf", generation, sizes.n_layer, path, **told))
 
 
 def check_greedy(model, tokens: list[int], tolerance: float) -> None:

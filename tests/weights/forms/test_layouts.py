@@ -1,7 +1,7 @@
 """Folders for Hugging Face have the names and shapes that the models of the code there have.
 
-tests/golden has them, taken from fla 0.6's RWKV6ForCausalLM and from the Rwkv6ForCausalLM of
-BBuf/RWKV-World-HF-Tokenizer, both on the meta device.
+tests/golden has them, taken from fla 0.6's RWKV6ForCausalLM and RWKV7ForCausalLM and from the
+Rwkv6ForCausalLM of BBuf/RWKV-World-HF-Tokenizer, all on the meta device.
 """
 
 import json
@@ -20,13 +20,14 @@ from finchtune.weights.forms import FORMS, Settings
 SIZES = {"n_layer": 2, "n_embd": 128, "head_size": 64}
 
 
-@pytest.mark.parametrize("name", ["hf", "fla"])
-def test_names_and_shapes_are_those_of_their_own_code(name, tmp_path):
-    base = save_model(small_model(**SIZES), tmp_path / "base.pth")
+@pytest.mark.parametrize(("name", "generation"), [("hf", 6), ("fla", 6), ("fla", 7)])
+def test_names_and_shapes_are_those_of_their_own_code(name, generation, tmp_path):
+    model = small_model(**SIZES, generation=generation)
+    base = save_model(model, tmp_path / "base.pth")
     write(FORMS[name], read_base(base), tmp_path / "out", Settings("fp32", "small"))
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         found = {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    golden = REPOSITORY / "tests" / "golden" / f"{name}_rwkv6_shapes.json"
+    golden = REPOSITORY / "tests" / "golden" / f"{name}_rwkv{generation}_shapes.json"
     assert found == json.loads(golden.read_text())
 
 

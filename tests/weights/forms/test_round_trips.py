@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.exported import write
-from helpers.support import save_model, small_model
+from helpers.support import NUMBERS, save_model, small_model
 
 from finchtune.data import templates
 from finchtune.errors import UserError
@@ -13,9 +13,19 @@ from finchtune.weights.base import load_model, read_base
 from finchtune.weights.forms import DTYPES, FORMS, Settings, form_of
 
 WRITTEN = [form for form in FORMS.values() if form.write]
-CASES = [(form.name, dtype) for form in WRITTEN for dtype in DTYPES if dtype in form.dtypes]
-LOSSY = {("fla", "fp16"), ("gguf", "fp16")}
+HELD = [
+    (number, form)
+    for number, generation in NUMBERS.items()
+    for form in WRITTEN
+    if form.name in ("pth", "safetensors", *generation.layouts)
+]
+CASES = [(number, form.name, dtype) for number, form in HELD for dtype in DTYPES
+         if dtype in form.dtypes]  # fmt: skip
+LOSSY = {(6, "fla", "fp16"), (6, "gguf", "fp16")}
 """They divide tensors by powers of two, which takes digits of the smallest numbers of fp16."""
+every_held = pytest.mark.parametrize(
+    ("generation", "form"), HELD, ids=lambda value: getattr(value, "name", f"RWKV-{value}")
+)
 
 
 def settings(dtype: str) -> Settings:
@@ -23,13 +33,16 @@ def settings(dtype: str) -> Settings:
 
 
 def base_file(folder, dtype="fp32", **sizes):
+    if sizes.get("generation") == 7:  # of odd ranks, and the head size that all forms have
+        ranks = {f"dim_{part}_lora": n for part, n in (("decay", 7), ("rate", 9), ("value", 5))}
+        sizes = {"n_embd": 128, "head_size": 64, **ranks} | sizes
     model = small_model(**({"n_layer": 7, "n_embd": 64, "head_size": 16} | sizes))
     return save_model(model.to(DTYPES[dtype]), folder / f"base-{dtype}.pth")
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
-def test_there_and_back_gives_the_same_bits(name, dtype, tmp_path):
-    base, form = base_file(tmp_path, dtype), FORMS[name]
+@pytest.mark.parametrize(("generation", "name", "dtype"), CASES)
+def test_there_and_back_gives_the_same_bits(generation, name, dtype, tmp_path):
+    base, form = base_file(tmp_path, dtype, generation=generation), FORMS[name]
     written = tmp_path / f"there{form.suffix}"
     digest = write(form, read_base(base), written, settings(dtype))
     assert digest is None or digest == sha256(written)
@@ -39,15 +52,15 @@ def test_there_and_back_gives_the_same_bits(name, dtype, tmp_path):
     for key, tensor in before.items():
         found = after[key]
         assert found.shape == tensor.shape
-        if (name, dtype) in LOSSY:
+        if (generation, name, dtype) in LOSSY:
             torch.testing.assert_close(found.to(tensor.dtype), tensor, atol=1e-5, rtol=0)
         else:
             assert torch.equal(found.to(tensor.dtype), tensor), key
 
 
-@pytest.mark.parametrize("form", WRITTEN, ids=lambda form: form.name)
-def test_every_form_serves_as_a_base(form, tmp_path):
-    base = base_file(tmp_path)
+@every_held
+def test_every_form_serves_as_a_base(generation, form, tmp_path):
+    base = base_file(tmp_path, generation=generation)
     written = tmp_path / f"there{form.suffix}"
     dtype = "fp32" if "fp32" in form.dtypes else "fp16"
     write(form, read_base(base), written, settings(dtype))
@@ -77,6 +90,30 @@ def test_files_cut_short_end_in_one_line(form, tmp_path):
         file.write_bytes(content[:length])
         with pytest.raises(UserError, match=str(file)):
             load_model(written)
+
+
+def test_what_no_model_reads_stays_in_files_of_our_own(tmp_path):
+    base = base_file(tmp_path, generation=7, dim_unused_lora=3)
+    unread = {f"blocks.0.att.v{i}" for i in range(3)}
+    assert unread < read_base(base).keys()
+    for form in (form for number, form in HELD if number == 7):
+        written = tmp_path / f"there{form.suffix or form.name}"
+        write(form, read_base(base), written, settings(form.dtypes[0]))
+        own = form.name in ("pth", "safetensors")
+        assert unread & read_base(written).keys() == (unread if own else set())
+
+
+def test_a_form_that_has_not_got_a_generation_says_so(tmp_path):
+    with pytest.raises(UserError, match=r"the form hf has no RWKV-7; choose fla, gguf"):
+        write(
+            FORMS["hf"],
+            read_base(base_file(tmp_path, generation=7)),
+            tmp_path / "x",
+            settings("fp32"),
+        )
+    base = base_file(tmp_path, generation=7, head_size=32)
+    with pytest.raises(UserError, match="head size of 64 alone, and the model has 32"):
+        write(FORMS["fla"], read_base(base), tmp_path / "y", settings("fp32"))
 
 
 def test_wrapped_files_are_unwrapped(tmp_path):

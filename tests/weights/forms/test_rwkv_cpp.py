@@ -50,6 +50,27 @@ def test_an_independent_parser_finds_all_tensors(dtype, tmp_path):
         assert np.array_equal(found[name], expected.numpy().astype(found[name].dtype)), name
 
 
+def test_the_second_generation_has_its_own_names(tmp_path):
+    """Blends in one tensor, low-rank matrices the other way round, small ones in fp32."""
+    model = small_model(generation=7, n_layer=2, head_size=16, dim_gate_lora=9)
+    base = save_model(model, tmp_path / "base.pth")
+    export_model(base, tmp_path / "model.bin", FORM, Settings("fp16", "small"))
+    _, found = parse((tmp_path / "model.bin").read_bytes())
+    weights = model.state_dict()
+    for layer in range(2):
+        blends = [weights.pop(f"blocks.{layer}.att.x_{mixed}")[0] for mixed in "rwkvag"]
+        expected = torch.stack(blends).numpy()
+        assert np.array_equal(found.pop(f"blocks.{layer}.att.x_rwkvag"), expected)
+    assert found.keys() == weights.keys()
+    small = ("k_k", "k_a", "r_k", "x_k", "w0", "a0", "v0")
+    for name, tensor in weights.items():
+        low_rank = name.endswith(("w1", "w2", "a1", "a2", "v1", "v2", "g1", "g2"))
+        expected = (tensor.T if low_rank else tensor).numpy()
+        precise = tensor.dim() == 1 or name.endswith(small)
+        assert found[name].dtype == (np.float32 if precise else np.float16), name
+        assert np.array_equal(found[name], expected.astype(found[name].dtype)), name
+
+
 def as_rwkv_cpp(name: str, tensor: torch.Tensor) -> torch.Tensor:
     if name.endswith(("time_maa_w1", "time_decay_w1", "time_decay_w2")):
         return tensor.T

@@ -55,6 +55,26 @@ def test_web_rwkv_computes_the_same(tmp_path):
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=0)
 
 
+def test_a_rwkv_7_has_the_shapes_that_its_loader_reads(tmp_path):
+    """src/runtime/loader.rs and v7.rs of web-rwkv 0.10; web-rwkv-py 0.2.3 has an older one."""
+    ranks = {"w": 8, "a": 12, "v": 20, "g": 40}
+    sizes = {f"dim_{part}_lora": n for part, n in zip(("decay", "rate", "value", "gate"),
+             ranks.values(), strict=True)}  # fmt: skip
+    model = small_model(**SIZES, generation=7, **sizes, dim_unused_lora=3)
+    base = save_model(model, tmp_path / "base.pth")
+    export_model(base, tmp_path / "model.st", WEB_RWKV, Settings("fp16", "small"))
+    found, weights = load_file(tmp_path / "model.st"), model.state_dict()
+    assert "blocks.0.att.v1" not in found
+    for layer in range(4):
+        for part, rank in ranks.items() if layer else list(ranks.items())[:2]:
+            first, second = (f"blocks.{layer}.att.{part}{i}" for i in (1, 2))
+            assert found[first].shape == (rank, 128)
+            assert found[second].shape == (128, rank)
+            assert torch.equal(found[first], weights[first].half().T)
+        assert found[f"blocks.{layer}.att.r_k"].shape == (2, 64)
+        assert found[f"blocks.{layer}.ffn.key.weight"].shape == (512, 128)
+
+
 @pytest.mark.parametrize(
     ("method", "hyperparameters"),
     [("bone", {"r": 24}), ("disha", {"r1": 24, "r2": 12}), ("lora", {"r": 4, "alpha": 16}),

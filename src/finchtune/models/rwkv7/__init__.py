@@ -4,6 +4,7 @@ from finchtune.models.generations import Generation
 from finchtune.models.recurrent import BlockState, State
 from finchtune.models.rwkv7.config import ModelConfig
 from finchtune.models.rwkv7.init import init_weights
+from finchtune.models.rwkv7.layouts import LAYOUTS
 from finchtune.models.rwkv7.model import RWKV7
 
 
@@ -29,7 +30,7 @@ GENERATION = Generation(
         "7.2B": released(32, 4096, 128, 128, 96, 480),
         "13.3B": released(61, 4096, 192, 192, 128, 384),
     },
-    layouts={},
+    layouts=LAYOUTS,
     unread=r"^blocks\.0\.att\.v[012]$",
 )
 

@@ -112,9 +112,11 @@ def read(path: Path) -> Mapping[str, Tensor]:
     reader = open_gguf(path)
     generation = generation_in(reader, path)
     theirs = tensors_of(reader, path)
-    rescale = field(reader, f"{layout_in(NAME, generation).name}.rescale_every_n_layers")
-    n_layer = n_layer_of(theirs, "blk.")
-    return from_form(theirs, NAME, generation, n_layer, path, rescale=int(rescale or 0))
+    prefix = layout_in(NAME, generation).name
+    rescale = field(reader, f"{prefix}.rescale_every_n_layers")
+    head_size = field(reader, f"{prefix}.wkv.head_size")
+    told = {"rescale": int(rescale or 0), "head_size": int(head_size or 1)}
+    return from_form(theirs, NAME, generation, n_layer_of(theirs, "blk."), path, **told)
 
 
 def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
