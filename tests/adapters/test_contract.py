@@ -79,6 +79,17 @@ def test_merged_weight_gives_the_forward(name, settings, size):
 
 @every_case
 @pytest.mark.parametrize("size", SIZES, ids=str)
+def test_some_rows_are_merged_as_the_whole_is(name, settings, size):
+    adapter, W = make(name, settings, *size)
+    if not adapter.output_dims:
+        return
+    part = adapter.of_outputs(2, 5)
+    assert (part.out_features, adapter.out_features) == (3, size[0])
+    torch.testing.assert_close(part.merged(W[2:5]), adapter.merged(W)[2:5])
+
+
+@every_case
+@pytest.mark.parametrize("size", SIZES, ids=str)
 def test_what_is_a_lora_says_so_exactly(name, settings, size):
     adapter, W = make(name, settings, *size)
     refuses = type(adapter).low_rank is Adapter.low_rank

@@ -9,13 +9,13 @@ from helpers.additions import flags, losses, make_folder
 from helpers.support import relative_error, train
 
 from finchtune.adapters import METHODS, attach
-from finchtune.cli.merge import verify
 from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.weights.adapter_files import load_adapter
 from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files
 from finchtune.weights.unmerging import unmerge_files
+from finchtune.weights.verifying import verify
 
 pytestmark = pytest.mark.slow
 

@@ -7,12 +7,12 @@ import torch
 from helpers.adapted import METHODS, make_adapter
 from helpers.support import run_script, save_model, small_model
 
-from finchtune.cli.merge import verify
 from finchtune.errors import UserError
 from finchtune.files import sha256
 from finchtune.weights.merging import merge_files
 from finchtune.weights.tensors import write_tensors
 from finchtune.weights.unmerging import unmerge_files
+from finchtune.weights.verifying import verify
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "dora"])

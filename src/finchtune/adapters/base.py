@@ -1,5 +1,6 @@
 """What every adapter method has in common: the interface, and checks of hyperparameters."""
 
+import copy
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +32,9 @@ class Adapter(nn.Module):
     """Flags of training that go with some methods only, this one among them."""
     reads_W: bool = False
     """Whether W itself is needed, not only products with it: then it cannot be quantised."""
+    output_dims: ClassVar[dict[str, int]] = {}
+    """Tensor -> its dimension that runs over the outputs. A method that says so promises that each
+    row of `merged` depends on that row of W alone; files are then merged some rows at a time."""
     freezes_W: ClassVar[bool] = False
     """Whether W cannot be trained beside the adapter."""
 
@@ -68,6 +72,25 @@ class Adapter(nn.Module):
         methods whose change is no such product.
         """
         raise UserError(f"what {self.name} adds is no LoRA; merge it, with merge/merge.py")
+
+    def of_outputs(self, begin: int, end: int) -> "Adapter":
+        """The same change of the outputs from `begin` to `end` alone; its tensors are views."""
+        part = copy.copy(self)
+        part.out_features = end - begin
+        part._parameters = {
+            name: nn.Parameter(self.outputs_of(name, tensor, begin, end), requires_grad=False)
+            for name, tensor in self.named_parameters()
+        }
+        part._buffers = {
+            name: self.outputs_of(name, tensor, begin, end) for name, tensor in self.named_buffers()
+        }
+        return part
+
+    def outputs_of(self, name: str, tensor: Tensor, begin: int, end: int) -> Tensor:
+        """A tensor's part for some outputs; all of it where no dimension runs over them."""
+        dim = self.output_dims.get(name)
+        tensor = tensor.detach()
+        return tensor if dim is None else tensor.narrow(dim, begin, end - begin)
 
     def unmerged(self, W: Tensor) -> Tensor:
         """The base weight (out, in) that `merged` would turn into W; the precision is the same.

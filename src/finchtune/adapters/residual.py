@@ -1,6 +1,7 @@
 """LoRA that starts away from zero: what the first B A adds is taken off again."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,8 @@ class ResidualLoRA(Adapter):
     untouched, so the base's file stays valid and resuming needs no second file; at the start
     both products are equal and the layer is exactly the base's.
     """
+
+    output_dims: ClassVar[dict[str, int]] = {"lora_B": 0, "init_lora_B": 0}
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter

@@ -42,7 +42,12 @@ def add_to_shards(x: Tensor, s: Tensor) -> None:
     """Add s (T, r) to every shard of r columns of x (T, k), in place; the last may be narrower."""
     if compiled(x):
         torch.ops.finchtune.add_to_shards_(x, s)
-        return
+    else:
+        add_to_each_shard(x, s)
+
+
+def add_to_each_shard(x: Tensor, s: Tensor) -> None:
+    """`add_to_shards` in plain torch."""
     r = s.shape[1]
     whole = x.shape[1] // r * r
     x[:, :whole].unflatten(1, (-1, r)).add_(s.unsqueeze(1))

@@ -3,15 +3,15 @@
 import argparse
 from typing import Any
 
-from finchtune.adapters import METHODS
-from finchtune.adapters.quantise import LARGEST
+from finchtune.config.flags import QUANT
+from finchtune.methods import method_files
 
 STATED: dict[str, tuple[str, dict[str, Any]]] = {
-    "method": ("--method", {"choices": tuple(METHODS)}),
+    "method": ("--method", {"choices": tuple(method_files())}),
     "alpha": ("--lora_alpha", {"type": float}),
     "rslora": ("--rslora", {"type": int, "choices": (0, 1)}),
     "mode": ("--bat_mode", {"choices": ("row", "col")}),
-    "quant": ("--quant", {"choices": ("none", *LARGEST)}),
+    "quant": ("--quant", {"choices": QUANT}),
 }
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from finchtune.files import FileSet, json_text, read_json, sha256
 from finchtune.models import INITIAL_STATE, LanguageModel
 from finchtune.weights.base import load_model
 from finchtune.weights.forms import FoundAdapter, adapter_form_of
-from finchtune.weights.hashing import weights_sha256
+from finchtune.weights.hashing import hashing
 from finchtune.weights.pth import check_members, read_record, write_pth
 from finchtune.weights.tensors import check_finite, check_shapes, finite, read_tensors, unwrapped
 
@@ -156,12 +157,17 @@ def check_record(record: Any, path: Path) -> dict[str, Any]:
     return record
 
 
-def check_base(record: dict[str, Any], base: str | Path, adapter: str | Path) -> None:
-    """Raise UserError unless `base` is what the adapter was trained on, where that is told."""
+def check_base(
+    record: dict[str, Any], base: str | Path, adapter: str | Path, digest: Future[str] | None = None
+) -> None:
+    """Raise UserError unless `base` is what the adapter was trained on, where that is told.
+
+    `digest` is the base's hash, if it is being computed already.
+    """
     if not Path(base).exists():
         raise CheckpointError(f"{base}: no such file")
     known = record.get("base", {})
-    if known and weights_sha256(base) != known.get("sha256"):
+    if known and (digest or hashing(base)).result() != known.get("sha256"):
         raise CheckpointError(
             f"{base} is not the base of {adapter}, which was trained on "
             f"{known.get('file')} (sha256 {str(known.get('sha256'))[:12]}...)"

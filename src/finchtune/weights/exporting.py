@@ -1,6 +1,7 @@
 """A model, or an adapter by itself, in the form that another runtime loads."""
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,11 @@ def export_model(
     nothing is then written.
     """
     assert form.write is not None
-    merge = open_merge(model, adapter, **options) if adapter else None
-    weights = merge.weights if merge else read_base(model)
-    with FileSet() as files:
+    with FileSet() as files, ExitStack() as opened:
+        merge = None
+        if adapter:
+            merge = opened.enter_context(open_merge(model, adapter, **options))
+        weights = merge.weights if merge else read_base(model)
         temporary = files.add(output, folder=not form.suffix)
         digest = form.write(weights, temporary, settings) or weights_sha256(temporary)
         made_of = merge.receipt() if merge else {"model": file_and_hash(model)}

@@ -1,12 +1,17 @@
 """What weights are known by: sha256 of files and folders, also while a file is written."""
 
 import hashlib
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from threading import Thread
 from typing import BinaryIO
 
 from finchtune.files import sha256
 
+PART = 2**21  # bytes
+QUEUE = 4  # parts
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
@@ -22,21 +27,44 @@ def weights_sha256(path: str | Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def hashing(path: str | Path) -> Future[str]:
+    """`weights_sha256` of a file or folder, which a thread computes from now on.
+
+    It does not hold the process up where nobody waits for it.
+    """
+    digest: Future[str] = Future()
+
+    def work() -> None:
+        try:
+            digest.set_result(weights_sha256(path))
+        except OSError as error:
+            digest.set_exception(error)
+
+    Thread(target=work, daemon=True).start()
+    return digest
+
+
+def in_parts(content: memoryview) -> Iterator[memoryview]:
+    """The same bytes in parts that stay in a processor's cache while several things are done."""
+    return (content[begin : begin + PART] for begin in range(0, len(content), PART))
+
+
 class HashingWriter:
     """A binary file gone through once, in order, whose sha256 another thread computes meanwhile.
 
-    At most one piece waits to be hashed, so that no more than two are held in memory.
+    At most QUEUE parts wait to be hashed; they must not change, and are held in memory.
     """
 
     def __init__(self, file: BinaryIO):
         self.file, self._sha256 = file, hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()
 
     def write(self, content: bytes | memoryview) -> None:
-        """Write over as many bytes; `content` must not change until the next call."""
-        self._hash(content)
-        self.file.write(content)
+        """Write over as many bytes."""
+        for part in in_parts(memoryview(content)):
+            self._hash(part)
+            self.file.write(part)
 
     def keep(self, n_bytes: int = -1) -> bytes:
         """Leave so many bytes as they are, -1 for all that are left; returns them."""
@@ -45,12 +73,12 @@ class HashingWriter:
         return content
 
     def _hash(self, content: bytes | memoryview) -> None:
-        self._wait()
-        self._pending = self._thread.submit(self._sha256.update, content)
+        self._wait(QUEUE - 1)
+        self._pending.append(self._thread.submit(self._sha256.update, content))
 
-    def _wait(self) -> None:
-        if self._pending is not None:
-            self._pending.result()
+    def _wait(self, left: int = 0) -> None:
+        while len(self._pending) > left:
+            self._pending.popleft().result()
 
     def sha256(self) -> str:
         """Hexadecimal sha256 of everything so far."""

@@ -1,10 +1,12 @@
 """Adapter + base -> plain weights that every RWKV runtime loads, and back again.
 
 No method's maths stands here: a weight is what its adapter's own `merged` or `unmerged` says.
-Tensors are read, changed and written one at a time.
+Tensors are read, changed and written one at a time, while threads hash what is read and written.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,21 +22,18 @@ from finchtune.weights.adapter_files import (
     adapter_record,
     check_base,
     read_adapter,
-    record_hash,
     require_ours,
 )
 from finchtune.weights.base import fitting_model, read_base
+from finchtune.weights.changing import by_rows, changed_weights
 from finchtune.weights.forms.safetensors import write_safetensors
-from finchtune.weights.hashing import weights_sha256
+from finchtune.weights.hashing import hashing, weights_sha256
 from finchtune.weights.lazy import LazyTensors, layout_of
 from finchtune.weights.pth import write_pth
 from finchtune.weights.stated import spec_of
-from finchtune.weights.tensors import check_finite, check_shapes
+from finchtune.weights.tensors import check_shapes
 
-CHUNK = 2**18  # elements compared at a time
-
-Changes = Mapping[str, dict[str, Tensor]]
-"""Base name -> what changes it: {adapter tensor name: tensor}, or {"": the new weight}."""
+HASHING_THREADS = 2  # one for what is read, one for what is written
 
 
 class Merge(NamedTuple):
@@ -44,30 +43,60 @@ class Merge(NamedTuple):
     spec: dict[str, Any]
     told: dict[str, Any]
     """What a receipt says of it."""
+    base: Path
+    base_hash: Future[str]
     largest: dict[str, float]
     """The largest change of each tensor that was asked for."""
     changed: Collection[str]
 
     def receipt(self) -> dict[str, Any]:
         """The receipt's part that does not depend on what is written."""
-        return self.told | {"largest_change": {name: self.largest[name] for name in self.changed}}
+        base = {"file": self.base.name, "sha256": self.base_hash.result()}
+        largest = {name: self.largest[name] for name in self.changed}
+        return {"base": base, **self.told, "largest_change": largest}
 
 
+@contextmanager
 def open_merge(
     base: str | Path,
     adapter: str | Path,
+    *,
+    other_base: bool = False,
+    base_hash: Future[str] | None = None,
+    **options: Any,
+) -> Iterator[Merge]:
+    """An adapter merged into a base, in the base's dtypes and key order; as in `merge_files`.
+
+    The base is hashed while the block runs, or since earlier, by `base_hash`. If it is not the
+    adapter's own, the block ends with the UserError that says so, whatever else was found wrong.
+    """
+    base_hash = base_hash or hashing(base)
+    record = adapter_record(adapter)
+    known = {} if other_base else record or {}
+    try:
+        merge = prepare_merge(base, adapter, record, base_hash, **options)
+        if other_base:
+            merge.told["trained_on"] = (record or {}).get("base")
+        yield merge
+    except UserError:
+        check_base(known, base, adapter, base_hash)
+        raise
+    check_base(known, base, adapter, base_hash)
+
+
+def prepare_merge(
+    base: str | Path,
+    adapter: str | Path,
+    record: dict[str, Any] | None,
+    base_hash: Future[str],
     *,
     methods: Collection[str] | None = None,
     stated: Mapping[str, Any] | None = None,
     defaults: Mapping[str, Any] | None = None,
     initial: str | Path | None = None,
     device: str = "cpu",
-    other_base: bool = False,
 ) -> Merge:
-    """An adapter merged into a base, in the base's dtypes and key order; as in `merge_files`."""
-    record = adapter_record(adapter)
-    if record and not other_base:
-        check_base(record, base, adapter)
+    """The merge that an adapter file, with its `record`, asks for; the base is not checked."""
     tensors, weights = read_adapter(adapter, initial), read_base(base)
     fitting_model(weights, base)
     weights = with_initial_states(weights, tensors, base)
@@ -83,29 +112,26 @@ def open_merge(
             f"{adapter} is {found}, not {' or '.join(methods)}; use merge/merge.py"
         )
 
-    def merged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Tensor:
+    def merged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Iterator[Tensor]:
         if "" in change:
-            return replaced_weight(name, weight, change[""])
-        moved, seen = filled_adapter(name, weight, change, spec).to(device), weight.to(device)
+            return iter([replaced_weight(name, weight, change[""])])
+        moved, seen = filled_adapter(name, weight, change, spec).to(device), weight
         if "quant" in spec:
-            seen = quantised(seen, moved, spec["quant"], changed_base=record is None)
-        return moved.merged(seen).to(weight.dtype).cpu()
+            seen = quantised(seen.to(device), moved, spec["quant"], changed_base=record is None)
+        return by_rows(lambda part, W: part.merged(W.to(device)), moved, seen, weight.dtype)
 
-    known = None if other_base else record_hash(record)
     replaced = sum("" in change for change in changes.values())
-    receipt = {
+    digest = (record or {}).get("sha256") or weights_sha256(adapter)
+    told = {
         "method": method,
         "adapter_spec": spec,
-        "base": {"file": Path(base).name, "sha256": known or weights_sha256(base)},
-        "adapter": {"file": Path(adapter).name, "sha256": weights_sha256(adapter)},
+        "adapter": {"file": Path(adapter).name, "sha256": digest},
         "merged": len(changes) - replaced,
         "replaced": replaced,
         "kept": len(weights) - len(changes),
     }
-    if other_base:
-        receipt["trained_on"] = (record or {}).get("base")
     changed, largest = changed_weights(weights, changes, merged, base)
-    return Merge(changed, spec, receipt, largest, changes.keys())
+    return Merge(changed, spec, told, Path(base), base_hash, largest, changes.keys())
 
 
 def merge_files(
@@ -133,9 +159,8 @@ def merge_files(
     Raises UserError for a wrong base, one that would not load, tensors left over, or NaN or
     infinity; `output` is then not written.
     """
-    merge = open_merge(base, adapter, **options)
     require_ours(receipt_path(output))
-    with FileSet() as files:
+    with FileSet() as files, open_merge(base, adapter, **options) as merge:
         temporary = files.add(output)
         digest = write_weights(merge.weights, temporary, output)
         if check:
@@ -157,47 +182,16 @@ def quantised(weight: Tensor, adapter: Adapter, kind: str, changed_base: bool) -
     return QuantisedWeight(weight, kind).dense(torch.float32)
 
 
-def changed_weights(
-    weights: Mapping[str, Tensor],
-    changes: Changes,
-    change_weight: Callable[[str, Tensor, dict[str, Tensor]], Tensor],
-    source: str | Path,
-) -> tuple[LazyTensors, dict[str, float]]:
-    """`weights`, read from `source`, with `changes` made, and each one's largest change.
-
-    The second is filled as tensors are asked for. One that holds, or would hold, NaN or infinity
-    raises UserError.
-    """
-    largest: dict[str, float] = {}
-
-    @torch.no_grad()
-    def tensor_of(name: str) -> Tensor:
-        old, change = weights[name], changes.get(name)
-        if change is None:
-            check_finite({name: old}, source)
-            return old
-        new = change_weight(name, old, change)
-        largest[name] = largest_gap(new, old)
-        if not largest[name] < float("inf"):
-            check_finite({name: old}, source)
-            raise CheckpointError(f"{name} would hold NaN or infinity; nothing is written")
-        return new
-
-    return LazyTensors(layout_of(weights), tensor_of), largest
-
-
 def write_weights(weights: LazyTensors, path: Path, name: str | Path) -> str:
     """Write to `path` in the form that the ending of `name` asks for; returns the sha256."""
-    if Path(name).suffix == ".safetensors":
-        return write_safetensors(weights, path)
-    return write_pth(weights.layout, weights.values(), path)
-
-
-def largest_gap(new: Tensor, old: Tensor) -> float:
-    """The largest |new - old|, in float32; NaN or infinity if `new` holds them."""
-    pairs = zip(new.flatten().split(CHUNK), old.flatten().split(CHUNK), strict=True)
-    gaps = [(a.float() - b.float()).abs().max() for a, b in pairs if len(a)]
-    return float(torch.stack(gaps).max()) if gaps else 0.0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - HASHING_THREADS))
+    try:
+        if Path(name).suffix == ".safetensors":
+            return write_safetensors(weights, path)
+        return write_pth(weights.layout, map(weights.pieces, weights), path)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def receipt_path(output: str | Path) -> Path:

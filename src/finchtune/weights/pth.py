@@ -1,6 +1,7 @@
 """Writing a .pth tensor by tensor, so that never more than one need be in memory."""
 
 import json
+import mmap
 import struct
 import zipfile
 import zlib
@@ -10,10 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finchtune.errors import CheckpointError
-from finchtune.weights.hashing import HashingWriter
+from finchtune.weights.hashing import HashingWriter, in_parts
 
 LOCAL_HEADER = struct.Struct("<26xHH")  # the lengths of the name and of the extra field
 CRC_PLACE = 16  # where in a directory entry the checksum stands
@@ -27,22 +27,22 @@ UNREADABLE = (zipfile.BadZipFile, zlib.error, OSError, ValueError, NotImplemente
 
 def write_pth(
     layout: Mapping[str, Any],
-    tensors: Iterable[Tensor],
+    tensors: Iterable[Tensor | Iterable[Tensor]],
     path: Path,
     record: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a dict of tensors as torch.save would, taking one after another; return its sha256.
 
     `layout` is the dict, which may hold plain values and further dicts; of its tensors only names,
-    shapes and dtypes count. `tensors` yields those with the numbers, in the same order. Each is
-    stored by itself, contiguous. torch lays the file out without the numbers (skip_data), which
-    then go to their places, with the checksums that a zip file has of them. `record` is put into
-    the file as JSON, where `read_record` finds it and other readers do not look.
+    shapes and dtypes count. `tensors` yields those with the numbers, in the same order, each whole
+    or in pieces one after another. Each is stored by itself, contiguous. torch lays the file out
+    without the numbers (skip_data), which then go to their places, with the checksums that a zip
+    file has of them. `record` is put into the file as JSON, where `read_record` finds it and other
+    readers do not look.
     """
-    with FakeTensorMode():
-        blank = without_numbers(layout)
+    blank = without_numbers(layout, room_for(layout))
     # Given its path instead of the open file, torch would write the file's name into it.
-    with torch.serialization.skip_data(materialize_fake_tensors=True), path.open("wb") as file:
+    with torch.serialization.skip_data(), path.open("wb") as file:
         torch.save(blank, file)
     if record is not None:
         add_record(path, record)
@@ -52,9 +52,8 @@ def write_pth(
     with HashingWriter(path.open("r+b")) as written:
         places = [e.header_offset for e in entries if e.filename.partition("/")[2][:5] == "data/"]
         for place, like, tensor in zip(places, tensors_of(layout), tensors, strict=True):
-            assert (tensor.shape, tensor.dtype) == (like.shape, like.dtype)
             written.keep(place - written.file.tell())
-            checksums[place] = fill(written, bytes_of(tensor))
+            checksums[place] = fill(written, tensor, like)
         written.keep(directory - written.file.tell())
         for entry in entries:
             fix_directory_entry(written, checksums.get(entry.header_offset))
@@ -106,12 +105,29 @@ def tensors_of(layout: Mapping[str, Any]) -> Iterator[Tensor]:
             yield from tensors_of(value)
 
 
-def without_numbers(layout: Mapping[str, Any]) -> dict[str, Any]:
-    """The same dict with empty tensors instead of its own."""
+def room_for(layout: Mapping[str, Any]) -> dict[torch.dtype, mmap.mmap]:
+    """Address space, never touched, for the largest tensor of each dtype.
+
+    torch refuses to save one memory as two dtypes.
+    """
+    largest: dict[torch.dtype, int] = {}
+    for tensor in tensors_of(layout):
+        size = tensor.numel() * tensor.element_size()
+        largest[tensor.dtype] = max(size, largest.get(tensor.dtype, 1))
+    return {dtype: mmap.mmap(-1, size) for dtype, size in largest.items()}
+
+
+def without_numbers(
+    layout: Mapping[str, Any], room: Mapping[torch.dtype, mmap.mmap]
+) -> dict[str, Any]:
+    """The same dict with tensors of no content, all in the same memory, instead of its own."""
     blank: dict[str, Any] = {}
     for name, value in layout.items():
         if isinstance(value, Mapping):
-            blank[name] = without_numbers(value)
+            blank[name] = without_numbers(value, room)
+        elif isinstance(value, Tensor) and value.numel():
+            content = torch.frombuffer(room[value.dtype], dtype=value.dtype, count=value.numel())
+            blank[name] = content.view(value.shape)
         elif isinstance(value, Tensor):
             blank[name] = torch.empty(value.shape, dtype=value.dtype)
         else:
@@ -125,12 +141,17 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def fill(written: HashingWriter, content: memoryview) -> int:
-    """Write the content of the zip record that begins here; return its checksum."""
+def fill(written: HashingWriter, tensor: Tensor | Iterable[Tensor], like: Tensor) -> int:
+    """Write a tensor as the content of the zip record that begins here; return its checksum."""
     written.keep(sum(LOCAL_HEADER.unpack(written.keep(LOCAL_HEADER.size))))
-    written.write(content)
-    checksum = zlib.crc32(content)
-    if len(content):
+    checksum = size = 0
+    for piece in [tensor] if isinstance(tensor, Tensor) else tensor:
+        assert piece.dtype == like.dtype
+        for part in in_parts(bytes_of(piece)):
+            written.write(part)
+            checksum, size = zlib.crc32(part, checksum), size + len(part)
+    assert size == like.numel() * like.element_size()
+    if size:
         assert written.keep(4) == DESCRIPTOR_MARK
         written.write(struct.pack("<I", checksum))
     return checksum

@@ -1,6 +1,6 @@
 """Merged weights - adapter -> the base, up to rounding."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ from finchtune.errors import CheckpointError
 from finchtune.files import atomic_path, read_json, sha256
 from finchtune.weights.adapter_files import adapter_record, read_adapter, record_hash
 from finchtune.weights.base import fitting_model, read_base
+from finchtune.weights.changing import by_rows, changed_weights, largest_gap
 from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.merging import (
-    changed_weights,
     filled_adapter,
     group_by_weight,
-    largest_gap,
     receipt_path,
     write_weights,
 )
@@ -54,8 +53,9 @@ def unmerge_files(
     if lost:
         raise CheckpointError(f"{adapter} replaced {lost[0]}: the base's own is in neither file")
 
-    def unmerged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Tensor:
-        return filled_adapter(name, weight, change, spec).unmerged(weight).to(weight.dtype)
+    def unmerged(name: str, weight: Tensor, change: dict[str, Tensor]) -> Iterator[Tensor]:
+        adapter = filled_adapter(name, weight, change, spec)
+        return by_rows(lambda part, W: part.unmerged(W), adapter, weight, weight.dtype)
 
     with atomic_path(output) as temporary:
         changed, _ = changed_weights(weights, changes, unmerged, merged)

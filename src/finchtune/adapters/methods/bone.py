@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from finchtune.adapters.base import Adapter, check_at_most, check_positive_int, merge_precision
 from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
-from finchtune.adapters.shards import add_to_shards, shard_sum, tiled_identity
+from finchtune.adapters.shards import (
+    add_to_each_shard,
+    add_to_shards,
+    shard_sum,
+    tiled_identity,
+)
 
 
 class Bone(Adapter):
@@ -20,6 +25,7 @@ class Bone(Adapter):
 
     name = "bone"
     help = {"r": "rows of D, the length of an input shard"}
+    output_dims = {"bone": 1}
 
     def __init__(self, in_features: int, out_features: int, *, r: int = 64) -> None:
         super().__init__(in_features, out_features)
@@ -41,10 +47,9 @@ class Bone(Adapter):
         return tiled_identity(self.r, self.in_features), self.bone.detach().T, 1.0
 
     def merged(self, W: Tensor) -> Tensor:
-        dtype = merge_precision(W)
-        shards = -(-self.in_features // self.r)
-        tiled = self.bone.detach().to(W.device, dtype).T.repeat(1, shards)
-        return tiled[:, : self.in_features].add_(W.detach())
+        merged = W.detach().to(merge_precision(W), copy=True)
+        add_to_each_shard(merged, self.bone.detach().to(merged).T.contiguous())
+        return merged
 
 
 class BoneLinear(torch.autograd.Function):

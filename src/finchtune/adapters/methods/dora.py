@@ -35,6 +35,7 @@ class DoRA(Adapter):
     flags = {"r": "lora_r", "alpha": "lora_alpha"}
     help = {"r": "rank", "alpha": "the update is scaled by alpha / r"}
     training_flags = ("lora_plus_ratio",)
+    output_dims = {"lora_B": 0, "magnitude_change": 0, "init_magnitude": 0}
     reads_W = True
 
     def __init__(

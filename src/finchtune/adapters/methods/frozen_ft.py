@@ -16,6 +16,7 @@ class FrozenFT(Adapter):
     """
 
     name = "frozen_ft"
+    output_dims = {"delta": 0}
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)

@@ -37,6 +37,7 @@ class LoRA(Adapter):
         "rslora": "scale by alpha / sqrt(r) instead (rsLoRA)",
     }
     training_flags = ("lora_plus_ratio",)
+    output_dims = {"lora_B": 0}
 
     def __init__(
         self,

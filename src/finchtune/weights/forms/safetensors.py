@@ -13,7 +13,7 @@ from finchtune.errors import CheckpointError
 from finchtune.models import generations
 from finchtune.weights.forms.base import DTYPES, Form, Settings, converted, recognised
 from finchtune.weights.hashing import HashingWriter
-from finchtune.weights.lazy import layout_of, mapped
+from finchtune.weights.lazy import layout_of, mapped, pieces_of
 from finchtune.weights.pth import bytes_of
 
 HEADER_LENGTH = struct.Struct("<Q")
@@ -89,8 +89,9 @@ def write_safetensors(
     content += b" " * (-len(content) % 8)
     with HashingWriter(path.open("wb")) as file:
         file.write(HEADER_LENGTH.pack(len(content)) + content)
-        for tensor in tensors.values():
-            file.write(bytes_of(tensor))
+        for name in tensors:
+            for piece in pieces_of(tensors, name):
+                file.write(bytes_of(piece))
         return file.sha256()
 
 
