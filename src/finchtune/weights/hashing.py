@@ -1,6 +1,7 @@
 """What weights are known by: sha256 of files and folders, also while a file is written."""
 
 import hashlib
+import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +11,7 @@ from typing import BinaryIO
 
 from finchtune.files import sha256
 
+AHEAD = 2**26  # bytes that are written before the disk is set to work
 PART = 2**21  # bytes
 QUEUE = 4  # parts
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -49,6 +51,15 @@ def in_parts(content: memoryview) -> Iterator[memoryview]:
     return (content[begin : begin + PART] for begin in range(0, len(content), PART))
 
 
+def begin_writeback(descriptor: int, begin: int, n_bytes: int) -> None:
+    """Have the system begin to write out a part of a file, so that syncing it is short later.
+
+    What it is asked for is to drop the pages, and it begins to write those that it cannot drop.
+    """
+    if hasattr(os, "posix_fadvise"):  # on Linux
+        os.posix_fadvise(descriptor, begin, n_bytes, os.POSIX_FADV_DONTNEED)
+
+
 class HashingWriter:
     """A binary file gone through once, in order, whose sha256 another thread computes meanwhile.
 
@@ -59,12 +70,17 @@ class HashingWriter:
         self.file, self._sha256 = file, hashlib.sha256()
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future[None]] = deque()
+        self._ahead = 0
 
     def write(self, content: bytes | memoryview) -> None:
         """Write over as many bytes."""
         for part in in_parts(memoryview(content)):
             self._hash(part)
             self.file.write(part)
+            self._ahead += len(part)
+            if self._ahead > AHEAD:
+                begin_writeback(self.file.fileno(), self.file.tell() - self._ahead, self._ahead)
+                self._ahead = 0
 
     def keep(self, n_bytes: int = -1) -> bytes:
         """Leave so many bytes as they are, -1 for all that are left; returns them."""
