@@ -100,9 +100,3 @@ static inline void weigh_pair_gradients(Pairs dA, const Row* dy, const Row* v, i
   }
   set_pairs(dA, lanes);
 }
-
-// Where a head's state before `token` is saved for backward.
-static inline int64_t checkpoint_offset(const Wkv6Shape& shape, const Head& head, int64_t token) {
-  int64_t row = checkpoint_index(shape, head.sequence, token) * head.token_stride + head.offset;
-  return row * head.head_size;
-}

@@ -8,6 +8,8 @@
 #include "chunk.h"
 #include "wkv6_forward.h"
 #include "wkv6_backward.h"
+#include "wkv7_forward.h"
+#include "wkv7_backward.h"
 #include "cross_entropy.h"
 #include "adapters.h"
 #include "token_mix.h"
@@ -18,6 +20,8 @@
 constexpr CpuKernels kKernels = {
     wkv6_forward,
     wkv6_backward,
+    wkv7_forward,
+    wkv7_backward,
     cross_entropy,
     shard_sums,
     add_to_shards,

@@ -33,12 +33,13 @@ struct Block {
   }
 };
 
-// Calls f(a Block's number of vectors as a type, its first column) for all columns.
-template <typename F>
+// Calls f(a number of vectors as a type, its first column) for all columns: kVecs at a time, then
+// one by one.
+template <int kVecs = kBlockVecs, typename F>
 static inline void for_columns(int64_t width, F f) {
   int64_t column = 0;
-  for (; column + kBlockVecs * LANES <= width; column += kBlockVecs * LANES)
-    f(std::integral_constant<int, kBlockVecs>(), column);
+  for (; column + kVecs * LANES <= width; column += kVecs * LANES)
+    f(std::integral_constant<int, kVecs>(), column);
   for (; column < width; column += LANES) f(std::integral_constant<int, 1>(), column);
 }
 
@@ -114,11 +115,16 @@ static inline void products_over_rows(float* out, const float* X, const float* Y
 }
 
 // A square matrix between its dense form in memory and rows of `width`, plain or transposed.
-static inline void unpack(float* padded, const float* dense, int64_t n, int64_t width) {
-  for (int64_t p = 0; p < n; ++p) {
+static inline void unpack_rows(float* padded, const float* dense, int64_t rows, int64_t n,
+                               int64_t width) {
+  for (int64_t p = 0; p < rows; ++p) {
     std::memcpy(padded + p * width, dense + p * n, n * sizeof(float));
     std::memset(padded + p * width + n, 0, (width - n) * sizeof(float));
   }
+}
+
+static inline void unpack(float* padded, const float* dense, int64_t n, int64_t width) {
+  unpack_rows(padded, dense, n, n, width);
 }
 
 static inline void unpack_transposed(float* padded, const float* dense, int64_t n, int64_t width) {

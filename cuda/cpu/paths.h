@@ -5,6 +5,7 @@
 #include "block.h"
 #include "inference.h"
 #include "wkv6.h"
+#include "wkv7.h"
 
 namespace finchtune {
 
@@ -18,10 +19,15 @@ struct Shards {
 
 struct CpuKernels {
   // Heads are numbered over all sequences, as sequence * n_heads + head; no two calls may share one.
-  void (*wkv6_forward)(const Wkv6Shape&, const Wkv6Inputs&, const Wkv6Outputs&, int64_t first,
+  void (*wkv6_forward)(const WkvShape&, const Wkv6Inputs&, const WkvOutputs&, int64_t first,
                        int64_t last);
-  void (*wkv6_backward)(const Wkv6Shape&, const Wkv6Inputs&, const float* checkpoints,
-                        const Wkv6OutputGradients&, const Wkv6Gradients&, int64_t first,
+  void (*wkv6_backward)(const WkvShape&, const Wkv6Inputs&, const float* checkpoints,
+                        const WkvOutputGradients&, const Wkv6Gradients&, int64_t first,
+                        int64_t last);
+  void (*wkv7_forward)(const WkvShape&, const Wkv7Inputs&, const WkvOutputs&, int64_t first,
+                       int64_t last);
+  void (*wkv7_backward)(const WkvShape&, const Wkv7Inputs&, const float* checkpoints,
+                        const WkvOutputGradients&, const Wkv7Gradients&, int64_t first,
                         int64_t last);
   // Rows of logits (rows, n): the loss of each against its label, and its gradient in the place of
   // the logits, with l2wrap times the largest logit added at that one's.

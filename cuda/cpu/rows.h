@@ -1,8 +1,12 @@
-// Token rows of WKV6: where those of a head lie. Part of kernels.h.
+// Token rows of a WKV operator: where those of a head lie. Part of kernels.h.
 
 constexpr int kTokens = 8;  // tokens of a chunk
 // Floats from one row to the next. At a power of two, the rows would share few sets of the cache.
 constexpr int kRowStride = kMaxHeadSize + 16;
+
+// The heads of one sequence alternate after so many tokens: a token's heads lie side by side, so that
+// memory is then read nearly in order. Their states stay in the second-level cache.
+constexpr int64_t kForwardTurn = 16;
 
 // w of a token that does not exist: its decay is exp(-exp(w)) = 1.
 constexpr float kNoDecay = -std::numeric_limits<float>::infinity();
@@ -23,7 +27,7 @@ struct Head {
   int64_t sequence, head_size, width, first_token, n_tokens, token_stride, offset;
   Element element;
 
-  Head(const Wkv6Shape& shape, int64_t index)
+  Head(const WkvShape& shape, int64_t index)
       : sequence(index / shape.n_heads),
         head_size(shape.head_size),
         width(padded_width(shape.head_size)),
@@ -63,3 +67,9 @@ struct Head {
     }
   }
 };
+
+// Where a head's state before `token` is saved for backward.
+static inline int64_t checkpoint_offset(const WkvShape& shape, const Head& head, int64_t token) {
+  int64_t row = checkpoint_index(shape, head.sequence, token) * head.token_stride + head.offset;
+  return row * head.head_size;
+}

@@ -1,17 +1,9 @@
 // WKV6 on a CPU: the arguments of the kernel. The caller owns the memory.
 #pragma once
 
-#include "element.h"
+#include "wkv.h"
 
 namespace finchtune {
-
-// A token's row of one head has head_size elements; the rows of one token lie side by side, and
-// the tokens of all sequences follow one another: (tokens, n_heads, head_size).
-struct Wkv6Shape {
-  int64_t n_sequences, n_heads, head_size;
-  const int64_t* bounds;  // n_sequences + 1 token positions: where each sequence starts and ends
-  Element element;        // of all token rows; everything else is float
-};
 
 struct Wkv6Inputs {
   const void *r, *k, *v, *w;
@@ -19,36 +11,10 @@ struct Wkv6Inputs {
   const float* state;  // (n_sequences, n_heads, head_size key, head_size value)
 };
 
-// The states that backward starts from: one for each kCheckpointSpan tokens of each sequence, the
-// initial state first, (checkpoint_count(), n_heads, head_size key, head_size value).
-constexpr int64_t kCheckpointSpan = 64;
-
-inline int64_t checkpoint_index(const Wkv6Shape& shape, int64_t sequence, int64_t token) {
-  // Each sequence adds at most one incomplete span, so no two sequences share an index.
-  return shape.bounds[sequence] / kCheckpointSpan + sequence + token / kCheckpointSpan;
-}
-
-inline int64_t checkpoint_count(const Wkv6Shape& shape) {
-  return checkpoint_index(shape, shape.n_sequences, 0);
-}
-
-struct Wkv6Outputs {
-  void* y;
-  float* state;
-  float* checkpoints;  // null when no backward will follow
-};
-
-struct Wkv6OutputGradients {
-  const void* y;
-  const float* state;
-};
-
 struct Wkv6Gradients {
   void *r, *k, *v, *w;
   float* u;  // (n_sequences, n_heads, head_size): one share for each sequence, to be added up
   float* state;
 };
-
-constexpr int64_t kMaxHeadSize = 128;
 
 }  // namespace finchtune

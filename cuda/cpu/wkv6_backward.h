@@ -73,8 +73,8 @@ struct BackwardScratch {
       : G(matrix), Gt(matrix), St(kCheckpointSpan / kTokens * matrix) {}
 };
 
-static void backward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const float* checkpoints,
-                          const Wkv6OutputGradients& from, const Wkv6Gradients& out, int64_t index,
+static void backward_head(const WkvShape& shape, const Wkv6Inputs& in, const float* checkpoints,
+                          const WkvOutputGradients& from, const Wkv6Gradients& out, int64_t index,
                           BackwardScratch& scratch) {
   Head head(shape, index);
   const int64_t n = head.head_size, width = head.width, matrix = n * width;
@@ -115,8 +115,8 @@ static void backward_head(const Wkv6Shape& shape, const Wkv6Inputs& in, const fl
   std::memcpy(out.u + index * n, du.at, n * sizeof(float));
 }
 
-static void wkv6_backward(const Wkv6Shape& shape, const Wkv6Inputs& in, const float* checkpoints,
-                          const Wkv6OutputGradients& from, const Wkv6Gradients& out, int64_t first,
+static void wkv6_backward(const WkvShape& shape, const Wkv6Inputs& in, const float* checkpoints,
+                          const WkvOutputGradients& from, const Wkv6Gradients& out, int64_t first,
                           int64_t last) {
   DenormalsAreZero while_alive;
   BackwardScratch scratch(shape.head_size * padded_width(shape.head_size));

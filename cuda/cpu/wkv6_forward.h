@@ -1,10 +1,6 @@
 // The forward pass. Part of kernels.h.
 
-// The heads of one sequence alternate after so many tokens: a token's heads lie side by side, so that
-// memory is then read nearly in order. Their states stay in the second-level cache.
-constexpr int64_t kForwardTurn = 16;
-
-static void forward_turn(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv6Outputs& out,
+static void forward_turn(const WkvShape& shape, const Wkv6Inputs& in, const WkvOutputs& out,
                          const Head& head, float* S, int64_t first_token) {
   const int64_t n = head.head_size, width = head.width;
   const int64_t last_token = std::min(first_token + kForwardTurn, head.n_tokens);
@@ -24,7 +20,7 @@ static void forward_turn(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv
   }
 }
 
-static void wkv6_forward(const Wkv6Shape& shape, const Wkv6Inputs& in, const Wkv6Outputs& out,
+static void wkv6_forward(const WkvShape& shape, const Wkv6Inputs& in, const WkvOutputs& out,
                          int64_t first, int64_t last) {
   DenormalsAreZero while_alive;
   const int64_t n = shape.head_size, width = padded_width(n);

@@ -15,6 +15,11 @@ constexpr const char* kSchemas[] = {
     "wkv6_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor? state, "
     "Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_y, Tensor? grad_state) "
     "-> (Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor state)",
+    "wkv7_forward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor a, Tensor b, Tensor? state, "
+    "Tensor? cu_seqlens, bool for_backward) -> (Tensor y, Tensor state, Tensor checkpoints)",
+    "wkv7_backward(Tensor r, Tensor k, Tensor v, Tensor w, Tensor a, Tensor b, Tensor? state, "
+    "Tensor? cu_seqlens, Tensor checkpoints, Tensor grad_y, Tensor? grad_state) "
+    "-> (Tensor r, Tensor k, Tensor v, Tensor w, Tensor a, Tensor b, Tensor state)",
     "cross_entropy_(Tensor(a!) logits, Tensor labels, float l2wrap) -> Tensor losses",
     "shard_sums(Tensor x, int r, ScalarType dtype) -> Tensor sums",
     "add_to_shards_(Tensor(a!) x, Tensor s) -> ()",

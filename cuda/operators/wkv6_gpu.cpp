@@ -16,14 +16,16 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-struct CudaCall : Call {
+struct Wkv6CudaCall : Wkv6Call {
   c10::cuda::CUDAGuard guard;  // kernels and scratch memory go to r's device,
   void* stream;                // and onto the stream that torch uses there
   Wkv6Problem problem;
 
   template <typename... Arguments>
-  explicit CudaCall(const Arguments&... arguments)
-      : Call(arguments...), guard(r.device()), stream(c10::cuda::getCurrentCUDAStream().stream()) {
+  explicit Wkv6CudaCall(const Arguments&... arguments)
+      : Wkv6Call(arguments...),
+        guard(r().device()),
+        stream(c10::cuda::getCurrentCUDAStream().stream()) {
     problem = {B,
                T,
                H,
@@ -34,7 +36,7 @@ struct CudaCall : Call {
   }
 
   int32_t dtype() const {
-    switch (r.scalar_type()) {
+    switch (r().scalar_type()) {
       case at::kFloat:
         return WKV6_FP32;
       case at::kBFloat16:
@@ -42,7 +44,7 @@ struct CudaCall : Call {
       case at::kHalf:
         return WKV6_FP16;
       default:
-        TORCH_CHECK(false, "wkv6: the GPU kernels do not take ", r.scalar_type());
+        TORCH_CHECK(false, "wkv6: the GPU kernels do not take ", r().scalar_type());
     }
   }
 
@@ -50,11 +52,11 @@ struct CudaCall : Call {
     const int64_t count = wkv6_checkpoint_count(&problem);
     const bool wide = wkv6_checkpoint_bytes(&problem) == count * H * N * N * sizeof(float);
     return at::empty({wanted ? count : 0, H, N, N},
-                     r.options().dtype(wide ? at::kFloat : at::kBFloat16));
+                     r().options().dtype(wide ? at::kFloat : at::kBFloat16));
   }
 
   Tensor scratch(size_t bytes) const {
-    return at::empty({static_cast<int64_t>(bytes)}, r.options().dtype(at::kByte));
+    return at::empty({static_cast<int64_t>(bytes)}, r().options().dtype(at::kByte));
   }
 
   static void succeed(int error) {
@@ -63,23 +65,21 @@ struct CudaCall : Call {
 
   void forward(Tensor& y, Tensor& new_state, void* checkpoints) const {
     Tensor memory = scratch(wkv6_forward_scratch_bytes(&problem));
-    succeed(::wkv6_forward(&problem, r.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(),
-                           w.const_data_ptr(), u.const_data_ptr<float>(),
+    succeed(::wkv6_forward(&problem, row(0), row(1), row(2), row(3), u.const_data_ptr<float>(),
                            data_or_null<float>(state), y.data_ptr(), new_state.data_ptr<float>(),
                            checkpoints, memory.data_ptr(), stream));
   }
 
-  void backward(Gradients& all) const {
+  void backward(Wkv6CallGradients& all) const {
     TORCH_CHECK(all.checkpoints.nbytes() == wkv6_checkpoint_bytes(&problem),
                 "wkv6: these checkpoints are of another forward: ", all.checkpoints.sizes());
     all.du = floats({H, N});
     all.dstate_in = state_gradient();
     Tensor memory = scratch(wkv6_backward_scratch_bytes(&problem));
     succeed(::wkv6_backward(
-        &problem, r.const_data_ptr(), k.const_data_ptr(), v.const_data_ptr(), w.const_data_ptr(),
-        u.const_data_ptr<float>(), all.dy.const_data_ptr(), data_or_null<float>(all.dstate),
-        all.checkpoints.const_data_ptr(), all.dr.data_ptr(), all.dk.data_ptr(), all.dv.data_ptr(),
-        all.dw.data_ptr(), all.du.data_ptr<float>(),
+        &problem, row(0), row(1), row(2), row(3), u.const_data_ptr<float>(),
+        all.dy.const_data_ptr(), data_or_null<float>(all.dstate), all.checkpoints.const_data_ptr(),
+        all.row(0), all.row(1), all.row(2), all.row(3), all.du.data_ptr<float>(),
         state ? all.dstate_in.data_ptr<float>() : nullptr, memory.data_ptr(), stream));
   }
 };
@@ -88,6 +88,6 @@ struct CudaCall : Call {
 }  // namespace finchtune
 
 TORCH_LIBRARY_IMPL(finchtune, CUDA, library) {
-  library.impl("wkv6_forward", &finchtune::wkv6_forward<finchtune::CudaCall>);
-  library.impl("wkv6_backward", &finchtune::wkv6_backward<finchtune::CudaCall>);
+  library.impl("wkv6_forward", &finchtune::wkv6_forward<finchtune::Wkv6CudaCall>);
+  library.impl("wkv6_backward", &finchtune::wkv6_backward<finchtune::Wkv6CudaCall>);
 }

@@ -109,6 +109,15 @@ def fits_kernel(r: Tensor) -> bool:
     return fits and has_kernels(device)
 
 
-def wants_gradients(*inputs: Tensor | None) -> bool:
-    """Whether a backward may follow, for which the kernels then save states."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+def by_kernel(operator: str, r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y and the new state by a compiled operator; its last input is cu_seqlens, or None.
+
+    Rows are in one dtype, all else in fp32.
+    """
+    *tensors, cu_seqlens = r, *others
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(r.device, torch.int32)
+    saves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    forward = getattr(torch.ops.finchtune, operator)
+    y, new_state, _ = forward(*tensors, cu_seqlens, saves)
+    return y, new_state

@@ -53,6 +53,7 @@ CPU = Part(
     (
         "operators/schemas.cpp",
         "operators/wkv6_cpu.cpp",
+        "operators/wkv7_cpu.cpp",
         "operators/cpu.cpp",
         "operators/adapters.cpp",
         "operators/block.cpp",

@@ -23,32 +23,48 @@ def checkpoint_dtype(r: Tensor) -> torch.dtype:
     return torch.bfloat16 if fits and has_bf16_tensor_cores(r.device) else torch.float32
 
 
-def wkv6_forward(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
-    for_backward: bool,
+def forward_shapes(
+    r: Tensor, cu_seqlens: Tensor | None, for_backward: bool, of_saved: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, the new state, and the checkpoints for backward."""
+    """y, the new state, and the checkpoints for backward, in dtype `of_saved`."""
     B, T, H, N = r.shape
     n_sequences = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     # Every sequence adds at most one incomplete span.
     n_checkpoints = B * T // CHECKPOINT_SPAN + n_sequences if for_backward else 0
-    checkpoints = r.new_empty(n_checkpoints, H, N, N, dtype=checkpoint_dtype(r))
+    checkpoints = r.new_empty(n_checkpoints, H, N, N, dtype=of_saved)
     new_state = r.new_empty(n_sequences, H, N, N, dtype=torch.float32)
     return r.new_empty(r.shape), new_state, checkpoints
 
 
+def backward_shapes(inputs: tuple[Tensor, ...], state: Tensor | None) -> tuple[Tensor, ...]:
+    """One gradient for each input, an empty one for a state that was not given."""
+    of_state = inputs[0].new_empty(0 if state is None else state.shape, dtype=torch.float32)
+    return *(x.new_empty(x.shape) for x in inputs), of_state
+
+
+def wkv6_forward(
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Any, cu_seqlens: Any, wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the new state, and the checkpoints for backward."""
+    return forward_shapes(r, cu_seqlens, wanted, checkpoint_dtype(r))
+
+
 def wkv6_backward(
-    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None, *_: Any
+    r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Any, *_: Any
 ) -> tuple[Tensor, ...]:
-    """One gradient for each of the six inputs, an empty one for a state that was not given."""
-    of_state = u.new_empty(0 if state is None else state.shape)
-    return *(x.new_empty(x.shape) for x in (r, k, v, w, u)), of_state
+    """The gradients of the six inputs."""
+    return backward_shapes((r, k, v, w, u), state)
+
+
+def wkv7_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the new state, and the checkpoints for backward."""
+    *rows, _, cu_seqlens, wanted = inputs
+    return forward_shapes(rows[0], cu_seqlens, wanted, checkpoint_dtype(rows[0]))
+
+
+def wkv7_backward(*inputs: Any) -> tuple[Tensor, ...]:
+    """The gradients of the seven inputs."""
+    return backward_shapes(inputs[:6], inputs[6])
 
 
 def cross_entropy_(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
@@ -163,6 +179,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
     for function in (
         wkv6_forward,
         wkv6_backward,
+        wkv7_forward,
+        wkv7_backward,
         cross_entropy_,
         shard_sums,
         add_to_shards_,

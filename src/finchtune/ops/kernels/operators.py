@@ -27,15 +27,16 @@ def save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]
     ctx.set_materialize_grads(False)  # the checkpoints, large, have no gradient
 
 
-def backward(
-    ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: None
+def gradients(
+    operator: str, ctx: Any, grad_y: Tensor | None, grad_state: Tensor | None, _: None
 ) -> tuple[Any, ...]:
-    """Gradients of r, k, v, w, u and of a given state; none for cu_seqlens and for_backward."""
+    """Those of the rows and of a given state by `operator`; none for cu_seqlens, for_backward."""
     saved = ctx.saved_tensors
-    r, state = saved[0], saved[5]
+    r, state = saved[0], saved[-3]
     grad_y = torch.zeros_like(r) if grad_y is None else grad_y
-    *gradients, of_state = torch.ops.finchtune.wkv6_backward(*saved, grad_y, grad_state)
-    return *gradients, None if state is None else of_state, None, None
+    backward = getattr(torch.ops.finchtune, operator)
+    *of_rows, of_state = backward(*saved, grad_y, grad_state)
+    return *of_rows, None if state is None else of_state, None, None
 
 
 def warn_of(failures: dict[str, BuildError]) -> None:
@@ -62,9 +63,12 @@ def loaded_devices() -> frozenset[str]:
     if loaded:
         for name, shapes in SHAPES.items():
             torch.library.register_fake(f"finchtune::{name}", shapes)
-        torch.library.register_autograd(
-            "finchtune::wkv6_forward", backward, setup_context=save_for_backward
-        )
+        for wkv in ("wkv6", "wkv7"):
+            torch.library.register_autograd(
+                f"finchtune::{wkv}_forward",
+                functools.partial(gradients, f"{wkv}_backward"),
+                setup_context=save_for_backward,
+            )
     return loaded
 
 

@@ -1,29 +1,10 @@
 """`wkv6`: the arguments checked, and the fastest form that this machine offers."""
 
-import torch
 from torch import Tensor
 
-from finchtune.ops.wkv import check_arguments, compute_dtype, fits_kernel, wants_gradients
+from finchtune.ops.wkv import by_kernel, check_arguments, compute_dtype, fits_kernel
 from finchtune.ops.wkv6.chunked import wkv6_chunked
 from finchtune.ops.wkv6.triton import fits_triton, wkv6_triton
-
-
-def wkv6_compiled(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`wkv6` by the compiled kernels; r, k, v, w in one dtype, u and state fp32."""
-    inputs = (r, k, v, w, u, state)
-    if cu_seqlens is not None:
-        cu_seqlens = cu_seqlens.to(r.device, torch.int32)
-    saved = wants_gradients(*inputs)
-    y, new_state, _ = torch.ops.finchtune.wkv6_forward(*inputs, cu_seqlens, saved)
-    return y, new_state
 
 
 def wkv6(
@@ -64,5 +45,5 @@ def wkv6(
     state = None if state is None else state.to(wide)
     inputs = (r, k, v, w, u, state, cu_seqlens)
     if fits_kernel(r):
-        return wkv6_compiled(*inputs)
+        return by_kernel("wkv6_forward", *inputs)
     return wkv6_triton(*inputs) if fits_triton(r) else wkv6_chunked(*inputs)

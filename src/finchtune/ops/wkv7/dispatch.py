@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from finchtune.ops.wkv import check_arguments, compute_dtype
+from finchtune.ops.wkv import by_kernel, check_arguments, compute_dtype, fits_kernel
 from finchtune.ops.wkv7.chunked import wkv7_chunked
 
 
@@ -44,4 +44,7 @@ def wkv7(
     others = {**{name: (x, "BTHN") for name, x in named.items()}, "state": (state, "SHNN")}
     check_arguments("wkv7", r, others, ("k", "v", "a", "b"), cu_seqlens)
     state = None if state is None else state.to(compute_dtype(r))
-    return wkv7_chunked(r, k, v, w.to(r.dtype), a, b, state, cu_seqlens)
+    inputs = (r, k, v, w.to(r.dtype), a, b, state, cu_seqlens)
+    if r.device.type == "cpu" and fits_kernel(r):
+        return by_kernel("wkv7_forward", *inputs)
+    return wkv7_chunked(*inputs)
