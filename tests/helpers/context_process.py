@@ -23,10 +23,11 @@ CASES = [
 ]
 
 
-def shared_gradients(context, case):
+def shared_gradients(context, case, generation):
     """Loss and gradients, summed over the processes, of a context that these share."""
     kind, trained, dtype, length, grad_checkpoint = case
-    model, batch = trainable(trained, dtype, grad_checkpoint), long_batch(kind)
+    model = trainable(trained, dtype, grad_checkpoint, generation)
+    batch = long_batch(kind)
     model.share_contexts(context)
 
     def lose(batch, state):
@@ -51,9 +52,9 @@ def shared_gradients(context, case):
     return found
 
 
-def bytes_for(context, n_tokens):
+def bytes_for(context, n_tokens, generation):
     """What this process sends in a forward and a backward of a row of so many tokens."""
-    model = trainable("all")
+    model = trainable("all", generation=generation)
     model.share_contexts(context)
     tokens = torch.randint(0, 256, (1, n_tokens // context.size))
     before = context.bytes_sent
@@ -66,10 +67,11 @@ def bytes_for(context, n_tokens):
 def main():
     distributed.init_process_group(torch.device("cpu"))
     context = context_group(distributed.world_size(), timedelta(minutes=2))
-    results = [shared_gradients(context, case) for case in CASES]
-    sent = [bytes_for(context, n_tokens) for n_tokens in (24, 240)]
+    path, generation = sys.argv[1], int(sys.argv[2])
+    results = [shared_gradients(context, case, generation) for case in CASES]
+    sent = [bytes_for(context, n_tokens, generation) for n_tokens in (24, 240)]
     if distributed.rank() == 0:
-        torch.save({"results": results, "bytes": sent}, sys.argv[1])
+        torch.save({"results": results, "bytes": sent}, path)
     distributed.shutdown()
 
 

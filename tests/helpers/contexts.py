@@ -26,9 +26,9 @@ def long_batch(kind: str) -> Batch:
     return padded(segments(), 50) if kind == "rows" else packed(segments())
 
 
-def trainable(trained: str, dtype=torch.float32, grad_checkpoint=0):
+def trainable(trained: str, dtype=torch.float32, grad_checkpoint=0, generation=6):
     """A small model of which everything, an adapter or the initial state is trained."""
-    model = small_model()
+    model = small_model(generation=generation)
     if trained in ("bone", "lora", "bone+state"):
         attach(model, trained.split("+")[0], r=8)
         for name, parameter in model.named_parameters():

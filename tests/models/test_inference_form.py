@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-from helpers.support import relative_error, small_model
+from helpers.support import every_generation, relative_error, small_model
 
 from finchtune.adapters import attach
-from finchtune.models.rwkv6.inference import CompiledRWKV6
+from finchtune.models.compiled import CompiledModel
 from finchtune.ops.kernels import cpu_kernels_set_aside
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -21,15 +21,16 @@ CU_SEQLENS = torch.tensor([0, 1, 5, 40], dtype=torch.int32)
 
 def compiled(model):
     form = model.inference_form()
-    assert isinstance(form, CompiledRWKV6)
+    assert isinstance(form, CompiledModel)
     return form
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
-def test_it_computes_what_the_model_does(sizes, dtype, tolerance):
+@every_generation
+def test_it_computes_what_the_model_does(sizes, dtype, tolerance, generation):
     """Prompts of one length, tokens one by one, and packed sequences that continue from a state."""
-    model = small_model(**sizes).to(dtype)
+    model = small_model(**sizes, generation=generation).to(dtype)
     states = [None, None]
     calls = [(torch.randint(0, 256, (3, 70)), None)]
     calls += [(torch.randint(0, 256, (3, 1)), None) for _ in range(3)]
@@ -48,8 +49,9 @@ def test_it_computes_what_the_model_does(sizes, dtype, tolerance):
 
 @torch.no_grad()
 @pytest.mark.parametrize("trained", [False, True])
-def test_only_the_first_sequences_may_have_a_state(trained):
-    model = small_model()
+@every_generation
+def test_only_the_first_sequences_may_have_a_state(trained, generation):
+    model = small_model(generation=generation)
     if trained:
         model.add_initial_state()
         for parameter in model.initial_states().values():
@@ -63,9 +65,10 @@ def test_only_the_first_sequences_may_have_a_state(trained):
 
 
 @torch.no_grad()
-def test_a_sequence_depends_on_no_other():
+@every_generation
+def test_a_sequence_depends_on_no_other(generation):
     """To the last bit, in prompts packed with others and in steps with others."""
-    form = compiled(small_model(n_embd=128, head_size=64))
+    form = compiled(small_model(n_embd=128, head_size=64, generation=generation))
     tokens, step = torch.randint(0, 256, (1, 40)), torch.randint(0, 256, (3, 1))
     last, state = form.advance(tokens, None, CU_SEQLENS)
     after, _ = form.advance(step, [type(s)(*(part.clone() for part in s)) for s in state])
@@ -78,10 +81,11 @@ def test_a_sequence_depends_on_no_other():
 
 @torch.no_grad()
 @pytest.mark.parametrize("method", ["bone", "lora"])
-def test_adapters_run_unmerged_on_some_or_all_layers(method):
+@every_generation
+def test_adapters_run_unmerged_on_some_or_all_layers(method, generation):
     tokens = torch.randint(0, 256, (2, 9))
     for targets in (None, r"blocks\.1\.(att\.key|ffn\.key)"):
-        model = attach(small_model(), method, r=8, targets=targets).eval()
+        model = attach(small_model(generation=generation), method, r=8, targets=targets).eval()
         plain = compiled(model).advance(tokens)[0]
         for name, parameter in model.named_parameters():
             if ".adapter." in name:
@@ -91,12 +95,13 @@ def test_adapters_run_unmerged_on_some_or_all_layers(method):
         assert relative_error(found, plain) > 1e-3
 
 
-def test_it_is_for_cpus_with_kernels_and_one_dtype():
-    model = small_model()
+@every_generation
+def test_it_is_for_cpus_with_kernels_and_one_dtype(generation):
+    model = small_model(generation=generation)
     assert model.double().inference_form() is model
-    mixed = small_model().bfloat16()
+    mixed = small_model(generation=generation).bfloat16()
     mixed.head.float()
     assert mixed.inference_form() is mixed
-    model = small_model()
+    model = small_model(generation=generation)
     with cpu_kernels_set_aside():
         assert model.inference_form() is model

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.contexts import gradients, long_batch, plain_gradients, segments, trainable
-from helpers.support import peak_bytes, relative_error
+from helpers.support import every_generation, peak_bytes, relative_error
 from torch.utils._pytree import tree_leaves
 
 from finchtune.data.batch import Batch, padded
@@ -44,18 +44,22 @@ def assert_same(found, expected, limit):
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
 @pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("length", [16, 25, 13, 64])
-def test_exact_is_the_gradient_of_the_whole_context(dtype, trained, kind, length):
-    model, batch = trainable(trained, dtype), long_batch(kind)
+@pytest.mark.parametrize(
+    ("length", "generation"), [(16, 6), (25, 6), (13, 6), (64, 6), (13, 7), (25, 7)]
+)
+def test_exact_is_the_gradient_of_the_whole_context(dtype, trained, kind, length, generation):
+    model, batch = trainable(trained, dtype, generation=generation), long_batch(kind)
     loss, expected = plain_gradients(model, batch)
     found = exact_backward(*calls(model), cut(batch, length), scaled())
     assert relative_error(found, loss) < LIMITS[dtype]
     assert_same(gradients(model), expected, LIMITS[dtype])
 
 
+@every_generation
 @pytest.mark.parametrize("grad_checkpoint", [1, 2])
-def test_with_recomputation_a_factor_and_states_on_the_host(grad_checkpoint):
-    model, batch = trainable("all", torch.float64, grad_checkpoint), long_batch("rows")
+def test_with_recomputation_a_factor_and_states_on_the_host(grad_checkpoint, generation):
+    model = trainable("all", torch.float64, grad_checkpoint, generation)
+    batch = long_batch("rows")
     _, expected = plain_gradients(model, batch)
     exact_backward(*calls(model), cut(batch, 13), scaled(1 / 3), offload=True)
     assert_same({n: 3 * g for n, g in gradients(model).items()}, expected, 1e-10)

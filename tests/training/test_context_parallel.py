@@ -1,10 +1,12 @@
 """One context over several processes, against one process."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers.context_process import CASES
 from helpers.contexts import long_batch, plain_gradients, trainable
-from helpers.support import REPOSITORY, relative_error
+from helpers.support import REPOSITORY, every_generation, relative_error
 
 from finchtune.distributed.launch import run_processes
 
@@ -17,21 +19,24 @@ H, N, C = 8, 8, 64  # of the small model
     "processes",
     [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
 )
-def test_several_processes_compute_what_one_does(tmp_path, monkeypatch, processes):
+@every_generation
+def test_several_processes_compute_what_one_does(tmp_path, monkeypatch, processes, generation):
     monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests'}")
     path = tmp_path / "found.pth"
-    assert run_processes(processes, [str(PROCESS), str(path)]) == 0
+    assert run_processes(processes, [str(PROCESS), str(path), str(generation)]) == 0
     found = torch.load(path)
     for case, result in zip(CASES, found["results"], strict=True):
         kind, trained, dtype = case[:3]
-        one = plain_gradients(trainable(trained, dtype), long_batch(kind))[1]
-        loss, exact = plain_gradients(trainable(trained, torch.float64), long_batch(kind))
+        model_of = partial(trainable, trained, generation=generation)
+        one = plain_gradients(model_of(dtype), long_batch(kind))[1]
+        loss, exact = plain_gradients(model_of(torch.float64), long_batch(kind))
         assert relative_error(result.pop("loss"), loss) < LIMITS[dtype], case
         assert result.keys() == exact.keys()
         for name, gradient in exact.items():
             limit = max(LIMITS[dtype], 4 * relative_error(one[name], gradient))
             assert relative_error(result[name], gradient) < limit, (case, name)
-    # Forward: a state, its decays and two vectors for each layer; backward: the gradients of the
-    # state and of the vectors.
-    per_layer = (H * N * N + H * N + 2 * C) + (H * N * N + 2 * C)
+    # Forward: a state, what becomes of the one before (decays or a matrix) and two vectors for each
+    # layer; backward: the gradients of the state and of the vectors.
+    transfer = H * N if generation == 6 else H * N * N
+    per_layer = (H * N * N + transfer + 2 * C) + (H * N * N + 2 * C)
     assert found["bytes"] == [2 * 4 * per_layer] * 2, "whatever the number of tokens"

@@ -175,6 +175,7 @@ class RWKV6(RecurrentModel):
 
     def inference_form(self) -> Any:
         """As in the base class: compiled where that fits."""
-        from finchtune.models.rwkv6.inference import CompiledRWKV6, fits
+        from finchtune.models.compiled import fits
+        from finchtune.models.rwkv6.inference import CompiledRWKV6
 
         return CompiledRWKV6(self) if fits(self) else self

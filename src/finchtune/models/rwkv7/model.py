@@ -6,6 +6,7 @@ section 4 and appendix.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,26 +87,53 @@ class TimeMix(WKVMix):
         cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, C), the first block's values -> output and these, last inputs, WKV state."""
-        B, T, C = x.shape
         before, shift = token_before(self.context, x, shift, cu_seqlens)
-        blends = torch.cat([getattr(self, f"x_{mixed}") for mixed in MIXED]).flatten(0, 1)
-        x_r, x_w, x_k, x_v, x_a, x_g = fixed_mixtures(x, before, cu_seqlens, blends)
+        x_r, x_w, x_k, x_v, x_a, x_g = fixed_mixtures(x, before, cu_seqlens, self.blends())
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        w = -F.softplus(-self.low_rank("w", x_w, torch.tanh)) - 0.5
-        rate = torch.sigmoid(self.low_rank("a", x_a))
-        gate = torch.sigmoid(x_g.flatten(0, 1) @ self.g1) @ self.g2
-        if first is None:
+        decay = self.low_rank("w", x_w, torch.tanh)
+        rate = self.low_rank("a", x_a)
+        mix = None if first is None else self.low_rank("v", x_v)
+        gate = (torch.sigmoid(x_g.flatten(0, 1) @ self.g1) @ self.g2).view(x.shape)
+        inputs, first = self.memory_inputs(r, k, v, decay, rate, mix, first)
+        y, state = self.wkv(inputs, state, cu_seqlens)
+        return self.output(self.read_out(y, inputs, gate)), first, shift, state
+
+    def blends(self) -> Tensor:
+        """The blends with the previous token, (6, C)."""
+        return torch.cat([getattr(self, f"x_{mixed}") for mixed in MIXED]).flatten(0, 1)
+
+    def memory_inputs(
+        self,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        decay: Tensor,
+        rate: Tensor,
+        mix: Tensor | None,
+        first: Tensor | None,
+    ) -> tuple[Inputs, Tensor]:
+        """What the linear parts made (B, T, C) -> r, k, v, w, a, b (B, T, H, N), the first values.
+
+        `decay`, `rate` and `mix` are still without their activations.
+        """
+        heads = (*r.shape[:2], self.config.n_head, self.config.head_size)
+        w = -F.softplus(-decay) - 0.5
+        rate = torch.sigmoid(rate)
+        if first is None or mix is None:
             first = v
         else:
-            v = v + (first - v) * torch.sigmoid(self.low_rank("v", x_v))
-        heads = (B, T, self.config.n_head, self.config.head_size)
+            v = v + (first - v) * torch.sigmoid(mix)
         removed = F.normalize((k * self.k_k).view(heads), dim=-1)
         k = k * (1 + (rate - 1) * self.k_a)
         r, k, v, w, rate = (x.view(heads) for x in (r, k, v, w, rate))
-        y, state = self.wkv((r, k, v, w, -removed, removed * rate), state, cu_seqlens)
-        y = self.ln_x(y.reshape(B * T, C)).view(heads)
-        y = y + (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output((y.view(B * T, C) * gate).view(B, T, C)), first, shift, state
+        return (r, k, v, w, -removed, removed * rate), first
+
+    def read_out(self, y: Tensor, inputs: Inputs, gate: Tensor) -> Tensor:
+        """What the memory gave (B, T, H, N), normalised, with the bonus of the token, gated."""
+        r, k, v = inputs[:3]
+        normed = self.ln_x(y.reshape(-1, self.config.n_embd)).view(y.shape)
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return (normed + bonus).view(gate.shape) * gate
 
     def low_rank(
         self, name: str, x: Tensor, activation: Callable[[Tensor], Tensor] = lambda low: low
@@ -198,3 +226,10 @@ class RWKV7(RecurrentModel):
             x, first, block_state = recomputed(self.grad_checkpoint, block, *inputs)
             new_state.append(block_state)
         return self.ln_out(x), new_state
+
+    def inference_form(self) -> Any:
+        """As in the base class: compiled where that fits."""
+        from finchtune.models.compiled import fits
+        from finchtune.models.rwkv7.inference import CompiledRWKV7
+
+        return CompiledRWKV7(self) if fits(self) else self

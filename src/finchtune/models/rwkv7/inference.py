@@ -1,0 +1,104 @@
+"""RWKV-7 without autograd, by compiled CPU operators: what writing text calls.
+
+The model's formulas are those of `model.py`, which has the element-wise ones for both.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from finchtune.models.compiled import NONE, SQUARED_RELU, TANH, CompiledModel, Rows, products
+from finchtune.models.recurrent import BlockState, State, filled
+from finchtune.models.rwkv7.model import RWKV7, Block, ChannelMix, TimeMix
+
+
+class CompiledRWKV7(CompiledModel):
+    """The whole model."""
+
+    def __init__(self, model: RWKV7):
+        super().__init__(model)
+        self.blocks = [CompiledBlock(cast(Block, block)) for block in model.blocks]
+
+    def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
+        first, new_state = None, []
+        for layer, block in enumerate(self.blocks):
+            x, first, block_state = block(x, first, rows, state[layer] if state else None)
+            new_state.append(block_state)
+        return x, new_state
+
+
+class CompiledBlock:
+    """One block."""
+
+    def __init__(self, block: Block):
+        self.block = block
+        self.time_mix, self.channel_mix = CompiledTimeMix(block.att), CompiledChannelMix(block.ffn)
+
+    def __call__(
+        self, x: Tensor, first: Tensor | None, rows: Rows, state: BlockState | None
+    ) -> tuple[Tensor, Tensor, BlockState]:
+        block = self.block
+        att_shift, wkv, ffn_shift = state or (None, None, None)
+        att_shift, ffn_shift = filled(att_shift, rows.count), filled(ffn_shift, rows.count)
+        if block.is_first:
+            x = block.ln0(x)
+        normed = block.ln1(x)
+        y, first, wkv = self.time_mix(normed, first, rows, att_shift, wkv)
+        x = x + y
+        normed_2 = block.ln2(x)
+        x = x + self.channel_mix(normed_2, rows, ffn_shift)
+        return x, first, BlockState(rows.last(normed), wkv, rows.last(normed_2))
+
+
+class CompiledTimeMix:
+    """The time mix, its low-rank matrices turned so that a row makes an output."""
+
+    def __init__(self, att: TimeMix):
+        self.att, self.blends = att, att.blends()
+        parts = "wag" + ("v" if att.layer else "")
+        self.down = {part: getattr(att, f"{part}1").T.contiguous() for part in parts}
+        self.up = {part: getattr(att, f"{part}2").T.contiguous() for part in parts}
+
+    def __call__(
+        self,
+        x: Tensor,
+        first: Tensor | None,
+        rows: Rows,
+        shift: Tensor | None,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (rows, C), the rows before and the state of each sequence -> output, new state."""
+        att, mixed = self.att, rows.batch(x)
+        mixtures = torch.ops.finchtune.token_mix(mixed, shift, rows.cu_seqlens, self.blends)
+        x_r, x_w, x_k, x_v, x_a, x_g = mixtures
+        own = {"w": x_w, "a": x_a, "g": x_g, "v": x_v}
+        r, k, v, *low = products(
+            [x_r, x_k, x_v, *(own[part] for part in self.down)],
+            [att.receptance, att.key, att.value, *self.down.values()],
+            [NONE, NONE, NONE, TANH, *[NONE] * (len(self.down) - 1)],
+        )
+        low[2] = torch.sigmoid(low[2])  # the gate's
+        made = products(low, list(self.up.values()), [NONE] * len(low))
+        up = {part: one.view(mixed.shape) for part, one in zip(self.up, made, strict=True)}
+        decay, rate = up["w"] + att.w0, up["a"] + att.a0
+        mix = up["v"] + att.v0 if "v" in up else None
+        r, k, v = (one.view(mixed.shape) for one in (r, k, v))
+        inputs, first = att.memory_inputs(r, k, v, decay, rate, mix, first)
+        y, state = att.wkv(inputs, state, rows.cu_seqlens)
+        y = att.read_out(y, inputs, up["g"])
+        return products([y.flatten(0, 1)], [att.output], [NONE])[0], first, state
+
+
+class CompiledChannelMix:
+    """The channel mix."""
+
+    def __init__(self, ffn: ChannelMix):
+        self.ffn, self.blend = ffn, ffn.x_k.flatten(0, 1)
+
+    def __call__(self, x: Tensor, rows: Rows, shift: Tensor | None) -> Tensor:
+        """x (rows, C), the row before each sequence -> output (rows, C)."""
+        mix = torch.ops.finchtune.token_mix
+        (x_k,) = mix(rows.batch(x), shift, rows.cu_seqlens, self.blend)
+        (k,) = products([x_k], [self.ffn.key], [SQUARED_RELU])
+        return products([k], [self.ffn.value], [NONE])[0]
