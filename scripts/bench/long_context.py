@@ -21,18 +21,13 @@ from finchtune.data.batch import padded
 from finchtune.data.chunks import cut
 from finchtune.data.sampling import Segment
 from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
-from finchtune.training.chunked import exact_backward, truncated_backward
+from finchtune.training.chunked import exact_backward, own_calls, truncated_backward
 
 
 def step(model, batch, chunk: int, exact: bool = True) -> float:
     """Forward and backward of a micro batch's mean loss; whole where `chunk` is 0."""
     targets = int((batch.labels != -100).sum())
-
-    def read(batch, state):
-        return model.hidden(batch.tokens, state, batch.cu_seqlens)[1]
-
-    def lose(batch, state):
-        return model.loss(*batch, state=state)
+    read, lose = own_calls(model)
 
     def backward(loss, added):
         (loss / targets + added).backward()
@@ -47,9 +42,10 @@ def step(model, batch, chunk: int, exact: bool = True) -> float:
     return loss.item() / targets
 
 
-def measure(length: int, chunk: int, repeats: int) -> None:
+def measure(layers: int, channels: int, length: int, chunk: int, repeats: int) -> None:
     """Print one line of JSON: tokens/s and the process's peak memory."""
-    model = init_weights(RWKV6(ModelConfig(6, 256, 4096, head_size=64), 0 if chunk else 1), 0)
+    sizes = ModelConfig(layers, channels, 4096, head_size=64)
+    model = init_weights(RWKV6(sizes, 0 if chunk else 1), 0)
     attach(model, "bone", r=64)
     ids = torch.randint(0, 4096, (length + 1,)).numpy()
     batch = padded([Segment(ids, None, 0)], length)
@@ -68,9 +64,10 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def speed(lengths: list[int], chunk: int, repeats: int) -> None:
+def speed(layers: int, channels: int, lengths: list[int], chunk: int, repeats: int) -> None:
     for length, size in [(lengths[0], 0), *((length, chunk) for length in lengths)]:
         words = ["one", "--length", length, "--chunk", size, "--repeats", repeats]
+        words += ["--layers", layers, "--channels", channels]
         subprocess.run([sys.executable, __file__, *map(str, words)], check=True)
 
 
@@ -127,6 +124,8 @@ def main() -> None:
     parser.add_argument("what", choices=["speed", "recall", "one"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 17)])
     parser.add_argument("--length", type=int, help="of one measurement")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--train", type=Path)
@@ -136,9 +135,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     given = parser.parse_args()
     if given.what == "one":
-        measure(given.length, given.chunk, given.repeats)
+        measure(given.layers, given.channels, given.length, given.chunk, given.repeats)
     elif given.what == "speed":
-        speed(given.lengths, given.chunk, given.repeats)
+        speed(given.layers, given.channels, given.lengths, given.chunk, given.repeats)
     else:
         recall(given.train, given.test, given.steps, given.chunk, given.seeds, given.rate)
 

@@ -13,6 +13,7 @@ from finchtune.adapters import (
     AdaptedLinear,
     adapter_state,
     attach,
+    collected_gradients,
     file_key,
     load_adapter_state,
     merge,
@@ -257,10 +258,12 @@ def test_weight_gradients_leave_the_model_as_it_was():
 def test_adapters_start_from_the_gradients_of_several_batches():
     model = finchlike()
     batches = [TOKENS, TOKENS.flip(0), TOKENS + 1]
-    rest = iter(batches)
     together = weight_gradients(model, lambda: sum(model(t).square().sum() for t in batches))
     attach(model, "lora_ga", r=2, init=False)
-    start_from_gradients(model, lambda: model(next(rest)).square().sum(), repeats=3)
+    with collected_gradients(model) as gradients:
+        for batch in batches:
+            model(batch).square().sum().backward()
+    start_from_gradients(model, gradients)
     other = finchlike()
     other.load_state_dict({k: v for k, v in model.state_dict().items() if "adapter" not in k})
     attach(other, "lora_ga", r=2, gradients=together)

@@ -148,17 +148,3 @@ def test_processes_that_cannot_share_are_refused(folder):
     assert_one_error_line(
         run_script("train.py", *flags(folder, "three", *words)), "does not divide"
     )
-
-
-@pytest.mark.slow
-def test_the_plan_knows_chunks(folder):
-    common = ["--plan", "--ctx_len", 4096, "--micro_bsz", 1, "--grad_cp", 0, *BONE[-4:]]
-    totals = []
-    for words in ([], ["--train_type", "infctx", "--chunk_ctx", 256]):
-        done = run_script("train.py", *flags(folder, "plan", *common, *words, data="long.jsonl"))
-        assert done.returncode == 0, done.stderr
-        (line,) = [line for line in done.stdout.splitlines() if "<- this run" in line]
-        totals.append(line)
-    assert "states between chunks" in done.stdout
-    activations = [float(line.split()[6].replace(",", "")) for line in totals]
-    assert activations[1] < activations[0] / 8

@@ -32,22 +32,22 @@ def test_auto_takes_the_most_rows_that_fit_and_keeps_the_global_batch(monkeypatc
     for rows in (4,):
         need = extra_bytes(config_of(rows, accumulate_grad_batches=12 // rows), model)
         monkeypatch.setattr(batch_size, "free_memory", lambda *_, n=need: int(n / 0.9) + 9)
-        chosen = resolve_batch_size(config_of(0), model, CPU)
+        chosen = resolve_batch_size(config_of(0), model, CPU, 64)
         assert (chosen.micro_bsz, chosen.accumulate_grad_batches) == (rows, 12 // rows)
     monkeypatch.setattr(batch_size, "free_memory", lambda *_: 1000)
     with pytest.raises(UserError, match="not even one row fits"):
-        resolve_batch_size(config_of(0), model, CPU)
+        resolve_batch_size(config_of(0), model, CPU, 64)
 
 
 def test_only_takes_one_row_at_a_time():
-    chosen = resolve_batch_size(config_of(0, dataload="only"), small_model(), CPU)
+    chosen = resolve_batch_size(config_of(0, dataload="only"), small_model(), CPU, 64)
     assert (chosen.micro_bsz, chosen.accumulate_grad_batches) == (1, 12)
 
 
 def test_a_given_micro_batch_sets_the_accumulation():
-    assert resolve_batch_size(config_of(4), small_model(), CPU).accumulate_grad_batches == 3
+    assert resolve_batch_size(config_of(4), small_model(), CPU, 64).accumulate_grad_batches == 3
     untouched = TrainConfig(micro_bsz=5, accumulate_grad_batches=2)
-    assert resolve_batch_size(untouched, small_model(), CPU) is untouched
+    assert resolve_batch_size(untouched, small_model(), CPU, 64) is untouched
 
 
 def test_what_does_not_divide_is_refused_with_what_does():

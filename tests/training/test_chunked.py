@@ -1,31 +1,27 @@
 """Contexts trained on in chunks, against the whole context at once."""
 
 import itertools
+import json
 from functools import partial
 
 import pytest
 import torch
 from helpers.contexts import gradients, long_batch, plain_gradients, segments, trainable
-from helpers.support import every_generation, peak_bytes, relative_error
+from helpers.support import every_generation, peak_bytes, relative_error, run_script
 from torch.utils._pytree import tree_leaves
 
 from finchtune.data.batch import Batch, padded
 from finchtune.data.chunks import cut
-from finchtune.training.chunked import chunked_loss, exact_backward, truncated_backward
+from finchtune.training.chunked import (
+    chunked_loss,
+    exact_backward,
+    own_calls,
+    truncated_backward,
+)
 
 KINDS = ("row", "rows", "packed")
 TRAINED = ("all", "bone", "state", "bone+state")
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
-
-
-def calls(model):
-    def read(batch, state):
-        return model.hidden(batch.tokens, state, batch.cu_seqlens)[1]
-
-    def lose(batch, state):
-        return model.loss(*batch, state=state)
-
-    return read, lose
 
 
 def scaled(factor=1.0):
@@ -50,7 +46,7 @@ def assert_same(found, expected, limit):
 def test_exact_is_the_gradient_of_the_whole_context(dtype, trained, kind, length, generation):
     model, batch = trainable(trained, dtype, generation=generation), long_batch(kind)
     loss, expected = plain_gradients(model, batch)
-    found = exact_backward(*calls(model), cut(batch, length), scaled())
+    found = exact_backward(*own_calls(model), cut(batch, length), scaled())
     assert relative_error(found, loss) < LIMITS[dtype]
     assert_same(gradients(model), expected, LIMITS[dtype])
 
@@ -61,7 +57,7 @@ def test_with_recomputation_a_factor_and_states_on_the_host(grad_checkpoint, gen
     model = trainable("all", torch.float64, grad_checkpoint, generation)
     batch = long_batch("rows")
     _, expected = plain_gradients(model, batch)
-    exact_backward(*calls(model), cut(batch, 13), scaled(1 / 3), offload=True)
+    exact_backward(*own_calls(model), cut(batch, 13), scaled(1 / 3), offload=True)
     assert_same({n: 3 * g for n, g in gradients(model).items()}, expected, 1e-10)
 
 
@@ -72,7 +68,7 @@ def test_dropout_falls_alike_whenever_a_chunk_is_read():
         if hasattr(module, "dropout"):
             module.dropout = 0.5
     seen = {}
-    read, lose = calls(model)
+    read, lose = own_calls(model)
 
     def reading(batch, state):
         after = read(batch, state)
@@ -94,7 +90,7 @@ def test_truncated_is_what_it_says(kind):
     """Plainly: the loss of every token, with the state detached wherever a chunk begins."""
     model, batch, length = trainable("bone+state", torch.float64), long_batch(kind), 13
     chunks = cut(batch, length)
-    found = truncated_backward(calls(model)[1], chunks, scaled())
+    found = truncated_backward(own_calls(model)[1], chunks, scaled())
     truncated = gradients(model)
     model.zero_grad(set_to_none=True)
     bounds = [0, *batch.tokens.shape] if batch.cu_seqlens is None else batch.cu_seqlens.tolist()
@@ -124,7 +120,7 @@ def test_truncated_is_what_it_says(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_loss_of_chunks(kind):
     model, batch = trainable("all", torch.float64), long_batch(kind)
-    found = chunked_loss(calls(model)[1], cut(batch, 13))
+    found = chunked_loss(own_calls(model)[1], cut(batch, 13))
     assert relative_error(found, model.loss(*batch)[0]) < 1e-10
 
 
@@ -133,7 +129,7 @@ def test_a_batch_without_labels_contributes_nothing():
     batch.labels.fill_(-100)
     chunks = cut(batch, 16)
     assert len(chunks) == 1
-    assert exact_backward(*calls(model), chunks, scaled()) == 0
+    assert exact_backward(*own_calls(model), chunks, scaled()) == 0
     assert not any(gradient.any() for gradient in gradients(model).values())
 
 
@@ -160,6 +156,20 @@ def test_longer_contexts_take_the_memory_of_the_states_between_chunks():
     peaks = []
     for n_chunks in (4, 32):
         batch = padded(segments((16 * n_chunks,)), 16 * n_chunks)
-        peaks.append(peak_bytes(partial(exact_backward, *calls(model), cut(batch, 16), scaled())))
+        peaks.append(
+            peak_bytes(partial(exact_backward, *own_calls(model), cut(batch, 16), scaled()))
+        )
     assert 0.5 * 28 * boundary < peaks[1] - peaks[0] < 1.5 * 28 * boundary
     assert peaks[0] > 10 * boundary
+
+
+@pytest.mark.slow
+def test_a_process_grows_by_the_states_between_chunks():
+    """Of its resident memory: 4 layers of 2 heads, 128 channels, from 2 chunks to 32."""
+    peaks = []
+    for length in (512, 8192):
+        words = f"one --layers 4 --channels 128 --length {length} --chunk 256 --repeats 1"
+        done = run_script("scripts/bench/long_context.py", *words.split())
+        peaks.append(json.loads(done.stdout)["peak_mib"])
+    states = 30 * 4 * (2 * 64 * 64 + 2 * 128) * 4 / 2**20
+    assert peaks[1] - peaks[0] < 2 * states

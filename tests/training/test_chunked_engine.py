@@ -1,13 +1,15 @@
-"""Steps over long contexts under DeepSpeed, in one process."""
+"""Long contexts in one process: steps under DeepSpeed, and what a run begins with."""
 
 import pytest
 import torch
 from helpers.contexts import long_batch, trainable
-from helpers.support import relative_error, whole_state
+from helpers.support import relative_error, small_model, whole_state
 
 from finchtune import distributed
+from finchtune.adapters import adapter_state
 from finchtune.config import TrainConfig
 from finchtune.training.engine import Engine
+from finchtune.training.setup import choose_trained, start_from_data
 
 CPU = torch.device("cpu")
 STRATEGIES = ("_1", "_2", "_3", "_2_offload", "_3_offload")
@@ -36,6 +38,23 @@ def steps(running, count=3, micro=("rows", "packed")):
 class OneBatch:
     def every_row(self, *_):
         return [long_batch("rows")]
+
+    def rows(self, *_):
+        return [long_batch("rows"), long_batch("packed")]
+
+
+def test_lora_ga_starts_from_the_gradient_of_whole_contexts():
+    """Read in chunks: the same start, but for the free signs of singular vectors."""
+    starts = []
+    for changes in ({}, {"train_type": "infctx", "chunk_ctx": 13}):
+        config = TrainConfig(peft="lora_ga", lora_r=2, lora_ga_batches=2, **changes)
+        model = small_model()
+        choose_trained(model, config, init=False)
+        start_from_data(model, config, OneBatch(), CPU)
+        starts.append(adapter_state(model))
+    for key, tensor in starts[0].items():
+        assert tensor.any()
+        torch.testing.assert_close(starts[1][key].abs(), tensor.abs(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

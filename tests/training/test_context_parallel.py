@@ -4,15 +4,25 @@ from functools import partial
 
 import pytest
 import torch
+from helpers import engine_process
 from helpers.context_process import CASES
 from helpers.contexts import long_batch, plain_gradients, trainable
 from helpers.support import REPOSITORY, every_generation, relative_error
 
+from finchtune import distributed
 from finchtune.distributed.launch import run_processes
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
-PROCESS = REPOSITORY / "tests/helpers/context_process.py"
 H, N, C = 8, 8, 64  # of the small model
+
+
+def run(tmp_path, monkeypatch, processes, program, *more):
+    """What the first of several processes that run a program of tests/helpers has found."""
+    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests'}")
+    path = tmp_path / "found.pth"
+    command = [str(REPOSITORY / "tests/helpers" / program), str(path), *map(str, more)]
+    assert run_processes(processes, command) == 0
+    return torch.load(path)
 
 
 @pytest.mark.parametrize(
@@ -21,10 +31,7 @@ H, N, C = 8, 8, 64  # of the small model
 )
 @every_generation
 def test_several_processes_compute_what_one_does(tmp_path, monkeypatch, processes, generation):
-    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests'}")
-    path = tmp_path / "found.pth"
-    assert run_processes(processes, [str(PROCESS), str(path), str(generation)]) == 0
-    found = torch.load(path)
+    found = run(tmp_path, monkeypatch, processes, "context_process.py", generation)
     for case, result in zip(CASES, found["results"], strict=True):
         kind, trained, dtype = case[:3]
         model_of = partial(trainable, trained, generation=generation)
@@ -40,3 +47,17 @@ def test_several_processes_compute_what_one_does(tmp_path, monkeypatch, processe
     transfer = H * N if generation == 6 else H * N * N
     per_layer = (H * N * N + transfer + 2 * C) + (H * N * N + 2 * C)
     assert found["bytes"] == [2 * 4 * per_layer] * 2, "whatever the number of tokens"
+
+
+@pytest.mark.slow
+def test_pairs_that_share_contexts_train_beside_each_other(tmp_path, monkeypatch):
+    """Two pairs of processes, each a micro batch, against one process that accumulates both."""
+    found = run(tmp_path, monkeypatch, 4, "engine_process.py")
+    distributed.init_process_group(engine_process.CPU)
+    for case, (steps, trained) in zip(engine_process.CASES, found, strict=True):
+        expected_steps, expected = engine_process.outcome(case, engine_process.KINDS)
+        for mine, plain in zip(steps, expected_steps, strict=True):
+            assert mine == pytest.approx(plain, rel=1e-4), case
+        for name, tensor in expected.items():
+            assert relative_error(trained[name], tensor) < 2e-3, (case, name)
+    distributed.shutdown()

@@ -80,6 +80,24 @@ def test_labels_that_are_lost_are_told(folder, capsys):
     assert "ctx_len      35 keeps all trained tokens of 95% of the documents, 35 of all" in text
 
 
+def test_chunks_take_their_own_memory_and_that_of_the_states_of_the_longest_document(
+    folder, capsys
+):
+    """2 layers of 4 x 16 x 16 + 2 x 64 fp32 numbers, between 640 chunks and twice beside."""
+    (folder / "long.jsonl").write_text('{"text": "abc"}\n{"text": "' + "abcd" * 10240 + '"}\n')
+    common = ["--load_model", folder / "base.pth", "--data_file", folder / "long.jsonl"]
+    common += "--data_type jsonl --peft bone --bone_r 8 --grad_cp 0".split()
+    activations = []
+    for words in ("--ctx_len 40960", "--ctx_len 16 --train_type infctx --chunk_ctx 64"):
+        text = planned(capsys, *common, *words.split())
+        row = next(line for line in text.splitlines() if "<- this run" in line)
+        activations.append(int(row.split()[6].replace(",", "")))
+        assert "at most 40,960 tokens" in text
+        assert "1 x 40960 tokens" in text
+    assert f"states between chunks, in MiB: {641 * 2 * 4 * (1024 + 128) / 2**20:.1f}" in text
+    assert activations[1] < activations[0] / 20
+
+
 def test_an_unknown_model_is_refused_with_the_known_names():
     with pytest.raises(UserError, match=r"`plan` also takes 1\.6B, 3B, 7B, 14B"):
         planned_sizes("5B")

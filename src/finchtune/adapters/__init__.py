@@ -2,7 +2,11 @@
 
 from finchtune.adapters.attaching import adapted_layers, attach, find_targets, merge
 from finchtune.adapters.base import Adapter
-from finchtune.adapters.gradients import start_from_gradients, weight_gradients
+from finchtune.adapters.gradients import (
+    collected_gradients,
+    start_from_gradients,
+    weight_gradients,
+)
 from finchtune.adapters.linear import AdaptedLinear
 from finchtune.adapters.quantise import QuantisedWeight
 from finchtune.adapters.registry import METHODS, get_method, hyperparameters_of
@@ -23,6 +27,7 @@ __all__ = [
     "adapter_state",
     "adapter_tensor",
     "attach",
+    "collected_gradients",
     "file_key",
     "find_targets",
     "get_method",

@@ -1,6 +1,7 @@
 """The gradients of the weights to adapt, for methods that start from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +10,16 @@ from finchtune.adapters.attaching import adapted_layers, find_targets, initialis
 from finchtune.adapters.linear import AdaptedLinear
 
 
-def weight_gradients(
-    model: nn.Module, loss: Callable[[], Tensor], targets: str | None = None, repeats: int = 1
-) -> dict[str, Tensor]:
-    """d loss / d weight (out, in) of every target layer, by layer name: float32, on the CPU.
+@contextmanager
+def collected_gradients(
+    model: nn.Module, targets: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Within, each backward adds d loss / d weight (out, in) of every target layer to a dict.
 
-    `loss` runs the model on a batch and returns a scalar; it is called `repeats` times and the
-    gradients are summed. Each gradient is moved away as soon as backward has it, so that only
-    one layer's is held on the device. A model that has adapters gives its adapted layers'
-    gradients. Gradients of other parameters are not computed; every `requires_grad` and `.grad`
-    is left as it was. Raises UserError if `targets` match nothing.
+    It holds them by layer name: float32, on the CPU. Each is moved there as soon as backward has
+    it, so that only one layer's is held on the device. A model that has adapters gives its adapted
+    layers' gradients. Gradients of other parameters are not computed; every `requires_grad` and
+    `.grad` is in the end as it was. Raises UserError if `targets` match nothing.
     """
     adapted = {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
     layers = adapted or find_targets(model, targets)[0]
@@ -40,19 +41,25 @@ def weight_gradients(
         weight.grad = None
         handles.append(weight.register_post_accumulate_grad_hook(take))
     try:
-        for _ in range(repeats):
-            loss().backward()
+        yield gradients
     finally:
         for handle in handles:
             handle.remove()
         for parameter, requires_grad, grad in before:
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
+
+
+def weight_gradients(
+    model: nn.Module, loss: Callable[[], Tensor], targets: str | None = None
+) -> dict[str, Tensor]:
+    """`collected_gradients` of one batch: `loss` runs the model on it and returns a scalar."""
+    with collected_gradients(model, targets) as gradients:
+        loss().backward()
     return gradients
 
 
-def start_from_gradients(model: nn.Module, loss: Callable[[], Tensor], repeats: int = 1) -> None:
-    """Let adapters that were attached with `init=False` start from `weight_gradients`."""
-    gradients = weight_gradients(model, loss, repeats=repeats)
+def start_from_gradients(model: nn.Module, gradients: dict[str, Tensor]) -> None:
+    """Let adapters that were attached with `init=False` start from gradients, freeing each."""
     for name, layer in adapted_layers(model).items():
         initialise(layer.adapter, name, layer, {name: gradients.pop(name)})

@@ -19,6 +19,7 @@ from finchtune.errors import UserError
 class Data:
     """The rows of a data set. Row i of a run depends on (seed, i) alone.
 
+    `ctx_len` is the most tokens in a row, above the flag's where documents are used whole;
     `n_rows` is their number in one epoch, `n_tokens` that of all tokens, `skipped` that of the
     bad records left out, `unknown` counts characters without a token; `template` is the one that
     the model is to be asked with, if any; `validation` is the part held out, None where none is.

@@ -17,19 +17,21 @@ MARGIN = 0.9  # of the free memory that a plan may fill: allocators leave gaps
 
 
 def resolve_batch_size(
-    config: TrainConfig, model: LanguageModel, device: torch.device
+    config: TrainConfig, model: LanguageModel, device: torch.device, longest: int
 ) -> TrainConfig:
     """The configuration with micro_bsz and accumulate_grad_batches that make up --global_bsz.
 
     `--micro_bsz auto` takes the most rows that fit into the free memory by the estimate and, on a
-    GPU, by a trial, and divide what a process has to do. Raises UserError where nothing fits or
-    nothing divides. A collective call; the same on all ranks.
+    GPU, by a trial, and divide what a process has to do. `longest`: the most tokens in a row.
+    Raises UserError where nothing fits or nothing divides. A collective call; the same on all
+    ranks.
     """
     rows = rows_per_process(config, config.readers(distributed.world_size()))
     if config.micro_bsz:
         return split(config, rows, config.micro_bsz) if config.global_bsz else config
     free = distributed.all_min(MARGIN * free_memory(config, device), device)
-    choices = [split(config, rows, n) for n in divisors(rows, config.dataload)]
+    measured = dataclasses.replace(config, ctx_len=longest)
+    choices = [split(measured, rows, n) for n in divisors(rows, config.dataload)]
     # A larger micro batch never takes less, so halving the choices finds the largest that fits.
     first = bisect_left(choices, True, key=lambda one: need_of(one, model, device) <= free)
     for chosen in choices[first:]:
@@ -38,7 +40,7 @@ def resolve_batch_size(
             distributed.print_rank_zero(
                 f"micro batch: {chosen.micro_bsz} x {chosen.accumulate_grad_batches} accumulated"
             )
-            return chosen
+            return split(config, rows, chosen.micro_bsz)
     least = need_of(choices[-1], model, device)
     raise UserError(
         f"not even one row fits: it takes {least / 2**20:,.0f} MiB beside the weights, and of the "

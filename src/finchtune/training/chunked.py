@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from finchtune.data import Batch
 from finchtune.data.chunks import Chunk
-from finchtune.models import State
+from finchtune.models import LanguageModel, State
 
 Read = Callable[[Batch, State | None], State]
 """(a chunk's batch, the state before it) -> the state after it."""
@@ -27,6 +27,18 @@ Backward = Callable[[Tensor, Tensor], Any]
 
 It may multiply all gradients by one factor, such as fp16's loss scale.
 """
+
+
+def own_calls(model: LanguageModel) -> tuple[Read, Lose]:
+    """The two calls of a model itself, without DeepSpeed."""
+
+    def read(batch: Batch, state: State | None) -> State:
+        return model.hidden(batch.tokens, state, batch.cu_seqlens)[1]
+
+    def lose(batch: Batch, state: State | None) -> tuple[Tensor, State]:
+        return model.loss(*batch, state=state)
+
+    return read, lose
 
 
 def carried_into(chunk: Chunk, state: State | None) -> State | None:
@@ -52,15 +64,27 @@ def boundary_states(
 ) -> list[State | None]:
     """The state before each chunk, on the host if `offload`; chunk i drops what seed + i says."""
     before: list[State | None] = [None]
+    ends = list(itertools.accumulate(len(chunk.carried) for chunk in chunks))
+    wholes: list[Tensor] = []
     state: State | None = None
     for index, (chunk, after) in enumerate(itertools.pairwise(chunks)):
         torch.manual_seed(seed + index)
         state = carried_into(after, read(chunk.batch, state))
-        # A copy, made now that the chunk's activations are freed, lies in their place: left where
-        # it was made among them, each state would keep a CPU's heap from being used again.
-        state = tree_map(torch.clone, state)
-        before.append(tree_map(Tensor.cpu, state) if offload else state)
+        wholes = wholes or [room_for(leaf, ends[-1], offload) for leaf in tree_leaves(state)]
+        places = iter([whole[ends[index] : ends[index + 1]] for whole in wholes])
+        before.append(tree_map(lambda leaf, places=places: next(places).copy_(leaf), state))
+        state = state if offload else before[-1]
     return before
+
+
+def room_for(leaf: Tensor, n_sequences: int, offload: bool) -> Tensor:
+    """Memory for one tensor of all states between chunks, of so many sequences in all.
+
+    One allocation: small ones, left where they were made among a chunk's activations, would keep
+    the memory of these from being used again.
+    """
+    shape = (n_sequences, *leaf.shape[1:])
+    return torch.empty(shape, dtype=leaf.dtype, device="cpu" if offload else leaf.device)
 
 
 def exact_backward(
@@ -76,17 +100,33 @@ def exact_backward(
     d_after: list[Tensor] = []
     total = torch.zeros(())
     for index in reversed(range(len(chunks))):
-        batch = chunks[index].batch
-        given, structure = tree_flatten(before.pop() or [])
-        leaves = [leaf.to(batch.tokens.device).requires_grad_() for leaf in given]
-        state = tree_unflatten(leaves, structure) or None
         torch.manual_seed(seed + index)
-        loss, after = lose(batch, state)
-        unit = torch.zeros_like(loss, requires_grad=True)
-        backward(loss, unit + pull(after, chunks[index + 1 :], d_after))
-        d_after = [precise(gradient_of(leaf)) / gradient_of(unit) for leaf in leaves]
-        total = total.to(loss.device) + loss.detach()
+        loss, d_after = chunk_backward(lose, chunks[index:], before.pop(), d_after, backward)
+        total = total.to(loss.device) + loss
     return total
+
+
+def chunk_backward(
+    lose: Lose, chunks: list[Chunk], state: State | None, d_after: list[Tensor], backward: Backward
+) -> tuple[Tensor, list[Tensor]]:
+    """The backward of the first of `chunks`, from the gradient of the state after it, if any.
+
+    Returns its summed loss, detached, and the gradient of the state before it, by its leaves. It
+    is put where that state was, for the same reason as in `room_for`.
+    """
+    batch = chunks[0].batch
+    given, structure = tree_flatten(state or [])
+    leaves = [leaf.detach().to(batch.tokens.device).requires_grad_() for leaf in given]
+    loss, after = lose(batch, tree_unflatten(leaves, structure) or None)
+    unit = torch.zeros_like(loss, requires_grad=True)
+    backward(loss, unit + pull(after, chunks[1:], d_after))
+    scale = gradient_of(unit)
+    return loss.detach(), [replaced(x, precise(gradient_of(x)) / scale) for x in leaves]
+
+
+def replaced(leaf: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in a leaf's memory, unless it is wider."""
+    return leaf.detach().copy_(gradient) if leaf.dtype == gradient.dtype else gradient
 
 
 def pull(after: State, following: list[Chunk], d_after: list[Tensor]) -> Tensor | float:

@@ -54,12 +54,12 @@ def run(config: TrainConfig, device: torch.device) -> int:
     set_matrix_precision(config)
     torch.manual_seed(config.random_seed)
     model = build_model(config, dtype, device)
-    config = resolve_batch_size(config, model, device)
     state, manifest = restore_tensors(model, checkpoint) if checkpoint else ({}, {})
     distributed.print_rank_zero(f"model: {describe_parameters(model)} ({config.peft})")
 
     # The data, and how many steps it makes.
     data = open_data(config, model.config.vocab_size)
+    config = resolve_batch_size(config, model, device, data.ctx_len)
     if not checkpoint:
         start_from_data(model, config, data, device)
     engine = Engine(model, config, device)

@@ -62,12 +62,17 @@ def print_plan(config: TrainConfig) -> None:
     plan = model_plan(config, sizes, dtype)
     if config.peft_load:
         start_from_file(plan.model, config)
-    for lines in (
-        model_lines(config, plan.model),
-        data_lines(config, plan.model),
-        memory_lines(config, plan, device),
-    ):
-        print("\n".join(lines) + "\n", flush=True)
+    show(model_lines(config, plan.model))
+    data = open_data(config, sizes.vocab_size) if config.data_file else None
+    if data:
+        config = dataclasses.replace(config, ctx_len=data.ctx_len)
+    show(data_lines(config, plan.model, data))
+    show(memory_lines(config, plan, device))
+
+
+def show(lines: Iterator[str]) -> None:
+    """Print lines, and an empty one."""
+    print("\n".join(lines) + "\n", flush=True)
 
 
 def planned_batch(config: TrainConfig) -> TrainConfig:
@@ -118,14 +123,13 @@ def file_bytes(config: TrainConfig, model: LanguageModel) -> tuple[int, int]:
     return width * trained + frozen, 12 * trained + frozen
 
 
-def data_lines(config: TrainConfig, model: LanguageModel) -> Iterator[str]:
+def data_lines(config: TrainConfig, model: LanguageModel, data: Data | None) -> Iterator[str]:
     """Steps and tokens, documents that are never visited, padding, and the disk that it all takes.
 
-    Without --data_file only what the flags say.
+    Without data only what the flags say.
     """
     world = config.readers(config.devices * config.num_nodes)
     rows = config.micro_bsz * config.accumulate_grad_batches * world
-    data = open_data(config, model.config.vocab_size) if config.data_file else None
     schedule = Schedule(config, rows, data.n_rows if data else 0)
     total = schedule.total
     yield (

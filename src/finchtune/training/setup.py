@@ -6,15 +6,22 @@ import torch
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.adapters import adapted_layers, attach, start_from_gradients
+from finchtune.adapters import (
+    adapted_layers,
+    attach,
+    collected_gradients,
+    start_from_gradients,
+)
 from finchtune.config import STATE_LR, TrainConfig
 from finchtune.data import Data, load_data, templates
+from finchtune.data.chunks import cut
 from finchtune.data.load import require_sources
 from finchtune.errors import UserError
 from finchtune.memory.estimate import ModelPlan
 from finchtune.models import LanguageModel, ModelSizes, generation_of_sizes, meta_model
 from finchtune.ops.cross_entropy import IGNORE
 from finchtune.tokenizer import load_tokenizer
+from finchtune.training.chunked import exact_backward, own_calls
 from finchtune.training.warm_start import start_from_file
 from finchtune.weights.base import load_model
 
@@ -106,8 +113,9 @@ def start_from_data(
     """Start a method that begins at the gradient of the run's first rows (lora_ga).
 
     Rank 0 computes it, whatever the number of processes; the others take its tensors as DeepSpeed
-    starts. Needs the gradients of all adapted weights in rank 0's memory, in float32. A collective
-    call, before DeepSpeed divides the model; does nothing for other methods.
+    starts. Needs the gradients of all adapted weights in rank 0's memory, in float32; long
+    contexts are read in chunks as in a step. A collective call, before DeepSpeed divides the model;
+    does nothing for other methods.
     """
     if config.peft != "lora_ga" or config.peft_load:
         return
@@ -115,12 +123,16 @@ def start_from_data(
     def compute() -> None:
         batches = data.rows(0, 0, 1, config.micro_bsz, config.lora_ga_batches)
         valid = sum(int((batch.labels != IGNORE).sum()) for batch in batches)
-        rest = iter(batches)
+        length = config.chunk_ctx if config.chunked else max(b.tokens.shape[1] for b in batches)
 
-        def loss() -> Tensor:
-            return model.loss(*next(rest).to(device))[0] / max(1, valid)
+        def backward(loss: Tensor, added: Tensor) -> None:
+            (loss / max(1, valid) + added).backward()
 
-        start_from_gradients(model, loss, config.lora_ga_batches)
+        with collected_gradients(model) as gradients:
+            for batch in batches:
+                chunks = cut(batch.to(device), length)
+                exact_backward(*own_calls(model), chunks, backward, config.infctx_offload)
+        start_from_gradients(model, gradients)
 
     distributed.run_on_rank_zero(compute)
 

@@ -8,7 +8,7 @@ from finchtune.adapters.state import is_adapter_tensor
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
 from finchtune.methods import method_files
-from finchtune.models import LanguageModel
+from finchtune.models import INITIAL_STATE, LanguageModel
 from finchtune.weights.adapter_files import (
     adapter_keys,
     adapter_record,
@@ -39,6 +39,12 @@ def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
         found["method"] = config.peft  # the tensors would be the same
     if config.adapter != "none":
         check_method(config, found)
+    elif found:
+        method = found["method"]
+        raise UserError(
+            f"--peft_load {path} holds an adapter of {method}; give --peft {method}, and "
+            "--train_type state to train states beside it"
+        )
     check_parts(model, set(tensors), path)
     load_adapter(model, path, initial)
 
@@ -67,12 +73,22 @@ def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
 
 
 def check_parts(model: LanguageModel, found: set[str], path: str) -> None:
-    """Raise UserError unless --train_parts trains the tensors that the file holds beside adapters.
+    """Raise UserError unless the flags train the tensors that the file holds beside adapters.
 
     Adapter tensors are left to `load_adapter`.
     """
     base = {name for name in model.state_dict() if not is_adapter_tensor(name)}
     wanted = set(adapter_keys(model).values()) & base
+    states = {name for name in found if name.endswith(INITIAL_STATE)}
+    if states and not model.initial_states():
+        raise UserError(
+            f"--peft_load {path} also holds {len(states)} trained states; give --train_type state "
+            "to go on training them"
+        )
+    if model.initial_states() and not states:
+        raise UserError(
+            f"--peft_load {path} holds no trained states; drop --train_type state or --peft state"
+        )
     extra = sorted((found & base) - wanted)
     if extra:
         parts = [part for part in PARTS if any(part in name for name in extra)]
