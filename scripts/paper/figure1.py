@@ -1,10 +1,11 @@
-"""Norms of the first gradient under each method, over ranks (DiSHA, figure 1 and section 9.1).
+"""Figure 1: norms of the first gradient under each method, over ranks (section 9.1 as well).
 
 The L2 norm of the gradient of the mean loss per token, over all that a method trains, before any
 step. "full" trains every parameter of the model; frozen_ft adds a zero matrix to each frozen weight
 of the adapted linears; biglora is LoRA at one large rank (--biglora_r; above the width of a layer
 its product cannot gain rank any more, only parameters). Each seed takes a batch and a random start
-of its own; shown are the mean over the seeds and, in the JSON, every norm.
+of its own; shown are the mean over the seeds and, in the JSON, every norm. --smoke takes two ranks,
+one seed and short rows.
 """
 
 import argparse
@@ -17,17 +18,16 @@ import torch
 from finchtune import attach, load_model
 from finchtune.data import Batch, load_data
 from finchtune.errors import UserError, run_cli
-from finchtune.files import write_json
+from finchtune.files import write_json, write_text
 from finchtune.tokenizer import load_tokenizer
 
 RANKED = ("bone", "bat", "lora", "pissa")
 FIXED = ("full", "frozen_ft", "biglora")
+SMOKE = {"ranks": [2, 8], "biglora_r": 64, "seeds": [0], "micro_bsz": 2, "ctx_len": 64}
 
 
 def main() -> None:
     given = parse()
-    if given.threads:
-        torch.set_num_threads(given.threads)
     cases = [(method, r) for method in RANKED for r in given.ranks]
     cases += [(method, given.biglora_r if method == "biglora" else None) for method in FIXED]
     batches = {seed: first_batch(given, seed) for seed in given.seeds}
@@ -40,27 +40,32 @@ def main() -> None:
         print(
             f"{method:10} r {r or '-':>5}  {row['trained']:>12,} trained  {rows[-1]['mean']:9.3f}"
         )
-    print("\n" + table(rows, given.ranks))
-    out = Path(given.out)
-    write_json(out / "gradnorms.json", {"arguments": vars(given), "rows": rows})
-    draw(rows, out / "gradnorms.png")
+    text = table(rows, given.ranks)
+    print(f"\n{text}")
+    out = Path(given.output)
+    write_text(out / "figure1.md", f"## Figure 1, norms of the first gradient\n\n{text}\n")
+    write_json(out / "figure1.json", {"arguments": vars(given), "rows": rows})
+    draw(rows, out / "figure1.png")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", required=True, help="base weights, an RWKV-6 .pth")
+    parser.add_argument("--model", required=True, help="base weights")
     parser.add_argument("--data_file", required=True, help=".jsonl with the text")
     parser.add_argument("--sft_field", nargs="+", default=["question", "answer"])
-    parser.add_argument("--out", required=True, help="folder for gradnorms.json and gradnorms.png")
+    parser.add_argument("--output", required=True, help="folder of figure1.md, .json and .png")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4, 8, 16, 32, 64])
     parser.add_argument("--biglora_r", type=int, default=1024)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--micro_bsz", type=int, default=8, help="rows of the batch")
     parser.add_argument("--ctx_len", type=int, default=256)
-    parser.add_argument("--threads", type=int, help="default: torch's own choice")
+    parser.add_argument("--smoke", action="store_true", help="the least that shows that it runs")
     given = parser.parse_args()
+    if given.smoke:
+        parser.set_defaults(**SMOKE)
+        given = parser.parse_args()
     if min(given.ranks) < 1:
         raise UserError("--ranks must be at least 1")
     return given
