@@ -200,8 +200,10 @@ def trained(run: Path) -> dict[str, Any]:
     losses = [row["loss"] for row in rows]
     last = losses[-max(LAST, int(len(losses) * LAST_SHARE)) :]
     warm = rows[WARM:] or rows
+    tensors = read_adapter(run / "rwkv-0.pth")
     return {
-        "trained": sum(tensor.numel() for tensor in read_adapter(run / "rwkv-0.pth").values()),
+        # Beside what is trained a file may hold the matrices that PiSSA and OLoRA begin from.
+        "trained": sum(t.numel() for name, t in tensors.items() if ".init_lora" not in name),
         "steps": len(rows),
         "choice": statistics.fmean(last),
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in warm),
