@@ -1,5 +1,7 @@
 """A user's mistake, told in one line."""
 
+import errno
+import io
 import os
 import re
 import sys
@@ -104,21 +106,59 @@ def print_error(error: UserError) -> None:
     print(lines, end="", file=sys.stderr, flush=True)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed, on a GPU or on the host; torch has exceptions of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def from_system(error: Exception) -> UserError | None:
+    """What the system's refusal means to the user; None for an exception of another kind."""
+    if is_out_of_memory(error):
+        return OutOfMemory(f"out of memory: {error or 'the machine has none left'}")
+    if isinstance(error, OSError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return UserError(f"{where}{error.strerror or error}")
+    return None
+
+
 def run_cli(
     main: Callable[[], int | None], report: Callable[[UserError], None] = print_error
 ) -> NoReturn:
     """Run a command's `main`; a UserError becomes one line on stderr and its exit status.
 
-    Anything else is a fault of finchtune itself and keeps its traceback.
+    So does what the system refuses: a file, memory, a full disk. Anything else is a fault of
+    finchtune itself and keeps its traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # whatever characters the terminal lacks
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drop_output()
         sys.exit(0)
     except UserError as error:
         report(error)
         sys.exit(error.status)
+    except Exception as error:
+        told = from_system(error)
+        if told is None:
+            raise
+        drop_output()
+        report(told)
+        sys.exit(told.status)
     sys.exit(status or 0)
+
+
+def drop_output() -> None:
+    """Send what standard output still holds nowhere: it cannot be written."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

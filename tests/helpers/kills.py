@@ -9,16 +9,17 @@ from pathlib import Path
 CHANGES = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 
 
-def kill_everywhere(work: Callable[[], object], folder: Path) -> Iterator[int]:
+def kill_everywhere(work: Callable[[], object], folder: Path, every: int = 1) -> Iterator[int]:
     """Do `work` in a child that is killed before its first, second, ... change under `folder`.
 
     Yields the number of the change after each kill, for the caller to look and to put everything
-    back as it was. Ends when the work was done undisturbed.
+    back as it was. Ends when the work was done undisturbed. `every`: from one kill to the next so
+    many changes are passed over.
     """
     number = 1
     while _killed(work, folder, number):
         yield number
-        number += 1
+        number += every
 
 
 def _killed(work: Callable[[], object], folder: Path, number: int) -> bool:
@@ -45,7 +46,7 @@ def _kill_at(number: int, folder: str) -> None:
 
     def look(event: str, arguments: tuple) -> None:
         nonlocal seen
-        if event not in CHANGES or not str(arguments[0]).startswith(folder):
+        if event not in CHANGES or not os.path.abspath(str(arguments[0])).startswith(folder):
             return
         seen += 1
         if seen == number:

@@ -96,7 +96,7 @@ def test_damaged_and_unfinished_runs_are_shown_as_far_as_they_can_be_read(tmp_pa
     text = write_report([damaged, empty], tmp_path / "report.html").read_text()
     assert "3 of 65 lines" in text
     assert "metrics.jsonl cannot be read" in text
-    assert "config.yaml cannot be read" in text
+    assert "config.yaml: cannot be read as YAML" in text
     write_report([empty], tmp_path / "report.html")
     assert "nothing recorded" in (tmp_path / "report.html").read_text()
 

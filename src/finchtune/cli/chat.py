@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 
+from finchtune.cli.options import Parser
 from finchtune.cli.writing import (
     add_adapter_flag,
     add_model_flags,
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description=__doc__, epilog=COMMANDS, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_model_flags(parser)

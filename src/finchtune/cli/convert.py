@@ -10,7 +10,7 @@ its JSON. The numbers are copied, not computed: there and back gives the same bi
 import argparse
 from pathlib import Path
 
-from finchtune.cli.options import check_output
+from finchtune.cli.options import Parser, check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import UserError, printable
 from finchtune.weights.adapter_files import FORMAT, adapter_record, read_adapter, save_adapter
@@ -35,9 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", required=True, help="an adapter's .pth, or peft's folder")
     parser.add_argument("--output", required=True, help="the folder, or the .pth, to write")
     parser.add_argument("--base_model", help="with a folder: the .pth that the adapter stands on")

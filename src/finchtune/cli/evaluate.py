@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from finchtune.cli.options import Parser
 from finchtune.cli.stated import stated_of
 from finchtune.cli.writing import (
     add_adapter_flag,
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--task", required=True, choices=TASKS)
     parser.add_argument("--data", required=True, help="the questions, a .jsonl, .jsonl.gz, ...")
     parser.add_argument(

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from finchtune.cli.options import OTHER_BASE, check_output
+from finchtune.cli.options import OTHER_BASE, Parser, check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.data import templates
 from finchtune.errors import UserError, printable
@@ -46,9 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = sorted({dtype for form in FORMS.values() for dtype in form.dtypes})
     parser.add_argument("--model", required=True, help="weights in any form that is known")
     parser.add_argument("--peft_checkpoint", help="an adapter that was trained on them")

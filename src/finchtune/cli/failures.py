@@ -1,6 +1,5 @@
 """What ends a run, in the user's words: no memory left, a process lost."""
 
-import errno
 import sys
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ import torch
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
-from finchtune.errors import LOST_RANK, LostRank, OutOfMemory, UserError
+from finchtune.errors import LOST_RANK, LostRank, OutOfMemory, UserError, is_out_of_memory
 from finchtune.memory.estimate import estimate
 from finchtune.training.metrics import peak_memory_mb
 from finchtune.training.plan import planned_sizes
@@ -41,15 +40,6 @@ def explain(error: Exception, config: TrainConfig) -> UserError | None:
     if is_lost_connection(error) and distributed.world_size() > 1:
         return LostRank(lost_rank_message(error))
     return None
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed, on a GPU or on the host."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def out_of_memory_message(config: TrainConfig, error: Exception) -> str:

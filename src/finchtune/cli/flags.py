@@ -8,11 +8,13 @@ on top of it stop at the first.
 import argparse
 import dataclasses
 import difflib
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from finchtune.cli.options import Parser
 from finchtune.cli.spellings import rwkv_peft
 from finchtune.cli.spellings.compat import COMPAT, as_rwkv_peft, differences
 from finchtune.cli.spellings.json_flags import JSON_FLAGS, PEFT_CONFIG, spread_json
@@ -30,11 +32,13 @@ from finchtune.errors import (
     UserError,
     with_flags,
 )
+from finchtune.files import read_yaml
 from finchtune.methods import flag_methods
 
 FIELDS = {field.name: field for field in dataclasses.fields(TrainConfig)}
 METAVARS = {int: "N", float: "X", bool: "0|1"}
 HELP_WIDTH = 80
+RECORD = "extra/finchtune.json"  # as in weights/pth.py, which needs torch
 USAGE = "%(prog)s --load_model FILE --data_file FILE [--FLAG VALUE ...]"
 EXIT_STATUSES = (
     f"Exit status: 0 done; {USER_ERROR} a mistake in flags, files or data, or a full disk; "
@@ -42,11 +46,6 @@ EXIT_STATUSES = (
     f"another process died or hangs; {INTERRUPTED} stopped by SIGTERM or SIGINT after saving a "
     "checkpoint (resume with --resume auto); 1 a fault of finchtune itself."
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -174,12 +173,10 @@ def read_config_file(path: str | None, mistakes: Mistakes) -> dict[str, Any]:
     """The values in a YAML file of flags by name; {} without a file. Raises UserError."""
     if path is None:
         return {}
-    import yaml  # slow to import
-
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path}: cannot be read as YAML: {error}") from error
+        content = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"--config {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {path}: expected lines such as `ctx_len: 512`")
     values = {}
@@ -197,7 +194,7 @@ def read_config_file(path: str | None, mistakes: Mistakes) -> dict[str, Any]:
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags, in groups; values stay words."""
-    parser = _Parser(
+    parser = Parser(
         usage=USAGE,
         description="Fine-tune an RWKV model, or train it from scratch.",
         epilog=EXIT_STATUSES,
@@ -253,11 +250,22 @@ def unused_flags(config: TrainConfig, values: dict[str, Any]) -> Iterator[str]:
 
 
 def guessed_alpha(config: TrainConfig, values: dict[str, Any]) -> Iterator[str]:
-    """LoRA's alpha stands in no tensor: to start from a file without a record it must be given."""
-    if config.peft != "lora" or not config.peft_load or "lora_alpha" in values:
+    """Alpha stands in no tensor: to start from a file without a record it must be given."""
+    methods = flag_methods()["lora_alpha"]
+    if config.peft not in methods or not config.peft_load or "lora_alpha" in values:
         return
-    if not Path(config.peft_load).with_suffix(".json").exists():
+    path = Path(config.peft_load)
+    if path.suffix == ".pth" and not path.with_suffix(".json").exists() and not has_record(path):
         yield (
-            f"--peft_load {config.peft_load} has no JSON beside it that tells LoRA's alpha; "
-            "give --lora_alpha as it was in its training"
+            f"--peft_load {config.peft_load} has no record in it, nor a JSON beside it, that tells "
+            "alpha; give --lora_alpha as it was in its training"
         )
+
+
+def has_record(path: Path) -> bool:
+    """Whether a .pth says itself what it is; seen without torch. True for what is no such file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == RECORD for name in archive.namelist())
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
+        return not path.exists()

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finchtune.cli.options import Parser
 from finchtune.cli.writing import (
     add_adapter_flag,
     add_model_flags,
@@ -46,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     add_model_flags(parser)
     add_adapter_flag(parser)
     asked = parser.add_mutually_exclusive_group(required=True)

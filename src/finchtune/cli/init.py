@@ -1,17 +1,15 @@
 """Write a new, untrained weight file."""
 
-import argparse
-
 import torch
 
-from finchtune.cli.options import check_output
+from finchtune.cli.options import Parser, check_output
 from finchtune.errors import printable
 from finchtune.models import generations
 from finchtune.weights.tensors import write_tensors
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--n_layer", type=int, required=True)
     parser.add_argument("--n_embd", type=int, required=True)
     parser.add_argument("--vocab_size", type=int, required=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from finchtune.cli.options import Parser
 from finchtune.data import inspect, templates
 from finchtune.data.binidx import BinIdx, exists, strip_extension
 from finchtune.data.documents import MASK_SUFFIX, read_binidx
@@ -22,9 +23,7 @@ MOST_USED = 10
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data_file", required=True, help="prefix of the pair, with or without an extension")
     add("--tokenizer", help="world, bytes, or a tokenizer.json; default that of the data, or world")

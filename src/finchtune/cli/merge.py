@@ -1,11 +1,10 @@
 """Merge an adapter into its base model's weights."""
 
-import argparse
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from finchtune.cli.options import OTHER_BASE, check_output
+from finchtune.cli.options import OTHER_BASE, Parser, check_output
 from finchtune.cli.spellings.merge_lines import our_arguments
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import printable
@@ -19,7 +18,7 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
     """`methods` restricts which methods' adapters are merged."""
     arguments = arguments or []
     theirs = bool(methods) or "--type" in arguments
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--base_model", required=True, help="the .pth that was fine-tuned")
     parser.add_argument(
         *("--peft_checkpoint", "--lora_checkpoint", "--state_checkpoint"),

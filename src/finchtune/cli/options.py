@@ -1,12 +1,21 @@
-"""What several commands check of their flags."""
+"""What several commands have in common: how flags are refused, and what is checked of them."""
 
+import argparse
 import os
 from pathlib import Path
+from typing import NoReturn
 
 from finchtune.errors import UserError
 from finchtune.files import check_target
 
 OTHER_BASE = "1 lets --peft_checkpoint be used on another base than its own, such as a merged one"
+
+
+class Parser(argparse.ArgumentParser):
+    """Whatever is wrong with a command line is a UserError, in one line fit for a terminal."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def check_output(output: str, *inputs: str | None, suffixes: tuple[str, ...] = (".pth",)) -> None:

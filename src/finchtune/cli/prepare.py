@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from finchtune.cli.options import Parser
 from finchtune.data import templates
 from finchtune.data.binidx import exists, strip_extension, token_dtype
 from finchtune.data.inputs import find_inputs
@@ -36,9 +37,7 @@ JSON2BINIDX_TOKENIZERS = ("RWKVTokenizer", "HFTokenizer")
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", nargs="+", required=True, help="files, globs or folders: .jsonl, .json, .csv, "
         ".tsv, .txt (also .gz or .zst), .parquet")  # fmt: skip

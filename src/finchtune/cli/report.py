@@ -9,15 +9,13 @@ RUN is a --proj_dir of train.py. Unfinished and damaged runs are shown as far as
 import argparse
 from pathlib import Path
 
-from finchtune.cli.options import check_output
+from finchtune.cli.options import Parser, check_output
 from finchtune.errors import UserError, printable
 from finchtune.report import write_report
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
     parser.add_argument("--output", default="report.html", help="file to write [report.html]")
     given = parser.parse_args(arguments)

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+from finchtune.cli.options import Parser
 from finchtune.cli.writing import add_model_flags, check_positive, open_model, template_of
 from finchtune.errors import UserError
 
@@ -44,9 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_model_flags(parser)
     parser.add_argument(
         "--peft_checkpoint",

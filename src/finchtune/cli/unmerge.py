@@ -1,15 +1,13 @@
 """Take an adapter off merged weights again: the base comes back, up to rounding."""
 
-import argparse
-
-from finchtune.cli.options import check_output
+from finchtune.cli.options import Parser, check_output
 from finchtune.cli.stated import add_stated_flags, stated_of
 from finchtune.errors import printable
 from finchtune.weights.unmerging import unmerge_files
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--merged_model", required=True, help="the merged .pth")
     parser.add_argument("--peft_checkpoint", required=True, help="the adapter's .pth")
     parser.add_argument("--output", required=True, help="the base .pth to write")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finchtune.errors import DataError, UserError
+from finchtune.files import read_yaml
 
 Piece = tuple[str, bool]
 """Text, and whether it is trained on."""
@@ -214,14 +215,12 @@ def from_record(record: Any, where: str = "template") -> Template:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{path}: larger than a template of {MAX_FILE_BYTES:,} bytes can be")
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise DataError(f"larger than a template of {MAX_FILE_BYTES:,} bytes can be")
+        content = read_yaml(path)
+    except (OSError, UserError) as error:
+        reason = " ".join(str(error).removeprefix(f"{path}: ").split())
         raise DataError(f"{path}: not a readable template: {reason}") from None
     if not isinstance(content, dict) or "user" not in content:
         raise DataError(f"{path}: a template needs at least the field 'user' with {{question}}")

@@ -1,6 +1,7 @@
 """Which process of the run this is. The only reader of RANK and WORLD_SIZE; needs no torch."""
 
 import os
+import re
 from pathlib import Path
 
 from finchtune.errors import UserError, printable
@@ -8,17 +9,29 @@ from finchtune.errors import UserError, printable
 
 def rank() -> int:
     """Global rank of this process; 0 when started without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return number("RANK", 0)
 
 
 def local_rank() -> int:
     """Rank of this process on its own machine."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return number("LOCAL_RANK", 0)
 
 
 def world_size() -> int:
     """Number of processes of the run; 1 when started without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return number("WORLD_SIZE", 1)
+
+
+def number(name: str, default: int | None = None) -> int:
+    """What a launcher says in a variable of the environment; UserError unless it is a number."""
+    value = os.environ.get(name, default)
+    if value is None or not re.fullmatch(r"[0-9]{1,9}", str(value)):
+        found = "is missing" if value is None else f"is {value!r:.40}, not a whole number"
+        raise UserError(
+            f"{name} {found} in the environment: launchers set it; unset RANK and WORLD_SIZE to "
+            "start without one"
+        )
+    return int(value)
 
 
 def one_machine() -> bool:
@@ -39,6 +52,11 @@ def processes_to_start(devices: int, num_nodes: int) -> int:
     contradict each other, or where several machines are asked for without a launcher.
     """
     if launched():
+        if rank() >= world_size():
+            raise UserError(
+                f"RANK {rank()} of WORLD_SIZE {world_size()} in the environment makes no sense; "
+                "unset both to start without a launcher"
+            )
         if devices * num_nodes not in (1, world_size()):
             raise UserError(
                 f"`devices` {devices} `num_nodes` {num_nodes} contradicts the launcher, which "

@@ -13,7 +13,14 @@ import torch
 import torch.distributed as dist
 
 from finchtune.distributed.collectives import barrier
-from finchtune.distributed.identity import launched, local_rank, one_machine, rank, world_size
+from finchtune.distributed.identity import (
+    launched,
+    local_rank,
+    number,
+    one_machine,
+    rank,
+    world_size,
+)
 from finchtune.errors import UserError, print_error
 
 REPORT_SECONDS = 2.0  # within which all ranks find a mistake that all of them find
@@ -31,9 +38,16 @@ def free_port() -> int:
 
 
 def pick_device(accelerator: str) -> torch.device:
-    """`auto`, `gpu` or `cpu` -> the device of this process."""
+    """`auto`, `gpu` or `cpu` -> the device of this process. UserError where it has no GPU."""
     if accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank() >= n_gpus:
+        found = f"finds {n_gpus} GPUs" if n_gpus else "finds no GPU"
+        raise UserError(
+            f"`accelerator` {accelerator}: torch {found} here, and process {local_rank()} needs "
+            "one of its own; give `accelerator` cpu, or fewer `devices`"
+        )
     return torch.device("cuda", local_rank())
 
 
@@ -120,9 +134,10 @@ def meeting_store(timeout: timedelta) -> dist.Store | None:
     """
     if world_size() == 1:
         return dist.HashStore()
+    port = number("MASTER_PORT")
     if not one_machine() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
-    place = (HOME, int(os.environ["MASTER_PORT"]))
+    place = (HOME, port)
     if rank() != 0:
         return dist.TCPStore(*place, world_size(), False, timeout)
     try:
@@ -150,7 +165,7 @@ def report_once(error: UserError) -> None:
     Before the processes have met, the first one of each machine prints it.
     """
     if not dist.is_initialized():
-        if local_rank() == 0:
+        if os.environ.get("LOCAL_RANK", "0") in ("0", "") or not launched():
             print_error(error)
         return
     store = dist.distributed_c10d._get_default_store()

@@ -4,6 +4,7 @@ from finchtune.files.content import (
     check_sums,
     json_text,
     read_json,
+    read_object,
     sha256,
     sums_text,
     write_json,
@@ -19,6 +20,7 @@ from finchtune.files.places import (
 from finchtune.files.private import cache_folder, make_private, require_private
 from finchtune.files.publish import FileSet, atomic_folder, atomic_path
 from finchtune.files.temporary import discard, finish_interrupted, remove, remove_leftovers
+from finchtune.files.yaml_files import read_yaml
 
 __all__ = [
     "FileSet",
@@ -34,6 +36,8 @@ __all__ = [
     "make_private",
     "missing_parents",
     "read_json",
+    "read_object",
+    "read_yaml",
     "remove",
     "remove_empty",
     "remove_leftovers",

@@ -37,6 +37,14 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: cannot be read as JSON: {error}") from error
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object; UserError names the file if it is missing, broken or something else."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not a JSON object")
+    return content
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's content."""
     with open(path, "rb") as file:

@@ -230,8 +230,14 @@ class Engine:
         if self.tokenizer is not None:
             logits = logits.clone()  # ids that no text has, such as padding, are never drawn
             logits[:, self.tokenizer.vocab_size :] = -torch.inf
+        largest, places = logits.max(-1)
+        if not torch.isfinite(largest).all():
+            raise UserError(
+                "the model computes NaN or infinity instead of a text: its weights are damaged, or "
+                "do not fit the precision; try `dtype` fp32"
+            )
         greedy = [row.request.sampling.is_plain_greedy for row in rows]
-        likeliest = logits.argmax(-1).tolist() if any(greedy) else []
+        likeliest = places.tolist() if any(greedy) else []
         tokens = [
             likeliest[i] if greedy[i] else row.sampler.draw(logits[i].float().cpu().clone())
             for i, row in enumerate(rows)

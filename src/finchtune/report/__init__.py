@@ -2,6 +2,6 @@
 
 from finchtune.report.page import write_report
 from finchtune.report.picture import plot_loss
-from finchtune.report.series import running_mean
+from finchtune.report.series import FACTS, running_mean
 
-__all__ = ["plot_loss", "running_mean", "write_report"]
+__all__ = ["FACTS", "plot_loss", "running_mean", "write_report"]

@@ -8,7 +8,7 @@ from html import escape
 from finchtune.report.series import Points, thinned
 
 WIDTH, HEIGHT = 560, 270
-LEFT, RIGHT, TOP, BOTTOM = 58, 24, 12, 42
+LEFT, RIGHT, TOP, BOTTOM = 76, 24, 12, 42  # a label of 8 characters fits at the left, also large
 COLOURS = 8
 DASHES = ("", "7 3", "2 3", "9 3 2 3")  # told apart without colour too
 

@@ -10,7 +10,15 @@ from typing import Any
 
 from finchtune.files import atomic_path
 from finchtune.report.chart import COLOURS, Line, chart
-from finchtune.report.series import RunLog, read_run, smoothed
+from finchtune.report.series import (
+    RunLog,
+    is_number,
+    last_mean,
+    method_of,
+    name_of,
+    read_run,
+    smoothed,
+)
 
 CHARTS = (
     ("Gradient norm", "before clipping", "grad_norm", "log noisy"),
@@ -81,26 +89,30 @@ def problems(runs: list[RunLog]) -> str:
 
 
 def facts(run: RunLog) -> dict[str, str]:
-    """The figures of a run that one looks for first."""
-    losses, held_out = smoothed(run.points("loss")), run.points("val_loss")
+    """What one looks for first; empty texts for what a run does not tell."""
+    losses, held_out = run.values("loss"), run.points("val_loss")
     best = min(held_out, key=lambda point: point[1], default=None)
-    last = {key: max(run.values(key), default=None) for key in ("step", "memory_mb")}
-    seconds, tokens = sum(run.values("seconds")), sum(run.values("tokens"))
-    speed = run.values("tokens_per_s")
+    speed, memory = run.values("tokens_per_s"), run.values("memory_mb")
+    seconds = sum(run.values("seconds"))
     return {
-        "Steps": _or_dash(last["step"]),
-        "Loss": f"{losses[-1][1]:.4f}" if losses else "-",
-        "Best validation loss": f"{best[1]:.4f} at step {best[0]:,}" if best else "-",
-        "Tokens": _or_dash(tokens or None),
-        "Tokens per second": _or_dash(statistics.median(speed) if speed else None),
-        "Peak memory": f"{last['memory_mb']:,.0f} MiB" if last["memory_mb"] else "-",
-        "Training time": _duration(seconds) if seconds else "-",
-        "Skipped steps": f"{len(run.skipped):,}",
+        "Method": method_of(run.config),
+        "Model": name_of(run.config, "load_model"),
+        "Data": name_of(run.config, "data_file"),
+        "Begun": str(run.facts.get("begun", "")),
+        "Trained parameters": _count(run.facts.get("trained")),
+        "Steps": _count(max(run.values("step"), default=None)),
+        "Loss": f"{last_mean(losses):.4f}" if losses else "",
+        "Best validation loss": f"{best[1]:.4f} at step {best[0]:,}" if best else "",
+        "Tokens": _count(sum(run.values("tokens")) or None),
+        "Tokens per second": _count(statistics.median(speed) if speed else None),
+        "Peak memory": f"{max(memory):,.0f} MiB" if memory else "",
+        "Training time": _duration(seconds) if seconds else "",
+        "Skipped steps": f"{len(run.skipped):,}" if run.skipped else "",
     }
 
 
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
+def _count(value: Any) -> str:
+    return f"{value:,.0f}" if is_number(value) else ""
 
 
 def _duration(seconds: float) -> str:
@@ -110,12 +122,13 @@ def _duration(seconds: float) -> str:
 
 
 def summary(runs: list[RunLog]) -> str:
-    """The facts: cards for one run, a table for several."""
+    """The facts that there are: cards for one run, a table for several."""
     found = [facts(run) for run in runs]
+    names = [name for name in found[0] if any(one[name] for one in found)]
     if len(runs) == 1:
-        cards = (f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in found[0].items())
-        return f'<dl class="cards">{"".join(cards)}</dl>'
-    rows = [[escape(name), *(escape(one[name]) for one in found)] for name in found[0]]
+        cards = (f"<div><dt>{k}</dt><dd>{escape(found[0][k])}</dd></div>" for k in names)
+        return f'<dl class="cards">{"".join(cards)}</dl>' if names else ""
+    rows = [[escape(name), *(escape(one[name]) or "-" for one in found)] for name in names]
     return f"<section><h2>Overview</h2>{table(runs, rows)}</section>"
 
 
@@ -130,7 +143,7 @@ def table(runs: list[RunLog], rows: list[list[str]]) -> str:
 
 
 def charts(runs: list[RunLog]) -> str:
-    """Every curve of every run."""
+    """Every curve of every run; the loss even where nothing is recorded."""
     drawn = [chart("Loss", "nats per token, each step and running mean", noisy(runs, "loss"))]
     held_out = [Line(run.name, run.points("val_loss"), i, dots=True) for i, run in enumerate(runs)]
     if any(line.points for line in held_out):
@@ -138,7 +151,8 @@ def charts(runs: list[RunLog]) -> str:
     for title, unit, key, kind in CHARTS:
         plain = [Line(run.name, run.points(key), i) for i, run in enumerate(runs)]
         lines = noisy(runs, key) if "noisy" in kind else plain
-        drawn.append(chart(title, unit, lines, log="log" in kind))
+        if any(line.points for line in lines):
+            drawn.append(chart(title, unit, lines, log="log" in kind))
     return "".join(drawn)
 
 
@@ -152,7 +166,7 @@ def noisy(runs: list[RunLog], key: str) -> list[Line]:
 def configuration(runs: list[RunLog]) -> str:
     """What differs between several runs; the whole configuration of a single one, folded away."""
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
-    rows = [[key, *(_shown(run.config.get(key)) for run in runs)] for key in keys]
+    rows = [[str(key), *(_shown(run.config.get(key)) for run in runs)] for key in keys]
     if len(runs) == 1:
         body = table(runs, [[escape(cell) for cell in row] for row in rows])
         return f"<details><summary>Configuration</summary>{body}</details>" if rows else ""
@@ -162,7 +176,7 @@ def configuration(runs: list[RunLog]) -> str:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, default=str, skipkeys=True)
 
 
 def samples(runs: list[RunLog]) -> str:

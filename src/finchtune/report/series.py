@@ -7,9 +7,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
+from finchtune.errors import UserError
+from finchtune.files import read_object, read_yaml
 
 Points = list[tuple[float, float]]
+FACTS = "run.json"
 MAX_POINTS = 800  # drawn of one series; more would be finer than a screen's pixels
 
 
@@ -17,7 +19,8 @@ MAX_POINTS = 800  # drawn of one series; more would be finer than a screen's pix
 class RunLog:
     """A run's rows of metrics (dicts with `step`), configuration and samples, as far as readable.
 
-    `skipped` are the steps left out because something was not finite, with their documents.
+    `facts` is what run.json tells of the model and of the day on which the run began. `skipped` are
+    the steps left out because something was not finite, with their documents.
     `problems` has a line for everything that was missing or damaged.
     """
 
@@ -26,6 +29,7 @@ class RunLog:
     config: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def points(self, key: str) -> Points:
@@ -50,10 +54,14 @@ def read_run(folder: str | Path) -> RunLog:
     if (folder / "skipped.jsonl").exists():
         log.skipped = _lines(folder / "skipped.jsonl", log)
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(errors="replace"))
+        log.facts = read_object(folder / FACTS) if (folder / FACTS).exists() else {}
+    except UserError as error:
+        log.problems.append(error.line.removeprefix(f"{folder}/"))
+    try:
+        config = read_yaml(folder / "config.yaml")
         log.config = config if isinstance(config, dict) else {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        log.problems.append(f"config.yaml cannot be read: {error}")
+    except UserError as error:
+        log.problems.append(error.line.removeprefix(f"{folder}/"))
     return log
 
 
@@ -68,7 +76,7 @@ def _lines(path: Path, log: RunLog) -> list[dict[str, Any]]:
     for line in lines:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
             rows.append(row)
@@ -87,9 +95,37 @@ def running_mean(values: list[float], window: int) -> list[float]:
 
 
 def smoothed(points: Points) -> Points:
-    """The running mean over a twentieth of the points."""
-    means = running_mean([y for _, y in points], max(1, len(points) // 20))
-    return [(x, mean) for (x, _), mean in zip(points, means, strict=True)]
+    """A mean in which a point counts the less the longer ago it is: over about a twentieth of all.
+
+    Unlike a mean of the last so many it has no kink where a large value leaves them.
+    """
+    stays = 1 - 2 / (1 + max(1, len(points) // 20))
+    total = weight = 0.0
+    means = []
+    for x, y in points:
+        total, weight = stays * total + y, stays * weight + 1
+        means.append((x, total / weight))
+    return means
+
+
+def last_mean(values: list[float]) -> float:
+    """The mean of the last twentieth."""
+    last = values[-max(1, len(values) // 20) :]
+    return sum(last) / len(last)
+
+
+def method_of(config: dict[str, Any]) -> str:
+    """What a run's configuration trains, e.g. bone r 64; empty if it does not say."""
+    peft = config.get("peft")
+    if peft == "none":
+        return "states" if config.get("train_type") == "state" else "all weights"
+    rank = config.get(f"{peft}_r")
+    return f"{peft} r {rank}" if rank is not None else str(peft or "")
+
+
+def name_of(config: dict[str, Any], key: str) -> str:
+    """The last part of a path in a run's configuration; empty if it does not say."""
+    return Path(str(config.get(key) or "")).name
 
 
 def thinned(points: Points) -> Points:

@@ -117,11 +117,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path / STATE}: refused, it is no checkpoint of finchtune or is damaged; "
             "use `resume` auto or an earlier checkpoint"
         ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path / STATE}: holds a {type(state).__name__}, not a state")
     manifest = read_manifest(path)
-    if state.get("adam_step") != manifest["optimizer_step"]:
+    if state.get("adam_step") != manifest.get("optimizer_step"):
         raise CheckpointError(
             f"{path}: the optimizer made {state.get('adam_step')} steps in {STATE} but "
-            f"{manifest['optimizer_step']} in {MANIFEST}; use an earlier checkpoint"
+            f"{manifest.get('optimizer_step')} in {MANIFEST}; use an earlier checkpoint"
         )
     return state, manifest
 

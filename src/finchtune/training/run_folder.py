@@ -24,7 +24,7 @@ LOCK = ".lock"
 # What a run writes. wandb's folder is its own affair.
 RUN_FILES = (
     *("rwkv-*.pth", "rwkv-*.json", "config.yaml", "metrics.jsonl", "skipped.jsonl"),
-    *("samples.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints"),
+    *("run.json", "samples.jsonl", "loss.png", "report.html", "tensorboard", "checkpoints"),
 )
 # May lie in the folder of a new run.
 HARMLESS = ("*.log", "*.out", "*.err", ".*", "wandb", "data_cache")

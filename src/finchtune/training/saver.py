@@ -1,6 +1,7 @@
 """What a run saves: adapter or model files by epoch, checkpoints to resume from."""
 
 import dataclasses
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +14,10 @@ from finchtune import distributed
 from finchtune.config import TrainConfig, config_yaml
 from finchtune.data import Data
 from finchtune.errors import CheckpointError
-from finchtune.files import write_text
+from finchtune.files import write_json, write_text
 from finchtune.models import LanguageModel
+from finchtune.report import FACTS
+from finchtune.training.checkpoint_content import check_manifest, check_state
 from finchtune.training.checkpoints import load_checkpoint, save_checkpoint
 from finchtune.training.engine import Engine, full_parameter_like
 from finchtune.training.metrics import Metrics
@@ -48,6 +51,11 @@ class Saver:
             self.check_resumable(manifest)
         clean_folder(self.folder, self.config.overwrite)
         write_text(self.folder / "config.yaml", config_yaml(self.config))
+        if not (manifest and (self.folder / FACTS).exists()):
+            trained = self.engine.trained.values()
+            numbers = sum(full_parameter_like(p, torch.float32).numel() for p in trained)
+            begun = time.strftime("%Y-%m-%d %H:%M")
+            write_json(self.folder / FACTS, {"begun": begun, "trained": numbers})
 
     def base_sha256(self) -> str:
         """sha256 of the base weights, on rank 0 alone; waits for it if need be."""
@@ -158,7 +166,7 @@ class Saver:
                 f"`micro_bsz` {cut} -> {self.config.micro_bsz}, which changes the loss under "
                 "`loss_mean` micro_batches"
             )
-        dtype = manifest.get("dtype", str(self.base_dtype))
+        dtype = manifest["dtype"]
         if dtype != str(self.base_dtype):
             differing.append(
                 f"weights in {dtype.removeprefix('torch.')} -> "
@@ -192,14 +200,9 @@ def restore_tensors(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put a checkpoint's trained tensors into the model; return its (state, manifest)."""
     state, manifest = load_checkpoint(checkpoint)
-    own = model.state_dict()
-    if set(state.get("trained", {})) != {n for n, p in model.named_parameters() if p.requires_grad}:
-        raise CheckpointError(f"`resume` {checkpoint}: it trains other parameters than this run")
-    tensors = state["trained"] | state["frozen"]
-    if any(name not in own or own[name].shape != t.shape for name, t in tensors.items()):
-        raise CheckpointError(
-            f"`resume` {checkpoint}: its tensors do not fit `load_model`; is it the same base?"
-        )
+    check_manifest(manifest, checkpoint)
+    check_state(state, model, checkpoint)
+    own, tensors = model.state_dict(), state["trained"] | state["frozen"]
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)

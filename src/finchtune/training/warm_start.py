@@ -1,6 +1,9 @@
 """Starting a run from an adapter file: the flags must ask for what the file holds."""
 
+from collections.abc import Mapping
 from typing import Any
+
+from torch import Tensor
 
 from finchtune import distributed
 from finchtune.adapters import get_method, hyperparameters_of
@@ -13,11 +16,10 @@ from finchtune.weights.adapter_files import (
     adapter_keys,
     adapter_record,
     check_base,
-    detect_spec,
     load_adapter,
     read_adapter,
 )
-from finchtune.weights.stated import possible_methods
+from finchtune.weights.stated import possible_methods, shapes_of
 
 PARTS = ("time", "ln", "emb", "head")  # words that --train_parts takes in RWKV-PEFT's scripts
 FREE_HYPERPARAMETERS = {"targets", "dropout", "svd_niter", "gamma"}
@@ -34,9 +36,7 @@ def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
     tensors, record = read_adapter(path, initial), adapter_record(path)
     if record:
         distributed.run_on_rank_zero(lambda: check_base(record, config.load_model, path))
-    found = record["adapter"] if record else detect_spec(tensors)
-    if not record and config.peft in possible_methods(tensors):
-        found["method"] = config.peft  # the tensors would be the same
+    found = record["adapter"] if record else told_by_tensors(tensors, config.peft)
     if config.adapter != "none":
         check_method(config, found)
     elif found:
@@ -47,6 +47,19 @@ def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
         )
     check_parts(model, set(tensors), path)
     load_adapter(model, path, initial)
+
+
+def told_by_tensors(tensors: Mapping[str, Tensor], wanted: str) -> dict[str, Any]:
+    """What the tensors of a file without a record tell; {} if it holds no adapter.
+
+    The `wanted` method is taken where its tensors would be the same, and what no tensor tells is
+    as the flags say, but for Bat: files without a record are other software's, whose Bat is row.
+    """
+    methods = possible_methods(tensors)
+    if not methods:
+        return {}
+    method = wanted if wanted in methods else methods[0]
+    return {"method": method, **shapes_of(tensors), **({"mode": "row"} if method == "bat" else {})}
 
 
 def check_method(config: TrainConfig, found: dict[str, Any]) -> None:

@@ -179,23 +179,6 @@ def record_hash(record: dict[str, Any] | None) -> str | None:
     return record.get("base", {}).get("sha256") if record else None
 
 
-def detect_spec(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Method and hyperparameters of an adapter file that carries no JSON, by its tensors' shapes.
-
-    LoRA's alpha cannot be told from them and is left out. A file without adapter tensors gives {}.
-    """
-    by_kind = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items()}
-    if "bone" in by_kind:
-        # What others call bat is Bat-row; the files do not say.
-        r = by_kind["bone"].shape[0 if by_kind["bone"].dim() == 2 else 1]
-        bat = {"method": "bat", "r": r, "mode": "row"}
-        return bat if by_kind["bone"].dim() == 3 else {"method": "bone", "r": r}
-    if "lora_A" not in by_kind:
-        return {}
-    method = "pissa" if "init_lora_A" in by_kind else "lora"
-    return {"method": method, "r": by_kind["lora_A"].shape[0]}
-
-
 def adapted_model(
     base: str | Path, tensors: dict[str, Tensor], spec: dict[str, Any]
 ) -> LanguageModel:

@@ -40,6 +40,23 @@ def read_base(path: str | Path) -> Mapping[str, Tensor]:
     return _told_of(path, standard_form, unwrapped(weights))
 
 
+def read_checked(path: str | Path) -> LazyTensors:
+    """`read_base` for what is not to be loaded, but held to the same: a whole model, every tensor.
+
+    Raises UserError listing missing, extra and misshapen tensors, and, when it is asked for, for a
+    tensor that holds NaN or infinity.
+    """
+    weights = read_base(path)
+    fitting_model(weights, path)
+
+    def checked(name: str) -> Tensor:
+        tensor = weights[name]
+        check_finite({name: tensor}, path)
+        return tensor
+
+    return LazyTensors(layout_of(weights), checked)
+
+
 def load_model(
     path: str | Path,
     dtype: torch.dtype | None = None,

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from finchtune.errors import UserError
-from finchtune.files import read_json
+from finchtune.errors import CheckpointError, UserError
+from finchtune.files import read_object
 from finchtune.models import generation_of, sizes_of
 from finchtune.weights import exporting, merging
-from finchtune.weights.adapter_files import adapter_record, detect_spec, read_adapter
+from finchtune.weights.adapter_files import adapter_record, read_adapter
 from finchtune.weights.forms import DTYPES, FORMS, adapter_form_of, form_of
 from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.lazy import layout_of
+from finchtune.weights.stated import adapter_tensors, possible_methods, shapes_of
 from finchtune.weights.tensors import unwrapped
 
 BASE_COMMANDS = "train --load_model, merge --base_model, generate, evaluate, export --model"
@@ -29,7 +30,7 @@ def describe(path: Path, hashed: bool = True) -> dict[str, str]:
     found = describe_adapter(path) or describe_model(path)
     for kind, place in (("merged", merging.receipt_path), ("exported", exporting.receipt_path)):
         if place(path).is_file():
-            found |= told_by(read_json(place(path)), kind)
+            found |= told_by(place(path), kind)
     if hashed:
         found["sha256"] = weights_sha256(path)
     return found
@@ -57,11 +58,13 @@ def describe_adapter(path: Path) -> dict[str, str]:
         return {}
     tensors = read_adapter(path)
     record = adapter_record(path)
-    spec = record["adapter"] if record else detect_spec(tensors)
+    spec = record["adapter"] if record else told_by_tensors(tensors)
     if not spec:
         return {}
     title = foreign.title if foreign else "a .pth"
     settings = ", ".join(f"{k} {v}" for k, v in spec.items() if k not in ("method", "targets"))
+    if not record:
+        settings += "; no record tells the rest"
     found = {"what": f"an adapter, as {title}", "method": f"{spec['method']}: {settings}"}
     base = (record or {}).get("base")
     found["base"] = f"{base['file']} (sha256 {base['sha256'][:12]}...)" if base else "not told"
@@ -69,6 +72,12 @@ def describe_adapter(path: Path) -> dict[str, str]:
     if template:
         found["template"] = template["name"] if isinstance(template, dict) else str(template)
     return found | counts(tensors) | {"taken by": ADAPTER_COMMANDS}
+
+
+def told_by_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What an adapter without a record may be, and what its shapes tell; {} if it is none."""
+    methods = possible_methods(tensors) if adapter_tensors(tensors) else []
+    return {"method": " or ".join(methods), **shapes_of(tensors)} if methods else {}
 
 
 def counts(layout: Mapping[str, Tensor]) -> dict[str, str]:
@@ -81,8 +90,12 @@ def counts(layout: Mapping[str, Tensor]) -> dict[str, str]:
     return {"tensors": str(len(layout)), "numbers": shown}
 
 
-def told_by(receipt: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """What a receipt beside the file says of where it comes from."""
-    sources = [f"{part} {receipt[part]['file']} (sha256 {receipt[part]['sha256'][:12]}...)"
-               for part in ("model", "base", "adapter") if part in receipt]  # fmt: skip
+def told_by(path: Path, kind: str) -> dict[str, str]:
+    """What a receipt beside a file says of where that comes from. UserError if it is none."""
+    receipt = read_object(path)
+    parts = {part: receipt[part] for part in ("model", "base", "adapter") if part in receipt}
+    if not parts or not all(isinstance(one, dict) for one in parts.values()):
+        raise CheckpointError(f"{path} is no receipt; take it away if it belongs elsewhere")
+    sources = [f"{part} {one.get('file')} (sha256 {str(one.get('sha256'))[:12]}...)"
+               for part, one in parts.items()]  # fmt: skip
     return {kind: f"from {' and '.join(sources)}"}

@@ -11,7 +11,7 @@ from finchtune.errors import CheckpointError, UserError
 from finchtune.files import FileSet, json_text
 from finchtune.models import generation_of
 from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter
-from finchtune.weights.base import read_base
+from finchtune.weights.base import read_checked
 from finchtune.weights.forms import DTYPES, Form, LowRank, Settings
 from finchtune.weights.hashing import weights_sha256
 from finchtune.weights.lazy import layout_of
@@ -40,7 +40,7 @@ def export_model(
         merge = None
         if adapter:
             merge = opened.enter_context(open_merge(model, adapter, **options))
-        weights = merge.weights if merge else read_base(model)
+        weights = merge.weights if merge else read_checked(model)
         temporary = files.add(output, folder=not form.suffix)
         digest = form.write(weights, temporary, settings) or weights_sha256(temporary)
         made_of = merge.receipt() if merge else {"model": file_and_hash(model)}
@@ -66,7 +66,7 @@ def export_adapter(
     if record and not other_base:
         check_base(record, base, adapter)
     spec = spec_of(record, tensors, stated or {}, adapter)
-    low_rank = as_low_rank(tensors, spec, layout_of(read_base(base)), adapter)
+    low_rank = as_low_rank(tensors, spec, layout_of(read_checked(base)), adapter)
     made_of = {"base": file_and_hash(base), "adapter": file_and_hash(adapter)}
     told = {"method": spec["method"], "alpha": low_rank.alpha, "layers": len(low_rank.layers)}
     with FileSet() as files:

@@ -101,10 +101,9 @@ def prepare_merge(
     fitting_model(weights, base)
     weights = with_initial_states(weights, tensors, base)
     changes = group_by_weight(tensors, weights, adapter)
-    told = {**({} if record else defaults or {}), **(stated or {})}
     if initial:
-        told.setdefault("method", "pissa")
-    spec = spec_of(record, tensors, told, adapter)
+        defaults = {**(defaults or {}), "method": "pissa"}
+    spec = spec_of(record, tensors, stated or {}, adapter, defaults)
     method = spec.get("method", "state" if all(map(is_state, tensors)) else "none")
     if methods and method not in methods:
         found = "a fully fine-tuned model" if method == "none" else method

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from finchtune.adapters import get_method, hyperparameters_of
 from finchtune.errors import CheckpointError
-from finchtune.files import atomic_folder, read_json, write_json
+from finchtune.files import atomic_folder, read_object, write_json
 from finchtune.models import generations
 from finchtune.models.layouts import Naming
 
@@ -39,6 +39,14 @@ READ = {
     "LORA": {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"},
     "MISS": {"r", "mini_r", "miss_dropout", "init_weights"},
 }
+
+TYPES = {
+    **dict.fromkeys(("r", "mini_r"), (int,)),
+    **dict.fromkeys(("lora_alpha", "lora_dropout", "miss_dropout"), (int, float)),
+    **dict.fromkeys(("use_rslora", "use_dora"), (bool,)),
+    **dict.fromkeys(("init_weights", "init_lora_weights"), (bool, str)),
+}
+"""Of the settings that are read."""
 
 
 class PeftAdapter(NamedTuple):
@@ -149,7 +157,7 @@ def read_peft(folder: str | Path) -> PeftAdapter:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
+    config = read_object(folder / CONFIG)
     spec = spec_of(config, folder / CONFIG)
     try:
         found = load_file(folder / WEIGHTS)
@@ -175,11 +183,16 @@ def read_peft(folder: str | Path) -> PeftAdapter:
 def spec_of(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Method and hyperparameters that an adapter_config.json stands for."""
     kind = config.get("peft_type")
-    if kind not in READ:
-        raise CheckpointError(f"{path}: peft_type {kind} is not known here; LORA and MISS are")
+    if not isinstance(kind, str) or kind not in READ:
+        raise CheckpointError(
+            f"{path}: peft_type {kind!s:.40} is not known here; LORA and MISS are"
+        )
     for key in ("r", "lora_alpha") if kind == "LORA" else ("r",):
         if key not in config:
             raise CheckpointError(f"{path}: {key} is missing")
+    for key, types in TYPES.items():
+        if key in config and type(config[key]) not in types:
+            raise CheckpointError(f"{path}: {key} {config[key]!r:.40} makes no sense")
     for key, value in config.items():
         if key not in HARMLESS | READ[kind] and value and value != "none":
             raise CheckpointError(f"{path}: {key} {value!r} is not available here")

@@ -55,12 +55,16 @@ def possible_methods(tensors: Mapping[str, Tensor]) -> list[str]:
 
 
 def stated_spec(
-    tensors: Mapping[str, Tensor], stated: Mapping[str, Any], adapter: str | Path
+    tensors: Mapping[str, Tensor],
+    stated: Mapping[str, Any],
+    adapter: str | Path,
+    defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Method and hyperparameters of a file without a record; {} if it holds no adapter.
 
-    `stated` holds what the user says of it, by the names in FLAGS. Raises UserError that names the
-    flags for what is still open, or for what the tensors contradict.
+    `stated` holds what the user says of it, by the names in FLAGS, and `defaults` what is taken
+    where the method has such a setting. Raises UserError that names the flags for what is still
+    open, or for what the tensors or the method contradict.
     """
     kinds = adapter_tensors(tensors)
     if not kinds:
@@ -69,23 +73,39 @@ def stated_spec(
     if stated.get("method", methods[0] if methods else None) not in methods:
         names = " or ".join(methods) or "those of no method"
         raise CheckpointError(f"{adapter}: its tensors ({', '.join(sorted(kinds))}) are {names}")
-    if "method" in stated:
-        methods = [stated["method"]]
+    method = stated.get("method") or (defaults or {}).get("method")
+    if method in methods:
+        methods = [method]
+    wanted = asked(methods)
+    for key in stated.keys() - wanted - {"method"}:
+        raise CheckpointError(
+            f"{FLAGS[key].split()[0]} is no setting of {' or '.join(methods)}, which {adapter} "
+            "holds; drop it"
+        )
+    stated = {key: v for key, v in (defaults or {}).items() if key in wanted} | dict(stated)
     known = {"method": methods[0]} if len(methods) == 1 else {}
-    missing = [key for key in FLAGS if key in asked(methods) and key not in stated]
+    missing = [key for key in FLAGS if key in wanted and key not in stated]
     if missing:
         flags = [f"`method` {'|'.join(methods)}" if k == "method" else FLAGS[k] for k in missing]
         raise CheckpointError(
             f"{adapter} carries no record of how it was trained, and its tensors do not tell "
             f"{', '.join(missing)}; give {' '.join(flags)}, as in training"
         )
-    shapes: dict[str, Any] = {}
-    for kind, read in SHAPES.items():
-        shapes |= read(kinds[kind]) if kind in kinds else {}
-    wanted = asked(methods)
-    settings = {key: value for key, value in stated.items() if key in wanted}
-    quant = settings.pop("quant")
-    return known | shapes | settings | ({} if quant == "none" else {"quant": quant})
+    settings = {**known, **shapes_of(tensors), **stated}
+    if settings["quant"] == "none":
+        del settings["quant"]
+    return settings
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The hyperparameters that an adapter's tensors tell. UserError for tensors of odd shapes."""
+    found: dict[str, Any] = {}
+    for kind, tensor in adapter_tensors(tensors).items():
+        try:
+            found |= SHAPES[kind](tensor) if kind in SHAPES else {}
+        except IndexError as error:
+            raise CheckpointError(f"{kind} is {list(tensor.shape)}, which no method has") from error
+    return found
 
 
 def asked(methods: list[str]) -> set[str]:
@@ -101,16 +121,22 @@ def spec_of(
     tensors: Mapping[str, Tensor],
     stated: Mapping[str, Any],
     adapter: str | Path,
+    defaults: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Method and hyperparameters of an adapter file, by its record or else as the user states them.
 
-    Raises UserError where neither tells, or where the two contradict each other.
+    `defaults` as in `stated_spec`. Raises UserError where neither tells, or where the two
+    contradict each other.
     """
     if record is None:
-        return stated_spec(tensors, stated, adapter)
+        return stated_spec(tensors, stated, adapter, defaults)
     recorded = {"method": "none", "quant": "none", **record["adapter"]}
     for key, value in stated.items():
-        if recorded.get(key, value) != value:
-            flag = FLAGS[key].split()[0]
+        flag = FLAGS[key].split()[0]
+        if key not in recorded:
+            raise CheckpointError(
+                f"{flag} is no setting of {recorded['method']}, which {adapter} holds; drop it"
+            )
+        if recorded[key] != value:
             raise CheckpointError(f"{flag} {value}: the record of {adapter} says {recorded[key]}")
     return record["adapter"]

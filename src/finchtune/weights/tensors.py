@@ -15,6 +15,7 @@ from finchtune.weights.pth import write_pth
 
 WRAPPERS = ("state_dict", "model", "module")  # keys of what a trainer saves around the weights
 PREFIXES = ("module.", "_orig_mod.", "model.")
+UNFOLDED = 1 << 30  # bytes that an expanded tensor may take
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -69,6 +70,11 @@ def separate(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: {name} is a {'' if tensor.layout is torch.strided else 'sparse '}"
                 f"tensor of {kind}, not of floating-point numbers; weights are fp32, bf16 or fp16"
+            )
+        if tensor.nbytes > max(tensor.untyped_storage().nbytes(), UNFOLDED):
+            raise CheckpointError(
+                f"{path}: {name} of {list(tensor.shape)} unfolds to {tensor.nbytes:,} bytes, of "
+                f"which the file holds {tensor.untyped_storage().nbytes():,}; it is no weight"
             )
         tensor = tensor.detach().contiguous()
         if tensor.numel() and tensor.data_ptr() in places:

@@ -17,6 +17,7 @@ from finchtune.tokenizer import Tokenizer
 from finchtune.weights.lazy import LazyTensors, layout_of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+LAYER = re.compile(r"0|[1-9][0-9]{0,3}")
 FP16_LARGEST = torch.finfo(torch.float16).max
 
 
@@ -181,7 +182,10 @@ def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def n_layer_of(names: Iterable[str], pattern: str) -> int:
-    """How many layers the tensors' names have; `pattern` stands before a layer's number."""
+    """How many layers the tensors' names have; `pattern` stands before a layer's number.
+
+    Numbers that no model reaches do not count: their tensors are then of none of the layers.
+    """
     numbers = (name.removeprefix(pattern).partition(".")[0] for name in names
                if name.startswith(pattern))  # fmt: skip
-    return 1 + max((int(number) for number in numbers if number.isdigit()), default=-1)
+    return 1 + max((int(number) for number in numbers if LAYER.fullmatch(number)), default=-1)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from finchtune.errors import CheckpointError
-from finchtune.files import read_json, write_json
+from finchtune.files import read_object, write_json
 from finchtune.models import Generation, generation_of, generations
 from finchtune.tokenizer import Tokenizer, WorldTokenizer
 from finchtune.weights.forms.base import (
@@ -34,12 +34,7 @@ DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 def config_of(path: Path) -> dict[str, Any]:
     """A folder's config.json, {} if there is none. Raises UserError if it is broken."""
-    if not (path / CONFIG).is_file():
-        return {}
-    config = read_json(path / CONFIG)
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path / CONFIG}: not a JSON object")
-    return config
+    return read_object(path / CONFIG) if (path / CONFIG).is_file() else {}
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -58,8 +53,9 @@ def generation_of_folder(path: Path, form: str) -> Generation | None:
     if not path.is_dir() or not weight_files(path):
         return None
     config = config_of(path)
-    for architecture in config.get("architectures") or []:
-        if generation := called(form, architecture):
+    named = config.get("architectures")
+    for architecture in named if isinstance(named, list) else []:
+        if generation := called(form, str(architecture)):
             return generation
     for generation in generations().values():
         layout = generation.layouts.get(form)
@@ -75,8 +71,7 @@ def model_type(generation: Generation) -> str:
 
 def shards_of(index: Path) -> list[Path]:
     """The files that an index names, all beside it and all there."""
-    content = read_json(index)
-    places = content.get("weight_map") if isinstance(content, dict) else None
+    places = read_object(index).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{index}: has no weight_map")
     names = sorted({str(name) for name in places.values()})
