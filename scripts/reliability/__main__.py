@@ -21,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 import torch
 from data import DATA
+from faults import FAULTS
 from harness import Case, good_outputs, import_all, judge
+from kills import KILLS
 from runs import RUNS
 from samples import make_samples
 from weights import WEIGHTS
