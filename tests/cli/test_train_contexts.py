@@ -8,6 +8,7 @@ import torch
 from helpers.additions import flags, losses, make_folder
 from helpers.support import assert_one_error_line, relative_error, run_script, train
 
+from finchtune.data.binidx import BinIdxWriter
 from finchtune.files import sha256
 from finchtune.weights.base import load_model
 from finchtune.weights.state_files import set_states
@@ -148,3 +149,53 @@ def test_processes_that_cannot_share_are_refused(folder):
     assert_one_error_line(
         run_script("train.py", *flags(folder, "three", *words)), "does not divide"
     )
+
+
+PUBLISHED = (
+    "--n_layer 2 --n_embd 64 --vocab_size 256 --ctx_len 64 --micro_bsz 2 --epoch_steps 2 "
+    "--epoch_count 1 --epoch_begin 0 --epoch_save 1 --warmup_steps 10 --beta1 0.9 --beta2 0.99 "
+    "--adam_eps 1e-8 --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 "
+    "--grad_cp 1 --compat rwkv-peft"
+)
+OLD = "--data_type binidx --pre_ffn 0 --head_qk 0 --my_testing x060 --dataload pad"
+STATE = "--lr_init 1 --lr_final 1e-2"
+BONE_CONFIG = '--bone_config {"bone_mode":"bone","bone_load":"","bone_r":16}'
+INFCTX = "--train_type infctx --chunk_ctx 32 --lr_init 2e-5 --lr_final 2e-5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        (f"{OLD} --loss_mask pad --train_type state {STATE}", {"time_state"}),
+        (f"{OLD} --loss_mask pad --state_tune --fla {STATE}", {"time_state"}),
+        (
+            f"--data_type sft --sft_field question answer --sft_split train --data_shuffle 0 "
+            f"--ctx_len 256 --op fla --train_type state {STATE}",
+            {"time_state"},
+        ),
+        (f"{OLD} {INFCTX} --train_parts [] --peft bone {BONE_CONFIG}", {"bone"}),
+        (f"{OLD} {INFCTX} --peft bone {BONE_CONFIG} --strategy deepspeed_stage_2", {"bone", "ln"}),
+        (
+            f"{OLD} {INFCTX} --train_parts [] --lora --lora_r 8 --lora_alpha 128 --lora_dropout "
+            "0.01 --lora_parts=att,ffn --lora_load rwkv-0",
+            {"lora_A", "lora_B"},
+        ),
+        (f"{OLD} {INFCTX}", {"emb"}),
+    ],
+)
+def test_lines_written_for_rwkv_peft_train(folder, tmp_path, words, kinds):
+    """Rebuilt from the flags and values of published ones, small."""
+    data, out = folder / "text.jsonl", tmp_path / "out"
+    if "binidx" in words:
+        data = tmp_path / "text"
+        with BinIdxWriter(data, "uint16") as writer:
+            for i in range(8):
+                writer.add(torch.randint(1, 256, (40 + 20 * i,)).numpy())
+    common = ("--load_model", folder / "base.pth", "--proj_dir", out, "--data_file", data)
+    done = train(*common, *PUBLISHED.split(), *words.split())
+    assert "meanings and defaults" in done.stdout
+    found = {part for name in read_tensors(out / "rwkv-0.pth") for part in name.split(".")}
+    assert {kind for kind in kinds if any(kind in part for part in found)} == kinds
+    assert ("time_state" in found) == ("time_state" in kinds)
+    assert len(losses(out)) == 2
