@@ -1,6 +1,7 @@
 // The launchers of wkv6.h: which kernels a problem takes, and their buffers.
 #include <cuda_runtime.h>
 
+#include "dtypes.cuh"
 #include "scan_backward.cuh"
 #include "scan_forward.cuh"
 #include "schedule.cuh"
@@ -23,12 +24,6 @@ static_assert(sizeof(BackwardShared) <= BLOCK_LIMIT);
 static_assert(BACKWARD_BLOCKS * (sizeof(BackwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
 static_assert(FORWARD_BLOCKS * (sizeof(ForwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
 static_assert(scan_shared_bytes(128, SCAN_BACKWARD_ROWS) <= BLOCK_LIMIT);
-
-bool valid(const Wkv6Problem& p) {
-  return p.B >= 1 && p.T >= 1 && p.H >= 1 && p.N >= 8 && p.N <= 128 && p.N % 8 == 0 &&
-         p.dtype >= WKV6_FP32 && p.dtype <= WKV6_FP16 &&
-         (p.cu_seqlens == nullptr ? p.n_seq == p.B : p.B == 1 && p.n_seq >= 1);
-}
 
 bool uses_tensor_cores(const Wkv6Problem& p) {
   return p.dtype == WKV6_BF16 && p.N == HEAD_SIZE && p.T >= SHORTEST_FOR_TENSOR_CORES &&
@@ -129,19 +124,6 @@ const T* in(const void* pointer) {
 template <typename T>
 T* out(void* pointer) {
   return static_cast<T*>(pointer);
-}
-
-// Calls f with a value of the C++ type of the problem's dtype.
-template <typename F>
-cudaError_t with_dtype(const Wkv6Problem& p, F f) {
-  switch (p.dtype) {
-    case WKV6_BF16:
-      return f(__nv_bfloat16());
-    case WKV6_FP16:
-      return f(__half());
-    default:
-      return f(float());
-  }
 }
 
 }  // namespace

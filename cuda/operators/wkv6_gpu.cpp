@@ -1,62 +1,24 @@
 // The torch operators finchtune::wkv6_forward and wkv6_backward on a GPU: memory and the
 // calls into the kernels.
 
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <optional>
-
-#include "../gpu/wkv6.h"
 #include "wkv6_call.h"
+#include "wkv_gpu.h"
 
 namespace finchtune {
 namespace {
 
 using at::Tensor;
-using std::optional;
 
-struct Wkv6CudaCall : Wkv6Call {
-  c10::cuda::CUDAGuard guard;  // kernels and scratch memory go to r's device,
-  void* stream;                // and onto the stream that torch uses there
-  Wkv6Problem problem;
-
-  template <typename... Arguments>
-  explicit Wkv6CudaCall(const Arguments&... arguments)
-      : Wkv6Call(arguments...),
-        guard(r().device()),
-        stream(c10::cuda::getCurrentCUDAStream().stream()) {
-    problem = {B,
-               T,
-               H,
-               N,
-               dtype(),
-               n_sequences,
-               cu_seqlens ? cu_seqlens->const_data_ptr<int32_t>() : nullptr};
-  }
-
-  int32_t dtype() const {
-    switch (r().scalar_type()) {
-      case at::kFloat:
-        return WKV6_FP32;
-      case at::kBFloat16:
-        return WKV6_BF16;
-      case at::kHalf:
-        return WKV6_FP16;
-      default:
-        TORCH_CHECK(false, "wkv6: the GPU kernels do not take ", r().scalar_type());
-    }
-  }
+struct Wkv6CudaCall : OnGpu<Wkv6Call> {
+  using OnGpu::OnGpu;
 
   Tensor checkpoints(bool wanted) const {
     const int64_t count = wkv6_checkpoint_count(&problem);
     const bool wide = wkv6_checkpoint_bytes(&problem) == count * H * N * N * sizeof(float);
     return at::empty({wanted ? count : 0, H, N, N},
                      r().options().dtype(wide ? at::kFloat : at::kBFloat16));
-  }
-
-  Tensor scratch(size_t bytes) const {
-    return at::empty({static_cast<int64_t>(bytes)}, r().options().dtype(at::kByte));
   }
 
   static void succeed(int error) {

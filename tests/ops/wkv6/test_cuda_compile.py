@@ -7,31 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.nvcc import QUICK, SHARED_LIMIT, TORCH_FLAGS
 from helpers.support import REPOSITORY, run_script
 
 COUNT = REPOSITORY / "scripts" / "dev" / "count_sass.py"
 SOURCE = Path(__file__).parents[3] / "cuda" / "gpu" / "wkv6.cu"
-# What torch's extension builder passes: no implicit conversions from and to bf16 and fp16.
-TORCH_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "--expt-relaxed-constexpr",
-    "-D__CUDA_NO_HALF_OPERATORS__",
-    "-D__CUDA_NO_HALF_CONVERSIONS__",
-    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
-    "-D__CUDA_NO_HALF2_OPERATORS__",
-]
-# Compute capability -> bytes of shared memory that one thread block may have.
-SHARED_LIMIT = {
-    75: 64 * 1024,
-    80: 163 * 1024,
-    86: 99 * 1024,
-    89: 99 * 1024,
-    90: 227 * 1024,
-    100: 227 * 1024,
-    120: 99 * 1024,
-}
-QUICK = (80, 90)
 # Several thread blocks share a multiprocessor's registers; a few values that are used once for each
 # chunk may then lie in local memory.
 SPILL_LIMIT = {80: 48}

@@ -1,53 +1,19 @@
 """Every form of WKV7 against the recurrence in float64: all outputs, all gradients."""
 
-from functools import lru_cache
-
 import pytest
 import torch
 from helpers.wkv import CPU_PATHS, errors, evaluate, named_form, one_thread
+from helpers.wkv7_cases import NAMES, REGIMES, in_dtype, make_inputs, oracle, rms
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import normalize, softplus
 
 from finchtune.errors import UserError
 from finchtune.ops.wkv7 import wkv7, wkv7_chunked, wkv7_reference
 
 FORMS = ["chunked", *CPU_PATHS]
-REGIMES = ["typical", "weak", "strong", "alike"]
-NAMES = ["y", "state", "dr", "dk", "dv", "dw", "da", "db", "dstate"]
 LENGTHS = [1, 2, 15, 16, 17, 65, 203]
 HEAD_SIZES = [16, 32, 64, 128]
 FP32_TOLERANCE = 3e-6  # of the largest value
-
-
-def make_inputs(regime, B, T, H, N, n_sequences=None):
-    """r, k, v, w, a, b, state, then the gradients of y and of the final state, in float64.
-
-    As the model gives them: slow decays ("weak"), the fastest ("strong"), and tokens that all
-    overwrite one key entirely ("alike"), where the powers of A B^T are largest.
-    """
-    torch.manual_seed(T * N)
-    n = n_sequences or B
-    r, k, v, x, kk, rate, grad_y = torch.randn(7, B, T, H, N, dtype=torch.float64).unbind()
-    state, grad_state = torch.randn(2, n, H, N, N, dtype=torch.float64).unbind()
-    kk, rate = normalize(kk, dim=-1), torch.sigmoid(rate)
-    x = {"weak": -8 + x, "strong": 8 + x}.get(regime, 2 * x)
-    if regime == "alike":
-        kk, rate, x = kk[:, :1].expand_as(kk), torch.ones_like(rate), x - 8
-    return r, k, v, -softplus(-x) - 0.5, -kk, kk * rate, state, grad_y, grad_state
-
-
-@lru_cache(maxsize=256)
-def oracle(regime, B, T, H, N):
-    inputs = make_inputs(regime, B, T, H, N)
-    return inputs, evaluate(wkv7_reference, inputs)
-
-
-def in_dtype(inputs, dtype):
-    """Token tensors in `dtype`; the states and their gradient in fp32."""
-    return [
-        x.to(dtype if i in (0, 1, 2, 3, 4, 5, 7) else torch.float32) for i, x in enumerate(inputs)
-    ]
 
 
 def assert_close(got, exact, tolerance=FP32_TOLERANCE):
@@ -139,14 +105,6 @@ def test_no_state_is_the_zero_state(form):
 def test_long_sequences(form, regime):
     inputs, exact = oracle(regime, 1, 1000, 2, 64)
     assert_close(evaluate(form, in_dtype(inputs, torch.float32)), exact)
-
-
-def rms(got, exact):
-    """Root mean square of the error of each output, over that of the output."""
-    pairs = zip(NAMES, got, exact, strict=True)
-    return {
-        name: ((a - b).square().mean() / b.square().mean()).sqrt().item() for name, a, b in pairs
-    }
 
 
 @every_form

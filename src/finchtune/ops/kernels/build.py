@@ -64,7 +64,13 @@ CPU = Part(
 )
 GPU = Part(
     "finchtune_gpu",
-    ("operators/schemas.cpp", "operators/wkv6_gpu.cpp", "gpu/wkv6.cu"),
+    (
+        "operators/schemas.cpp",
+        "operators/wkv6_gpu.cpp",
+        "operators/wkv7_gpu.cpp",
+        "gpu/wkv6.cu",
+        "gpu/wkv7.cu",
+    ),
     ("operators", "gpu"),
 )
 

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from finchtune.ops.wkv import by_kernel, check_arguments, compute_dtype, fits_kernel
 from finchtune.ops.wkv7.chunked import wkv7_chunked
+from finchtune.ops.wkv7.triton import fits_triton, wkv7_triton
 
 
 def wkv7(
@@ -45,6 +46,6 @@ def wkv7(
     check_arguments("wkv7", r, others, ("k", "v", "a", "b"), cu_seqlens)
     state = None if state is None else state.to(compute_dtype(r))
     inputs = (r, k, v, w.to(r.dtype), a, b, state, cu_seqlens)
-    if r.device.type == "cpu" and fits_kernel(r):
+    if fits_kernel(r):
         return by_kernel("wkv7_forward", *inputs)
-    return wkv7_chunked(*inputs)
+    return wkv7_triton(*inputs) if fits_triton(r) else wkv7_chunked(*inputs)

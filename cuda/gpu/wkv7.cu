@@ -1,0 +1,96 @@
+// The launchers of wkv7.h: which kernel a problem takes, and its buffers.
+#include "wkv7.h"
+
+#include <cuda_runtime.h>
+
+#include "dtypes.cuh"
+#include "wkv7_scan_backward.cuh"
+#include "wkv7_scan_forward.cuh"
+
+namespace wkv7 {
+namespace {
+
+using finchtune::aligned;
+using finchtune::launch;
+
+// Elements of a row in each thread, so that 256 or 512 threads hold a matrix.
+constexpr int FEW = 16, MANY = 32;
+
+// Calls f with a value of the C++ type of the problem's dtype and the elements of a thread.
+template <typename F>
+cudaError_t with_form(const Wkv6Problem& p, F f) {
+  return wkv6::with_dtype(p, [&](auto element) {
+    return p.N <= 64 ? f(element, std::integral_constant<int, FEW>())
+                     : f(element, std::integral_constant<int, MANY>());
+  });
+}
+
+int threads_for(const Wkv6Problem& p) {
+  const int n = static_cast<int>(p.N);
+  return p.N <= 64 ? Place<FEW>::threads_for(n) : Place<MANY>::threads_for(n);
+}
+
+bool all_aligned(const void* const* rows) {
+  bool all = true;
+  for (int row = 0; row < INPUT_ROWS; row++) all = all && aligned(rows[row]);
+  return all;
+}
+
+}  // namespace
+}  // namespace wkv7
+
+using namespace wkv7;
+
+extern "C" {
+
+int64_t wkv7_checkpoint_count(const Wkv6Problem* p) { return wkv6::checkpoint_count(*p) / p->H; }
+
+size_t wkv7_checkpoint_bytes(const Wkv6Problem* p) {
+  return wkv6::checkpoint_count(*p) * p->N * p->N * sizeof(float);
+}
+
+size_t wkv7_backward_scratch_bytes(const Wkv6Problem* p) {
+  const int threads = threads_for(*p);
+  const int64_t each =
+      p->N <= 64 ? Scratch<FEW>::size(p->N, threads) : Scratch<MANY>::size(p->N, threads);
+  return p->n_seq * p->H * each * sizeof(float);
+}
+
+int wkv7_forward(const Wkv6Problem* p, const void* const* rows, const float* state_in, void* y,
+                 float* state_out, float* checkpoints, void* stream) {
+  if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
+  if (!all_aligned(rows) || !aligned(y, checkpoints)) return cudaErrorMisalignedAddress;
+  return with_form(*p, [&](auto element, auto elements) {
+    using T = decltype(element);
+    ForwardArgs<T> args = {*p, {}, state_in, static_cast<T*>(y), state_out, checkpoints};
+    for (int row = 0; row < INPUT_ROWS; row++) args.rows[row] = static_cast<const T*>(rows[row]);
+    return launch(scan_forward_kernel<T, elements>, p->n_seq * p->H, threads_for(*p),
+                  sizeof(Tokens), stream, args);
+  });
+}
+
+int wkv7_backward(const Wkv6Problem* p, const void* const* rows, const void* dy,
+                  const float* dstate_out, const float* checkpoints, void* const* gradients,
+                  float* dstate_in, void* scratch, void* stream) {
+  if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
+  if (!all_aligned(rows) || !all_aligned(gradients) || !aligned(dy, checkpoints))
+    return cudaErrorMisalignedAddress;
+  return with_form(*p, [&](auto element, auto elements) {
+    using T = decltype(element);
+    BackwardArgs<T> args = {
+        *p, {}, dstate_out, checkpoints, {}, dstate_in, static_cast<float*>(scratch)};
+    for (int row = 0; row < INPUT_ROWS; row++) {
+      args.rows[row] = static_cast<const T*>(rows[row]);
+      args.gradients[row] = static_cast<T*>(gradients[row]);
+    }
+    args.rows[DY] = static_cast<const T*>(dy);
+    return launch(scan_backward_kernel<T, elements>, p->n_seq * p->H, threads_for(*p),
+                  sizeof(Tokens), stream, args);
+  });
+}
+
+const char* wkv7_error_string(int error) {
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+}  // extern "C"
