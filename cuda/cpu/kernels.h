@@ -37,5 +37,6 @@ constexpr CpuKernels kKernels = {
     sigmoid_gate,
     sigmoid_gate_backward,
     product,
+    coded_product,
     wkv6_step,
 };

@@ -66,6 +66,7 @@ struct CpuKernels {
                                 void* dgate, void* dy, int64_t first, int64_t last);
   // Pieces of kProductOuts columns of y; heads, numbered as row * n_heads + head.
   void (*product)(const Product&, int64_t first, int64_t last);
+  void (*coded_product)(const CodedProduct&, int64_t first, int64_t last);
   void (*wkv6_step)(const Wkv6Step&, int64_t first, int64_t last);
 };
 

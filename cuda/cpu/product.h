@@ -29,7 +29,8 @@ static inline void product_tile(const Product& p, int64_t out, int64_t row) {
   constexpr int kOuts = kRows == 3 ? 4 : kStrands / kRows;
   Vec strands[kStrands] = {};
   int64_t weights[kOuts];
-  for (int o = 0; o < kOuts; ++o) weights[o] = std::min(out + o, p.n_out - 1) * p.n_in;
+  for (int o = 0; o < kOuts; ++o)
+    weights[o] = (std::min(out + o, p.n_out - 1) - p.first_out) * p.n_in;
   for_vectors(0, p.n_in, [&](int64_t i, auto count) __attribute__((always_inline)) {
     Vec w[kOuts];
 #pragma GCC unroll 16
@@ -85,4 +86,90 @@ static void product_of(const Product& p, int64_t first, int64_t last) {
 
 static void product(const Product& p, int64_t first, int64_t last) {
   with_element(p.element, [&](auto e) { product_of<decltype(e)>(p, first, last); });
+}
+
+// Codes -> what they stand for: each reads LANES bytes and gives kVectors vectors.
+struct Integers {
+  static constexpr int kVectors = 1;
+  typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+  explicit Integers(const float*) {}
+  void decode(const uint8_t* codes, Vec* out) const {
+    out[0] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(codes), Vec);
+  }
+};
+
+struct TableOfBytes {
+  static constexpr int kVectors = 1;
+  const float* table;
+  explicit TableOfBytes(const float* table) : table(table) {}
+  void decode(const uint8_t* codes, Vec* out) const {
+    for (int l = 0; l < LANES; ++l) out[0][l] = table[codes[l]];
+  }
+};
+
+struct TableOfHalfBytes {
+  static constexpr int kVectors = 2;
+  typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+  static constexpr int kParts = 16 / LANES;  // vectors of the table
+  Vec table[kParts];
+  IntVec first, second;  // lanes of two vectors that take turns
+
+  explicit TableOfHalfBytes(const float* values) {
+    std::memcpy(table, values, sizeof table);
+    for (int l = 0; l < LANES; ++l)
+      first[l] = l / 2 + l % 2 * LANES, second[l] = first[l] + LANES / 2;
+  }
+
+  Vec look_up(IntVec codes) const {
+#if LANES == 16
+    return __builtin_shuffle(table[0], codes);
+#elif LANES == 8
+    return __builtin_shuffle(table[0], table[1], codes);
+#else
+    Vec values;
+    for (int l = 0; l < LANES; ++l) values[l] = table[codes[l] / LANES][codes[l] % LANES];
+    return values;
+#endif
+  }
+
+  void decode(const uint8_t* codes, Vec* out) const {
+    const IntVec bytes = __builtin_convertvector(*reinterpret_cast<const Bytes*>(codes), IntVec);
+    const Vec upper = look_up(bytes >> 4), lower = look_up(bytes & 15);
+    out[0] = __builtin_shuffle(upper, lower, first);
+    out[1] = __builtin_shuffle(upper, lower, second);
+  }
+};
+
+// Pieces of y: the rows of W of each are decoded into memory that stays in the cache.
+template <typename E, typename Codes>
+static void coded_product_of(const CodedProduct& p, int64_t first, int64_t last) {
+  constexpr int64_t kBytes = kCodedBlock / Codes::kVectors;
+  const Codes coding(p.table);
+  Product part = p.product;
+  Scratch W(kProductOuts * part.n_in + 2 * kCodedBlock);
+  for (int64_t piece = first; piece < last; ++piece) {
+    part.first_out = piece * kProductOuts;
+    const int64_t begin = part.first_out * part.n_in;
+    const int64_t end = std::min(part.first_out + kProductOuts, part.n_out) * part.n_in;
+    const int64_t first_block = begin / kCodedBlock;
+    int64_t at = 0;
+    for (int64_t block = first_block; block * kCodedBlock < end; ++block)
+      for (int64_t byte = 0; byte < kBytes; byte += LANES) {
+        Vec elements[Codes::kVectors];
+        coding.decode(p.codes + block * kBytes + byte, elements);
+        for (int v = 0; v < Codes::kVectors; ++v, at += LANES)
+          store<E>(W.data, at, elements[v] * p.scales[block], Whole());
+      }
+    part.W = reinterpret_cast<typename E::Type*>(W.data) + (begin - first_block * kCodedBlock);
+    product_of<E>(part, piece, piece + 1);
+  }
+}
+
+static void coded_product(const CodedProduct& p, int64_t first, int64_t last) {
+  with_element(p.product.element, [&](auto e) {
+    typedef decltype(e) E;
+    if (p.coding == Coding::kInteger) coded_product_of<E, Integers>(p, first, last);
+    if (p.coding == Coding::kByte) coded_product_of<E, TableOfBytes>(p, first, last);
+    if (p.coding == Coding::kHalfByte) coded_product_of<E, TableOfHalfBytes>(p, first, last);
+  });
 }

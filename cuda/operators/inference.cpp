@@ -6,6 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "operators.h"
@@ -65,6 +66,49 @@ std::vector<Tensor> products(at::TensorList x, at::TensorList W, at::IntArrayRef
   return call.outputs;
 }
 
+// W (n_out, in) as codes of blocks of 64 elements, scales (blocks) fp32, and what the codes stand
+// for: a table of 16 or 256 values in fp32; whole numbers without one.
+Tensor coded_product(const Tensor& x, const Tensor& any_codes, const Tensor& any_scales,
+                     const std::optional<Tensor>& any_table, int64_t n_out, int64_t activation) {
+  const Tensor wide = x.to(at::kFloat).contiguous(), codes = any_codes.contiguous(),
+               scales = any_scales.contiguous();
+  TORCH_CHECK(x.dim() == 2 && x.size(1) > 0 && n_out >= 0, "coded_product: x must be (rows, in)");
+  TORCH_CHECK(0 <= activation && activation <= 2, "coded_product: no activation ", activation);
+  Tensor table;
+  Coding coding = Coding::kInteger;
+  if (any_table) {
+    table = any_table->contiguous();
+    TORCH_CHECK((table.numel() == 16 || table.numel() == 256) && table.scalar_type() == at::kFloat,
+                "coded_product: the table must have 16 or 256 values in fp32, not ", table.sizes());
+    coding = table.numel() == 16 ? Coding::kHalfByte : Coding::kByte;
+  }
+  const int64_t n_in = x.size(1), blocks = (n_out * n_in + kCodedBlock - 1) / kCodedBlock;
+  const int64_t bytes = coding == Coding::kHalfByte ? kCodedBlock / 2 : kCodedBlock;
+  TORCH_CHECK(codes.sizes() == at::IntArrayRef({blocks, bytes}) && codes.element_size() == 1,
+              "coded_product: codes must be bytes (", blocks, ", ", bytes, "), not ", codes.sizes(),
+              " ", codes.scalar_type());
+  TORCH_CHECK(scales.sizes() == at::IntArrayRef({blocks}) && scales.scalar_type() == at::kFloat,
+              "coded_product: scales must be (", blocks, ") fp32, not ", scales.sizes());
+  Tensor y = at::empty({x.size(0), n_out}, x.options());
+  const Product product = {x.size(0),
+                           n_in,
+                           n_out,
+                           element_of(x),
+                           wide.const_data_ptr<float>(),
+                           n_in,
+                           nullptr,
+                           y.data_ptr(),
+                           static_cast<Activation>(activation)};
+  const CodedProduct call = {product, coding, static_cast<const uint8_t*>(codes.const_data_ptr()),
+                             scales.const_data_ptr<float>(),
+                             any_table ? table.const_data_ptr<float>() : nullptr};
+  const int64_t pieces = (n_out + kProductOuts - 1) / kProductOuts;
+  const int64_t grain = std::max<int64_t>(1, kProductGrain * pieces / (n_out * n_in + 1));
+  at::parallel_for(0, pieces, grain,
+                   [&](int64_t i, int64_t j) { cpu_kernels().coded_product(call, i, j); });
+  return y;
+}
+
 Tensor wkv6_step_(const Tensor& any_r, const Tensor& any_k, const Tensor& any_v,
                   const Tensor& any_w, const Tensor& any_u, Tensor& state) {
   const Tensor r = any_r.contiguous(), k = any_k.contiguous(), v = any_v.contiguous(),
@@ -98,5 +142,6 @@ Tensor wkv6_step_(const Tensor& any_r, const Tensor& any_k, const Tensor& any_v,
 
 TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
   library.impl("products", &finchtune::products);
+  library.impl("coded_product", &finchtune::coded_product);
   library.impl("wkv6_step_", &finchtune::wkv6_step_);
 }

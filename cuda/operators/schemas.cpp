@@ -44,6 +44,8 @@ constexpr const char* kSchemas[] = {
     "sigmoid_gate_backward(Tensor dout, Tensor gate, Tensor y) "
     "-> (Tensor gate, Tensor y)",
     "products(Tensor[] x, Tensor[] W, int[] activations) -> Tensor[] y",
+    "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? table, int n_out, "
+    "int activation) -> Tensor y",
     "wkv6_step_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor y",
 };
 

@@ -80,12 +80,16 @@ def test_a_sequence_depends_on_no_other(generation):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", ["bone", "lora"])
+@pytest.mark.parametrize("quant", [None, "nf4", "int8"])
+@pytest.mark.parametrize("method", ["bone", "bat", "lora", "pissa", "dora"])
 @every_generation
-def test_adapters_run_unmerged_on_some_or_all_layers(method, generation):
+def test_adapters_run_unmerged_on_some_or_all_layers(method, quant, generation):
+    if method == "dora" and quant:
+        pytest.skip("DoRA needs W itself")
     tokens = torch.randint(0, 256, (2, 9))
     for targets in (None, r"blocks\.1\.(att\.key|ffn\.key)"):
-        model = attach(small_model(generation=generation), method, r=8, targets=targets).eval()
+        base = small_model(generation=generation)
+        model = attach(base, method, r=8, targets=targets, quant=quant).eval()
         plain = compiled(model).advance(tokens)[0]
         for name, parameter in model.named_parameters():
             if ".adapter." in name:
@@ -93,6 +97,20 @@ def test_adapters_run_unmerged_on_some_or_all_layers(method, generation):
         found, expected = (form.advance(tokens)[0] for form in (compiled(model), model))
         assert relative_error(found, expected) < 1e-5
         assert relative_error(found, plain) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", [None, "nf4"])
+@every_generation
+def test_a_sequence_with_an_adapter_depends_on_no_other(quant, generation):
+    model = attach(small_model(generation=generation), "bone", r=8, quant=quant).eval()
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    form, tokens = compiled(model), torch.randint(0, 256, (5, 1))
+    together, _ = form.advance(tokens)
+    for row, token in zip(together, tokens, strict=True):
+        assert torch.equal(form.advance(token[None])[0][0], row)
 
 
 @every_generation

@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.support import cpu_path_in_use, relative_error
 
+from finchtune.adapters.quantise import QuantisedWeight, code_table
 from finchtune.ops.wkv6 import wkv6_reference
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -57,6 +58,39 @@ def test_products_in_one_call_are_those_one_by_one():
     together = torch.ops.finchtune.products(inputs, weights, [1, 0, 2])
     for y, part, W, activation in zip(together, inputs, weights, (1, 0, 2), strict=True):
         assert torch.equal(y, products(part.contiguous(), W, activation))
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 64, 64), (3, 45, 37), (70, 200, 100)], ids=str)
+def test_products_with_codes_are_those_with_the_weight_they_stand_for(kind, dtype, sizes):
+    """To the last bit, whatever the number of rows and threads."""
+    rows, n_in, n_out = sizes
+    x, W = torch.randn(rows, n_in).to(dtype), QuantisedWeight(torch.randn(n_out, n_in), kind)
+    scales, table = W.scales.view(torch.float32), code_table(kind)
+    dense = W.dense(dtype)
+    for activation in ACTIVATIONS:
+        found = torch.ops.finchtune.coded_product(x, W.codes, scales, table, n_out, activation)
+        assert torch.equal(found, products(x, dense, activation))
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    threaded = torch.ops.finchtune.coded_product(x[:1], W.codes, scales, table, n_out, activation)
+    torch.set_num_threads(before)
+    assert torch.equal(threaded, found[:1])
+
+
+@pytest.mark.parametrize("change", ["codes", "scales", "table"])
+def test_products_with_codes_refuse_what_does_not_fit(change):
+    W = QuantisedWeight(torch.randn(8, 64), "nf4")
+    given = {
+        "codes": W.codes,
+        "scales": W.scales.view(torch.float32),
+        "table": code_table("nf4"),
+    }
+    given[change] = given[change][1:]
+    with pytest.raises(RuntimeError, match=f"coded_product: (the )?{change}"):
+        torch.ops.finchtune.coded_product(torch.randn(1, 64), *given.values(), 8, 0)
 
 
 def test_tanh_is_precise_near_zero_and_saturates():

@@ -1,5 +1,6 @@
 """Frozen weights in 8 or 4 bits: the same numbers on every device."""
 
+import functools
 import math
 
 import torch
@@ -65,6 +66,15 @@ class QuantisedWeight(nn.Module):
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
         return dequantise(self.codes, self.scales, self.form, dtype)
+
+
+@functools.cache
+def code_table(kind: str) -> Tensor | None:
+    """What each code stands for, 16 or 256 values in float32; None where it is the value itself."""
+    if kind in TABLES:
+        return torch.tensor(TABLES[kind])
+    every = torch.arange(256).to(torch.uint8)
+    return None if kind == "int8" else decode(every.view(-1, BLOCK), kind).flatten()
 
 
 def quantise(W: Tensor, kind: str) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,16 @@
 """Models without autograd, by compiled CPU operators: what the generations' forms share.
 
-Every token is a row (C) here; the rows of all sequences follow one another. With plain weights a
-sequence's result does not depend on the others, to the last bit; layers with an adapter run as
-they are.
+Every token is a row (C) here; the rows of all sequences follow one another. A sequence's result
+does not depend on the others, to the last bit, but for adapters that run as they are (products.py).
 """
 
-from collections.abc import Sequence
-from typing import cast
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from finchtune.models.language_model import LanguageModel
+from finchtune.models.products import NONE, prepared, products
 from finchtune.models.recurrent import State
 from finchtune.ops.kernels import fits_cpu
-
-NONE, TANH, SQUARED_RELU = range(3)  # activations of the operator `products`
 
 
 def fits(model: LanguageModel) -> bool:
@@ -29,7 +24,7 @@ class CompiledModel:
     """A model as it is now: small matrices are copied, so build it anew when they change."""
 
     def __init__(self, model: LanguageModel):
-        self.model = model
+        self.model, self.head = model, prepared(model.head, model.emb.weight.dtype)
 
     def through_blocks(self, x: Tensor, rows: "Rows", state: State | None) -> tuple[Tensor, State]:
         """Embedded tokens (rows, C) and the states before them -> the same after all blocks."""
@@ -51,7 +46,7 @@ class CompiledModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, C) -> (rows, V)."""
-        return products([hidden], [self.model.head], [NONE])[0]
+        return products([hidden], [self.head], [NONE])[0]
 
 
 class Rows:
@@ -69,34 +64,3 @@ class Rows:
     def batch(self, x: Tensor) -> Tensor:
         """x as (B, T, ...), which operators for packed sequences take."""
         return x.unsqueeze(0 if self.cu_seqlens is not None else 1)
-
-
-def products(
-    inputs: Sequence[Tensor], layers: Sequence[Tensor | nn.Module], activations: list[int]
-) -> list[Tensor]:
-    """activation(x W^T) of each input (rows, in) and layer, or matrix (out, in).
-
-    Plain ones in one call; other layers, which have an adapter, one after another.
-    """
-    matrices = [weight_of(layer) for layer in layers]
-    plain = [i for i, matrix in enumerate(matrices) if matrix is not None]
-    if len(plain) == len(layers):
-        return torch.ops.finchtune.products(inputs, matrices, activations)
-    results: list[Tensor] = [torch.empty(0)] * len(layers)
-    if plain:
-        chosen = [inputs[i] for i in plain], [matrices[i] for i in plain]
-        found = torch.ops.finchtune.products(*chosen, [activations[i] for i in plain])
-        for i, y in zip(plain, found, strict=True):
-            results[i] = y
-    for i, layer in enumerate(layers):
-        if matrices[i] is None:
-            y = cast(nn.Module, layer)(inputs[i])
-            results[i] = torch.relu(y).square_() if activations[i] == SQUARED_RELU else y
-    return results
-
-
-def weight_of(layer: Tensor | nn.Module) -> Tensor | None:
-    """The matrix that is all there is to a layer, None if there is more."""
-    if isinstance(layer, Tensor):
-        return layer
-    return layer.weight if isinstance(layer, nn.Linear) and layer.bias is None else None

@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from finchtune.models.compiled import NONE, SQUARED_RELU, TANH, CompiledModel, Rows, products
+from finchtune.models.compiled import CompiledModel, Rows
+from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
 from finchtune.models.recurrent import BlockState, State, filled
 from finchtune.models.rwkv6.model import RWKV6, Block, ChannelMix, TimeMix
 
@@ -65,6 +66,9 @@ class CompiledTimeMix:
         self.decay_w1 = att.time_decay_w1.T.contiguous()
         self.decay_w2 = att.time_decay_w2.T.contiguous()
         self.u = att.time_faaaa.float().contiguous()
+        layers = (att.receptance, att.key, att.value, att.gate)
+        self.layers = [prepared(layer, self.decay.dtype) for layer in layers]
+        self.output = prepared(att.output, self.decay.dtype)
 
     def __call__(
         self, x: Tensor, rows: Rows, shift: Tensor | None, state: Tensor | None
@@ -74,7 +78,7 @@ class CompiledTimeMix:
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, rows, shift)
         low, r, k, v, gate = products(
             [x_w, x_r, x_k, x_v, x_g],
-            [self.decay_w1, att.receptance, att.key, att.value, att.gate],
+            [self.decay_w1, *self.layers],
             [TANH, NONE, NONE, NONE, NONE],
         )
         w = products([low], [self.decay_w2], [NONE])[0].add_(self.decay)
@@ -82,7 +86,7 @@ class CompiledTimeMix:
         y = torch.ops.finchtune.gated_norm(
             y, gate, att.ln_x.weight, att.ln_x.bias, att.ln_x.groups, att.ln_x.eps
         )
-        return products([y], [att.output], [NONE])[0], state
+        return products([y], [self.output], [NONE])[0], state
 
     def mixtures(self, x: Tensor, rows: Rows, shift: Tensor | None) -> list[Tensor]:
         """The five inputs x_w, x_k, x_v, x_r, x_g, each (rows, C)."""
@@ -115,12 +119,13 @@ class CompiledChannelMix:
     """The channel mix."""
 
     def __init__(self, ffn: ChannelMix):
-        self.ffn = ffn
         self.maa = torch.cat([ffn.time_maa_k, ffn.time_maa_r]).flatten(0, 1)
+        layers = (ffn.key, ffn.receptance, ffn.value)
+        self.key, self.receptance, self.value = (prepared(x, self.maa.dtype) for x in layers)
 
     def __call__(self, x: Tensor, rows: Rows, shift: Tensor | None) -> Tensor:
         """x (rows, C), the row before each sequence -> output (rows, C)."""
-        ops, ffn = torch.ops.finchtune, self.ffn
+        ops = torch.ops.finchtune
         x_k, x_r = ops.token_mix(rows.batch(x), shift, rows.cu_seqlens, self.maa)
-        k, r = products([x_k, x_r], [ffn.key, ffn.receptance], [SQUARED_RELU, NONE])
-        return ops.sigmoid_gate(r, products([k], [ffn.value], [NONE])[0])
+        k, r = products([x_k, x_r], [self.key, self.receptance], [SQUARED_RELU, NONE])
+        return ops.sigmoid_gate(r, products([k], [self.value], [NONE])[0])

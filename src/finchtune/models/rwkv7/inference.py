@@ -8,7 +8,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from finchtune.models.compiled import NONE, SQUARED_RELU, TANH, CompiledModel, Rows, products
+from finchtune.models.compiled import CompiledModel, Rows
+from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
 from finchtune.models.recurrent import BlockState, State, filled
 from finchtune.models.rwkv7.model import RWKV7, Block, ChannelMix, TimeMix
 
@@ -59,6 +60,9 @@ class CompiledTimeMix:
         parts = "wag" + ("v" if att.layer else "")
         self.down = {part: getattr(att, f"{part}1").T.contiguous() for part in parts}
         self.up = {part: getattr(att, f"{part}2").T.contiguous() for part in parts}
+        layers, dtype = (att.receptance, att.key, att.value), self.blends.dtype
+        self.layers = [prepared(layer, dtype) for layer in layers]
+        self.output = prepared(att.output, dtype)
 
     def __call__(
         self,
@@ -75,7 +79,7 @@ class CompiledTimeMix:
         own = {"w": x_w, "a": x_a, "g": x_g, "v": x_v}
         r, k, v, *low = products(
             [x_r, x_k, x_v, *(own[part] for part in self.down)],
-            [att.receptance, att.key, att.value, *self.down.values()],
+            [*self.layers, *self.down.values()],
             [NONE, NONE, NONE, TANH, *[NONE] * (len(self.down) - 1)],
         )
         low[2] = torch.sigmoid(low[2])  # the gate's
@@ -87,18 +91,19 @@ class CompiledTimeMix:
         inputs, first = att.memory_inputs(r, k, v, decay, rate, mix, first)
         y, state = att.wkv(inputs, state, rows.cu_seqlens)
         y = att.read_out(y, inputs, up["g"])
-        return products([y.flatten(0, 1)], [att.output], [NONE])[0], first, state
+        return products([y.flatten(0, 1)], [self.output], [NONE])[0], first, state
 
 
 class CompiledChannelMix:
     """The channel mix."""
 
     def __init__(self, ffn: ChannelMix):
-        self.ffn, self.blend = ffn, ffn.x_k.flatten(0, 1)
+        self.blend = ffn.x_k.flatten(0, 1)
+        self.key, self.value = (prepared(x, self.blend.dtype) for x in (ffn.key, ffn.value))
 
     def __call__(self, x: Tensor, rows: Rows, shift: Tensor | None) -> Tensor:
         """x (rows, C), the row before each sequence -> output (rows, C)."""
         mix = torch.ops.finchtune.token_mix
         (x_k,) = mix(rows.batch(x), shift, rows.cu_seqlens, self.blend)
-        (k,) = products([x_k], [self.ffn.key], [SQUARED_RELU])
-        return products([k], [self.ffn.value], [NONE])[0]
+        (k,) = products([x_k], [self.key], [SQUARED_RELU])
+        return products([k], [self.value], [NONE])[0]

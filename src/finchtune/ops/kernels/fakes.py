@@ -169,6 +169,13 @@ def products(x: list[Tensor], W: list[Tensor], activations: list[int]) -> list[T
     return [one.new_empty(one.shape[0], own.shape[0]) for one, own in zip(x, W, strict=True)]
 
 
+def coded_product(
+    x: Tensor, codes: Tensor, scales: Tensor, table: Tensor | None, n_out: int, activation: int
+) -> Tensor:
+    """(rows, n_out)."""
+    return x.new_empty(x.shape[0], n_out)
+
+
 def wkv6_step_(r: Tensor, *_: Any) -> Tensor:
     """As r; the state itself is changed."""
     return r.new_empty(r.shape)
@@ -197,6 +204,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
         sigmoid_gate,
         sigmoid_gate_backward,
         products,
+        coded_product,
         wkv6_step_,
     )
 }

@@ -1,0 +1,80 @@
+"""How fast text is written with an adapter that stays unmerged, and on a quantised base.
+
+    python scripts/bench/generate_adapters.py        # a random model, L12 C768 V65536
+
+Tokens a second of greedy texts after a prompt, in fp32 on the CPU; all take turns, so that a busy
+machine slows all alike; medians over the rounds. "plain" is the base, as fast as a merged model.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import time
+
+import torch
+
+from finchtune import attach, generate_batch
+from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+
+CASES = {
+    "plain": None,
+    "bone": {"method": "bone", "r": 64},
+    "lora": {"method": "lora", "r": 32},
+    "pissa": {"method": "pissa", "r": 32},
+    "bat": {"method": "bat", "r": 64},
+    "bone, nf4": {"method": "bone", "r": 64, "quant": "nf4"},
+    "bone, int8": {"method": "bone", "r": 64, "quant": "int8"},
+}
+
+
+def random_model(config: ModelConfig) -> RWKV6:
+    """A model of random weights in which no tensor is zero."""
+    model = init_weights(RWKV6(config), seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
+    return model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--vocab_size", type=int, default=65536)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=40, help="tokens to write")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    base = random_model(ModelConfig(given.n_layer, given.n_embd, given.vocab_size))
+    models = {
+        name: attach(copy.deepcopy(base), **case).eval() if case else base
+        for name, case in CASES.items()
+    }
+    size = (max(given.batch), given.prompt)
+    prompts = torch.randint(1, given.vocab_size, size).tolist()
+    speeds: dict[tuple[int, str], list[float]] = {}
+    for round_ in range(given.rounds + 1):
+        for batch in given.batch:
+            for name, model in models.items():
+                began = time.perf_counter()
+                generate_batch(model, prompts[:batch], given.tokens, stop_tokens=())
+                if round_ > 0:  # the first warms up
+                    speed = batch * given.tokens / (time.perf_counter() - began)
+                    speeds.setdefault((batch, name), []).append(speed)
+    threads, load = torch.get_num_threads(), os.getloadavg()[0]
+    print(f"torch {torch.__version__}, {threads} threads; load {load:.1f}")
+    print(f"{'':22} tokens/s (range)           of plain")
+    for (batch, name), found in speeds.items():
+        median = statistics.median(found)
+        share = median / statistics.median(speeds[batch, "plain"])
+        spread = f"({min(found):.1f} to {max(found):.1f})"
+        print(f"{f'batch {batch}, {name}':22} {median:8.1f} {spread:20} {share:5.2f}")
+
+
+if __name__ == "__main__":
+    main()
