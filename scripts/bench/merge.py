@@ -53,10 +53,7 @@ def main() -> None:
 
 def write_files(size: str, base: Path, adapter: Path) -> None:
     """Random weights of a released size, and a Bone for them."""
-    model = meta_model(released_sizes()[size])
-    layout = {name: t.to("meta", torch.bfloat16) for name, t in model.state_dict().items()}
-    weights = (torch.empty(t.shape, dtype=t.dtype).normal_(0, 0.02) for t in layout.values())
-    write_pth(layout, weights, base)
+    layout = write_weights(size, base)
     tensors = {
         f"{name.removesuffix('.weight')}.bone": torch.randn(RANK, len(tensor)) * 1e-3
         for name, tensor in layout.items()
@@ -68,6 +65,15 @@ def write_files(size: str, base: Path, adapter: Path) -> None:
         "base": {"file": base.name, "sha256": sha256(base)},
     }
     save_adapter(tensors, record, adapter)
+
+
+def write_weights(size: str, base: Path) -> dict[str, torch.Tensor]:
+    """Random weights of a released size; returns their layout."""
+    model = meta_model(released_sizes()[size])
+    layout = {name: t.to("meta", torch.bfloat16) for name, t in model.state_dict().items()}
+    weights = (torch.empty(t.shape, dtype=t.dtype).normal_(0, 0.02) for t in layout.values())
+    write_pth(layout, weights, base)
+    return layout
 
 
 def merge(base: Path, adapter: Path, output: Path) -> None:

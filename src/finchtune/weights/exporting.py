@@ -13,7 +13,7 @@ from finchtune.models import generation_of
 from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter
 from finchtune.weights.base import read_checked
 from finchtune.weights.forms import DTYPES, Form, LowRank, Settings
-from finchtune.weights.hashing import weights_sha256
+from finchtune.weights.hashing import hashing, weights_sha256
 from finchtune.weights.lazy import layout_of
 from finchtune.weights.merging import filled_adapter, group_by_weight, open_merge
 from finchtune.weights.stated import spec_of
@@ -36,14 +36,18 @@ def export_model(
     nothing is then written.
     """
     assert form.write is not None
+    model_hash = hashing(model)
     with FileSet() as files, ExitStack() as opened:
         merge = None
         if adapter:
-            merge = opened.enter_context(open_merge(model, adapter, **options))
+            merge = opened.enter_context(
+                open_merge(model, adapter, base_hash=model_hash, **options)
+            )
         weights = merge.weights if merge else read_checked(model)
         temporary = files.add(output, folder=not form.suffix)
         digest = form.write(weights, temporary, settings) or weights_sha256(temporary)
-        made_of = merge.receipt() if merge else {"model": file_and_hash(model)}
+        own = {"file": Path(model).name, "sha256": model_hash.result()}
+        made_of = merge.receipt() if merge else {"model": own}
         return write_beside(files, output, form, settings, digest, made_of)
 
 

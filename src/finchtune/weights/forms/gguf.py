@@ -34,7 +34,7 @@ from finchtune.weights.pth import bytes_of
 MAGIC = b"GGUF"
 NAME = "gguf"
 CONTEXT = 1 << 20  # not limited by the model
-CHUNK = 1 << 22  # numbers quantised at a time
+CHUNK = 1 << 20  # numbers converted at a time: they stay in a cache
 KINDS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"} | {
     kind.lower(): kind for kind in ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0")
 }
@@ -199,14 +199,14 @@ def encoded(name: str, tensor: Tensor, kind: Any) -> list[memoryview] | Any:
     """A tensor's bytes in pieces. Raises UserError where fp16 overflows."""
     import gguf
 
-    for ours, theirs in KINDS.items():
-        if theirs == kind.name and ours in DTYPES:
-            yield bytes_of(converted(name, tensor, DTYPES[ours]))
-            return
+    plain = {theirs: DTYPES[ours] for ours, theirs in KINDS.items() if ours in DTYPES}
     rows = tensor.reshape(-1, tensor.shape[-1])
     for part in rows.split(max(1, CHUNK // rows.shape[1])):
-        quantised = gguf.quants.quantize(part.float().numpy(), kind)
-        yield np.ascontiguousarray(quantised).reshape(-1).view(np.uint8).data
+        if kind.name in plain:
+            yield bytes_of(converted(name, part, plain[kind.name]))
+        else:
+            quantised = gguf.quants.quantize(part.float().numpy(), kind)
+            yield np.ascontiguousarray(quantised).reshape(-1).view(np.uint8).data
 
 
 def entries_of(generation: Generation, n_layer: int) -> list[Entry]:
