@@ -51,6 +51,14 @@ RUNS = {
         ["--lora_config", config_json(lora_r=8, lora_alpha=32, lora_parts="att,ffn,ln")],
         {"peft": "lora", "train_parts": ["ln"]},
     ),
+    "lora on att": (
+        [*OLD, *LORA, "--lora_parts=att,time"],
+        {"peft": "lora", "target": ["att"], "train_parts": ["time"]},
+    ),
+    "lora_config on ffn": (
+        ["--lora_config", config_json(lora_r=8, lora_alpha=32, lora_parts="ffn")],
+        {"peft": "lora", "target": ["ffn"], "train_parts": []},
+    ),
     "pissa_config": (
         ["--peft", "pissa", "--pissa_config",
          config_json(pissa_load="", pissa_init="", pissa_r=32, svd_niter=4, pissa_parts="att,ffn")],
@@ -108,7 +116,7 @@ def test_their_command_lines_run(name):
         ("--pre_ffn 1", "--pre_ffn 1 cannot be honoured"),
         ("--my_pile_stage 3", "--my_pile_stage 3 cannot be honoured: give the run's length"),
         ("--loss_mask se", "--loss_mask se: choose one of none, pad, qa; for other marks"),
-        ("--lora_parts att,time", "--lora_parts att,time: adapters sit on att and ffn together"),
+        ("--lora_parts time,ln", "--lora_parts time,ln: adapters sit on att or ffn; name one"),
         ("--lora_parts att,ffn,xyz", "--lora_parts: unknown part 'xyz'"),
         ("--lora --peft bone", "--lora means --peft lora, but --peft bone is given"),
         ("--peft_config {}", "--peft_config goes with --peft lora, bone or miss"),

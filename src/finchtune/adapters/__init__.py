@@ -1,6 +1,14 @@
 """Adapters: small trainable changes of a frozen model's linear layers. One file, one method."""
 
-from finchtune.adapters.attaching import adapted_layers, attach, find_targets, merge
+from finchtune.adapters.attaching import (
+    adapted_layers,
+    attach,
+    block_targets,
+    exactly,
+    find_targets,
+    merge,
+    targets_of,
+)
 from finchtune.adapters.base import Adapter
 from finchtune.adapters.gradients import (
     collected_gradients,
@@ -27,7 +35,9 @@ __all__ = [
     "adapter_state",
     "adapter_tensor",
     "attach",
+    "block_targets",
     "collected_gradients",
+    "exactly",
     "file_key",
     "find_targets",
     "get_method",
@@ -36,5 +46,6 @@ __all__ = [
     "load_adapter_state",
     "merge",
     "start_from_gradients",
+    "targets_of",
     "weight_gradients",
 ]

@@ -1,7 +1,7 @@
 """Putting adapters on a model's linear layers, and merging them into its weights."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -16,6 +16,12 @@ RWKV_TARGETS = (
     r"(.+\.)?blocks\.\d+\.(att\.(receptance|key|value|gate|output)|ffn\.(key|receptance|value))"
 )
 """The large linears of each block of an RWKV, by the names that every generation gives them."""
+
+LINEARS = (
+    *(f"att.{name}" for name in ("receptance", "key", "value", "gate", "output")),
+    *(f"ffn.{name}" for name in ("key", "receptance", "value")),
+)
+"""The same linears by their names in a block."""
 
 OTHER_TARGETS = r"(?!(.+\.)?(head|lm_head|classifier|score|qa_outputs|embed_out)(\.|$)).+"
 """Every linear but those under the usual names of an output layer."""
@@ -96,6 +102,38 @@ def find_targets(model: nn.Module, targets: str | None = None) -> tuple[dict[str
             f"it has {len(linears)}: {examples}{', ...' if len(linears) > 3 else ''}"
         )
     return chosen, targets
+
+
+def block_targets(names: Iterable[str]) -> str:
+    """The pattern of those large linears of each block that names choose; of all for no names.
+
+    A name is a linear's (ffn.key), a part's (att), or a last name that both parts have (key).
+    Raises UserError for one that chooses nothing.
+    """
+    chosen = set()
+    for name in names:
+        found = {linear for linear in LINEARS if name in (linear, *linear.split("."))}
+        if not found:
+            raise UserError(f"`target` {name}: known are att, ffn, {', '.join(LINEARS)}")
+        chosen |= found
+    if not chosen or len(chosen) == len(LINEARS):
+        return RWKV_TARGETS
+    return exactly(rf"blocks\.\d+\.{re.escape(linear)}" for linear in LINEARS if linear in chosen)
+
+
+def exactly(patterns: Iterable[str]) -> str:
+    """The pattern of the layers whose names match one of several, in whatever module they are."""
+    return rf"(.+\.)?({'|'.join(patterns)})"
+
+
+def targets_of(layers: Iterable[str]) -> list[str]:
+    """The linears of a block that some of the layers are, as `block_targets` takes them.
+
+    [] if they are all of them.
+    """
+    names = {re.sub(r"^(.+\.)?blocks\.\d+\.", "", layer) for layer in layers}
+    found = [linear for linear in LINEARS if linear in names]
+    return [] if len(found) == len(LINEARS) else found
 
 
 def build(kind: type[Adapter], name: str, layer: nn.Linear, settings: dict[str, Any]) -> Adapter:

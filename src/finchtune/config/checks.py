@@ -109,6 +109,8 @@ def contradictions_of_method(config: TrainConfig) -> Iterator[str]:
         yield "`pissa_init` goes with `peft` pissa and `peft_load`"
     if config.trains_all and (config.train_parts or config.peft_load):
         yield "`train_parts` and `peft_load` need `peft`; without it all is trained"
+    if config.adapter == "none" and config.target:
+        yield "`target` needs `peft`: it says which linears get an adapter"
     if config.adapter == "none" and config.quant != "none":
         yield "`quant` needs `peft`: a quantised weight cannot be trained itself"
     if config.decay_adapters and not (config.weight_decay and config.adapter != "none"):

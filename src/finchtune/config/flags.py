@@ -60,6 +60,7 @@ class MethodFlags:
     """What is trained."""
 
     peft: str = flag("none", "what is trained; none = every parameter", METHODS)
+    target: list[str] = flag([], "linears that get an adapter, such as att ffn.key; default all")
     train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
     quant: str = flag("none", "keep the adapted layers' frozen weights in few bits", QUANT)
     peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")

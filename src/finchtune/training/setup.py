@@ -9,6 +9,7 @@ from finchtune import distributed
 from finchtune.adapters import (
     adapted_layers,
     attach,
+    block_targets,
     collected_gradients,
     start_from_gradients,
 )
@@ -72,7 +73,8 @@ def choose_trained(model: LanguageModel, config: TrainConfig, init: bool) -> Non
     """
     model.requires_grad_(config.trains_all)
     if config.adapter != "none":
-        attach(model, config.adapter, init=init, **config.adapter_hyperparameters)
+        targets = block_targets(config.target)
+        attach(model, config.adapter, targets=targets, init=init, **config.adapter_hyperparameters)
     if config.trains_state:
         model.add_initial_state()
         for state in model.initial_states().values():

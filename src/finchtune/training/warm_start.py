@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from finchtune import distributed
-from finchtune.adapters import get_method, hyperparameters_of
+from finchtune.adapters import adapted_layers, get_method, hyperparameters_of, targets_of
 from finchtune.adapters.state import is_adapter_tensor
 from finchtune.config import TrainConfig
 from finchtune.errors import UserError
@@ -39,6 +39,7 @@ def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
     found = record["adapter"] if record else told_by_tensors(tensors, config.peft)
     if config.adapter != "none":
         check_method(config, found)
+        check_places(model, set(tensors), path)
     elif found:
         method = found["method"]
         raise UserError(
@@ -83,6 +84,17 @@ def check_method(config: TrainConfig, found: dict[str, Any]) -> None:
             if key in flags and key not in FREE_HYPERPARAMETERS
         )
         raise UserError(f"`peft_load` {path} was trained otherwise; give {needed}")
+
+
+def check_places(model: LanguageModel, found: set[str], path: str) -> None:
+    """Raise UserError unless --target chooses the linears that have adapters in the file."""
+    there = {key.rpartition(".")[0] for key in found - set(model.state_dict())}
+    if targets_of(there) != targets_of(adapted_layers(model)):
+        needed = " ".join(targets_of(there))
+        raise UserError(
+            f"`peft_load` {path} has adapters on other linears; "
+            + (f"give `target` {needed}" if needed else "drop `target`: it has them on all")
+        )
 
 
 def check_parts(model: LanguageModel, found: set[str], path: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.adapters import attach, load_adapter_state
+from finchtune.adapters import attach, exactly, load_adapter_state
 from finchtune.adapters.state import file_key, is_adapter_tensor
 from finchtune.errors import CheckpointError
 from finchtune.files import FileSet, json_text, read_json, sha256
@@ -195,7 +195,10 @@ def adapted_model(
         for key, tensor in trained.items():
             own[key].copy_(tensor)
     if spec:
-        attach(model, init=False, **spec)
         rest = {key: tensor for key, tensor in tensors.items() if key not in trained}
+        # Files of other software do not say which layers they are for, but show it.
+        layers = sorted({key.rpartition(".")[0] for key in rest})
+        targets = exactly(map(re.escape, layers))
+        attach(model, init=False, **({"targets": targets} | spec))
         load_adapter_state(model, rest)
     return model.float().eval()

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from finchtune.adapters import targets_of
 from finchtune.errors import CheckpointError, UserError
 from finchtune.files import read_object
 from finchtune.models import generation_of, sizes_of
@@ -63,6 +64,8 @@ def describe_adapter(path: Path) -> dict[str, str]:
         return {}
     title = foreign.title if foreign else "a .pth"
     settings = ", ".join(f"{k} {v}" for k, v in spec.items() if k not in ("method", "targets"))
+    places = targets_of(key.rpartition(".")[0] for key in tensors)
+    settings += f", on {' '.join(places)}" if places else ""
     if not record:
         settings += "; no record tells the rest"
     found = {"what": f"an adapter, as {title}", "method": f"{spec['method']}: {settings}"}

@@ -73,8 +73,8 @@ def spread_json(flag: str, text: str, peft: str | None) -> dict[str, Any]:
         values["peft"] = mode
         if "r" in values:
             values[f"{mode}_r"] = values.pop("r")
-    if "parts" in values and (parts := parts_of(flag, values.pop("parts"))):
-        values["train_parts"] = parts
+    if "parts" in values:
+        values |= {k: v for k, v in parts_of(flag, values.pop("parts")).items() if v}
     return values
 
 

@@ -143,5 +143,6 @@ def map_old_lora(rest: Given, theirs: Given, notes: list[str]) -> None:
         elif path:
             notes.append(f"--lora_load {path}: no such file; a fresh adapter, as there")
     if "lora_parts" in theirs:
-        parts = parts_of("lora_parts", ",".join(theirs["lora_parts"]))
-        rest["train_parts"] = [*rest.get("train_parts", []), *parts]
+        for flag, values in parts_of("lora_parts", ",".join(theirs["lora_parts"])).items():
+            if values or flag == "train_parts":
+                rest[flag] = [*rest.get(flag, []), *values]
