@@ -23,6 +23,7 @@ def model_file(tmp_path_factory):
     ("flags", "message"),
     [
         (["--max_rows", 0], "--max_rows must be at least 1"),
+        (["--max_waiting", 0], "--max_waiting must be at least 1"),
         (["--port", 70000], "cannot listen at 127.0.0.1:70000"),
         (["--host", "256.0.0.1"], "cannot listen at 256.0.0.1:8000"),
         (["--peft_checkpoint", "a/x.pth", "b/x.pth"], "two models are called x"),

@@ -4,20 +4,24 @@ import json
 import re
 import shutil
 import subprocess
+from html import escape, unescape
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from helpers.support import assert_one_error_line, run_script
 
 from finchtune.report import plot_loss, write_report
 from finchtune.report.chart import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, chart, number
-from finchtune.report.series import MAX_POINTS, read_run, running_mean, thinned
+from finchtune.report.picture import title_of
+from finchtune.report.series import MAX_POINTS, read_run, running_mean, smoothed, thinned
 
 EVIL = "</script><script>document.title='taken'</script><b onclick=x>"
 
 
 def make_run(folder, steps=60, config=None, tail="", **more):
     folder.mkdir()
+    (folder / "run.json").write_text('{"begun": "2026-11-28 02:30", "trained": 1234567}')
     rows = [
         {"step": s, "loss": 3 - s / steps, "lr": 1e-4, "grad_norm": 1.0 + s % 7, "tokens": 100,
          "tokens_per_s": 50.0, "memory_mb": 700 + s, "seconds": 2.0, **more}
@@ -51,6 +55,10 @@ def test_one_run_shows_its_figures_and_needs_no_other_file(tmp_path):
     assert cards["Tokens"] == "6,000"
     assert cards["Peak memory"] == "760 MiB"
     assert cards["Training time"] == "2:00 min"
+    assert cards["Method"] == "bone"
+    assert cards["Trained parameters"] == "1,234,567"
+    assert cards["Begun"] == "2026-11-28 02:30"
+    assert "Skipped steps" not in cards, "a tile without a figure"
     tags = Tags(text)
     assert tags.found.count("svg") == 6
     loads = [a for a in tags.attributes if a[1] in ("src", "href", "srcset")]
@@ -58,6 +66,33 @@ def test_one_run_shows_its_figures_and_needs_no_other_file(tmp_path):
     assert "http" not in text.replace("http-equiv", "")
     assert "@import" not in text
     assert "url(" not in text
+
+
+def test_what_was_not_recorded_has_neither_tile_nor_chart(tmp_path):
+    folder = make_run(tmp_path / "run")
+    rows = [{"step": s, "loss": 1.0} for s in range(1, 5)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    assert text.count("<figure") == 1
+    assert "<dd></dd>" not in text
+    assert "<dd>-</dd>" not in text
+
+
+def test_the_mean_has_no_kink_where_large_values_leave_it():
+    """A mean of the last twentieth drops by a twentieth of the first loss at that step."""
+    points = [(float(i), 100.0 if i == 0 else 1.0) for i in range(400)]
+    means = [y for _, y in smoothed(points)]
+    drops = [a - b for a, b in pairwise(means)]
+    assert all(after <= before + 1e-12 for before, after in pairwise(drops))
+    assert means[-1] == pytest.approx(1.0, abs=1e-6)
+    assert smoothed([(1.0, 5.0)]) == [(1.0, 5.0)]
+
+
+def test_the_picture_says_what_it_shows(tmp_path):
+    config = {"peft": "bone", "bone_r": 64, "load_model": "/a/$base$.pth"}
+    run = read_run(make_run(tmp_path / "run", config=config))
+    assert title_of(run) == r"bone r 64, \$base\$.pth, final loss 2.0167"
+    plot_loss(tmp_path / "run", tmp_path / "loss.png")
 
 
 def test_several_runs_list_only_what_differs(tmp_path):
@@ -170,6 +205,35 @@ def test_a_browser_shows_the_values_under_the_pointer_and_runs_nothing_foreign(t
     assert "step 60" in tip
     assert "run: 1.5" in tip
     assert "<title>2 runs</title>" in seen
+
+
+MEASURE = """<script>
+    const cut = [...document.querySelectorAll("svg text")].filter((text) => text.getBBox().x < 0);
+    const grid = document.querySelector(".charts").getBoundingClientRect();
+    const figures = [...document.querySelectorAll("figure")].map((f) => f.getBoundingClientRect());
+    const filled = figures.reduce((sum, box) => sum + (box.width + 16) * (box.height + 16), 0);
+    parent.document.title = JSON.stringify({cut: cut.map((t) => t.textContent),
+        width: innerWidth, wide: document.documentElement.scrollWidth - innerWidth,
+        filled: filled / ((grid.width + 16) * (grid.height + 16))});
+    </script></body>"""
+
+
+@pytest.mark.parametrize("width", [420, 1300])
+def test_a_browser_cuts_no_label_and_leaves_no_hole(width, tmp_path):
+    """Also where the charts are odd in number, and values long."""
+    folder = make_run(tmp_path / "run", lr=1.2345e-5, grad_norm=1.25e7)
+    page = write_report([folder], tmp_path / "report.html")
+    inner = escape(page.read_text().replace("</body>", MEASURE))
+    frame = tmp_path / "frame.html"  # the browser's own window is never narrower than 500
+    frame.write_text(
+        f'<title></title><iframe style="border:0" width="{width}" height="900" srcdoc="{inner}">'
+    )
+    seen = browse(frame, tmp_path)
+    found = json.loads(unescape(re.search(r"<title>(.*?)</title>", seen)[1]))
+    assert found["width"] == width
+    assert found["cut"] == []
+    assert found["wide"] <= 0
+    assert found["filled"] > 0.97
 
 
 def test_the_script_writes_a_page_and_refuses_a_missing_folder(tmp_path):

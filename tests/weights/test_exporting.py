@@ -12,6 +12,7 @@ from finchtune.weights.adapter_files import save_adapter
 from finchtune.weights.base import load_model, read_base
 from finchtune.weights.exporting import export_adapter, export_model, receipt_path
 from finchtune.weights.forms import FORMS, Settings
+from finchtune.weights.forms.base import n_layer_of
 from finchtune.weights.merging import merge_files
 
 LORAS = {
@@ -129,3 +130,37 @@ def test_another_base_is_taken_only_when_asked_and_told_of(tmp_path):
                  other_base=True)  # fmt: skip
     exported = read_base(tmp_path / "on.safetensors")
     assert all(torch.equal(exported[key], tensor) for key, tensor in twice.items())
+
+
+def test_a_modelfile_of_the_users_is_not_written_over(tmp_path):
+    base = save_model(small_model(), tmp_path / "base.pth")
+    settings = FP32._replace(tokenizer=load_bytes())
+    for _ in range(2):  # what we wrote ourselves gives way
+        export_model(base, tmp_path / "m.gguf", FORMS["gguf"], settings)
+    (tmp_path / "m.gguf.Modelfile").write_text("FROM mine")
+    with pytest.raises(UserError, match=r"m\.gguf\.Modelfile is there, not as we write it"):
+        export_model(base, tmp_path / "m.gguf", FORMS["gguf"], settings)
+    assert (tmp_path / "m.gguf.Modelfile").read_text() == "FROM mine"
+
+
+BAD_BASES = {
+    "NaN": lambda w: {"emb.weight": torch.full_like(w["emb.weight"], torch.nan)},
+    "an extra tensor": lambda w: {"blocks.0.odd": torch.zeros(2)},
+    "another shape": lambda w: {"head.weight": w["head.weight"][:9]},
+    "an unfolding tensor": lambda w: {"head.weight": torch.zeros(1).expand(2**40, 1)},
+}
+
+
+@pytest.mark.parametrize("kind", BAD_BASES)
+def test_what_does_not_load_is_not_exported(kind, tmp_path):
+    weights = small_model().state_dict()
+    torch.save(weights | BAD_BASES[kind](weights), tmp_path / "base.pth")
+    with pytest.raises(UserError, match=r"base\.pth"):
+        export_model(tmp_path / "base.pth", tmp_path / "m.safetensors", FORMS["safetensors"], FP32)
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_a_layer_of_a_billion_is_of_no_model():
+    """Counting up to it would take for ever; the tensor is then one that no layer has."""
+    numbers = ("3", "1000000000", "9" * 30, "\u0663", "03", "")
+    assert n_layer_of([f"blocks.{number}.x" for number in numbers], "blocks.") == 4

@@ -17,6 +17,7 @@ from finchtune.weights.adapter_files import adapter_keys, adapter_record, save_a
 from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files
 from finchtune.weights.tensors import write_tensors
+from finchtune.weights.unmerging import read_receipt
 
 
 def test_the_record_is_in_the_file_where_other_readers_do_not_look(tmp_path):
@@ -124,11 +125,17 @@ def test_what_is_stated_may_not_contradict_the_file(tmp_path):
     for stated in ({"alpha": 32}, {"rslora": True}, {"method": "bone"}, {"quant": "nf4"}):
         with pytest.raises(UserError, match=r"the record of .*rwkv-0\.pth says"):
             merge_files(base, adapter, tmp_path / "merged.pth", stated=stated)
+    with pytest.raises(UserError, match="`bat_mode` is no setting of lora"):
+        merge_files(base, adapter, tmp_path / "merged.pth", stated={"mode": "row"})
     merge_files(base, adapter, tmp_path / "merged.pth", stated={"alpha": 64, "method": "lora"})
     write_tensors(torch.load(adapter), adapter)
     remove(adapter.with_suffix(".json"))
     with pytest.raises(UserError, match=r"its tensors \(lora_A, lora_B\) are lora"):
         merge_files(base, adapter, tmp_path / "merged.pth", stated={"method": "bone"})
+    stated = {"alpha": 64, "rslora": False, "quant": "none"}
+    with pytest.raises(UserError, match="`bat_mode` is no setting of lora"):
+        merge_files(base, adapter, tmp_path / "merged.pth", stated=stated | {"mode": "row"})
+    merge_files(base, adapter, tmp_path / "merged.pth", stated=stated)
 
 
 def test_weights_and_receipt_appear_together_whenever_merging_is_killed(tmp_path):
@@ -156,6 +163,14 @@ def test_weights_and_receipt_appear_together_whenever_merging_is_killed(tmp_path
     assert all(state in (old, new) for state in states)
     assert old in states
     assert new in states
+
+
+def test_each_form_has_a_receipt_of_its_own(tmp_path):
+    base, _, adapter = make_adapter(tmp_path, "bone", {"r": 8})
+    for name in ("m.pth", "m.safetensors"):
+        merge_files(base, adapter, tmp_path / name)
+    for name in ("m.pth", "m.safetensors"):
+        assert read_receipt(tmp_path / name)["output"]["file"] == name
 
 
 def test_a_json_of_the_user_is_not_replaced(tmp_path):

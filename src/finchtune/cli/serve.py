@@ -11,15 +11,17 @@ from typing import Any
 
 from finchtune.cli.options import Parser
 from finchtune.cli.writing import add_model_flags, check_positive, open_model, template_of
-from finchtune.errors import UserError
+from finchtune.errors import UserError, printable
 
-LOOPBACK = ("127.0.0.1", "localhost")
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 KEEP_ALIVE = 75  # seconds that a connection may idle; with few, clients meet closed ones
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = flags().parse_args(arguments)
-    check_positive(max_rows=given.max_rows, max_tokens=given.max_tokens)
+    check_positive(
+        max_rows=given.max_rows, max_tokens=given.max_tokens, max_waiting=given.max_waiting
+    )
     names = adapter_names(given)
     try:
         import uvicorn
@@ -34,7 +36,9 @@ def main(arguments: list[str] | None = None) -> None:
     app = application(worker, given.max_tokens, hosts)
     with listening(given.host, given.port) as listener:
         host, port = listener.getsockname()[:2]
-        print(f"{', '.join(worker.served)} at http://{host}:{port}/v1", flush=True)
+        shown = f"[{host}]" if ":" in host else host
+        served = printable(", ".join(worker.served))
+        print(f"{served} at http://{shown}:{port}/v1", flush=True)
         config = uvicorn.Config(
             app,
             log_level="warning",

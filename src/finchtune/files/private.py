@@ -43,7 +43,8 @@ def is_own_group(gid: int) -> bool:
     """Whether a group has no member but this user (or is root's)."""
     try:
         user = pwd.getpwuid(os.geteuid())
-        others = set(grp.getgrgid(gid).gr_mem) - {user.pw_name}
+        members = {one.pw_name for one in pwd.getpwall() if one.pw_gid == gid}
+        others = (members | set(grp.getgrgid(gid).gr_mem)) - {user.pw_name}
     except KeyError:
         return False
     return gid in (0, user.pw_gid) and not others

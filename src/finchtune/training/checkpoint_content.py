@@ -10,7 +10,7 @@ from torch import Tensor
 from finchtune.errors import CheckpointError
 from finchtune.models import LanguageModel
 from finchtune.training.engine import MOMENTS
-from finchtune.weights.tensors import is_finite
+from finchtune.weights.tensors import FLOATS, is_finite
 
 MANIFEST = {
     **dict.fromkeys(("step", "optimizer_step", "global_batch"), int),
@@ -71,7 +71,7 @@ def problems_of(tensors: Any, shapes: dict[str, tuple[int, ...]]) -> Iterator[st
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
             yield f"of {name} is no tensor"
-        elif not tensor.is_floating_point() or tuple(tensor.shape) != shapes[name]:
+        elif tensor.dtype not in FLOATS or tuple(tensor.shape) != shapes[name]:
             kind = f"{list(tensor.shape)} of {tensor.dtype}"
             yield f"of {name} is {kind}, not {list(shapes[name])}; is it the same base?"
         elif not is_finite(tensor):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from finchtune.errors import CheckpointError, UserError
-from finchtune.files import FileSet, json_text
+from finchtune.files import FileSet, json_text, read_object, sha256
 from finchtune.models import generation_of
 from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter
 from finchtune.weights.base import read_checked
@@ -36,6 +36,7 @@ def export_model(
     nothing is then written.
     """
     assert form.write is not None
+    keep_beside(output, form, settings, is_adapter=False)
     model_hash = hashing(model)
     with FileSet() as files, ExitStack() as opened:
         merge = None
@@ -70,6 +71,7 @@ def export_adapter(
     if record and not other_base:
         check_base(record, base, adapter)
     spec = spec_of(record, tensors, stated or {}, adapter)
+    keep_beside(output, form, settings, is_adapter=True)
     low_rank = as_low_rank(tensors, spec, layout_of(read_checked(base)), adapter)
     made_of = {"base": file_and_hash(base), "adapter": file_and_hash(adapter)}
     told = {"method": spec["method"], "alpha": low_rank.alpha, "layers": len(low_rank.layers)}
@@ -143,7 +145,7 @@ def write_beside(
     That is the receipt, which says what it is and what it was made of, and what the form has
     beside it besides.
     """
-    receipt = {
+    receipt: dict[str, Any] = {
         "format": FORMAT,
         "form": form.name,
         "dtype": settings.dtype,
@@ -151,8 +153,24 @@ def write_beside(
         "template": settings.template.name if settings.template else None,
         "output": {"file": Path(output).name, "sha256": digest},
     }
-    files.add(receipt_path(output)).write_text(json_text(receipt))
     if form.beside:
         name, text = form.beside(Path(output), settings, "alpha" in made_of)
-        files.add(Path(output).with_name(name)).write_text(text)
+        written = files.add(Path(output).with_name(name))
+        written.write_text(text)
+        receipt["beside"] = {"file": name, "sha256": sha256(written)}
+    files.add(receipt_path(output)).write_text(json_text(receipt))
     return receipt
+
+
+def keep_beside(output: str | Path, form: Form, settings: Settings, is_adapter: bool) -> None:
+    """Raise UserError where what is to lie beside an output is there already, and not as written.
+
+    The receipt of an earlier export tells what was written.
+    """
+    if not form.beside:
+        return
+    path = Path(output).with_name(form.beside(Path(output), settings, is_adapter)[0])
+    receipt = read_object(receipt_path(output)) if receipt_path(output).exists() else {}
+    known = receipt.get("beside")
+    if path.exists() and not (isinstance(known, dict) and known.get("sha256") == sha256(path)):
+        raise UserError(f"{path} is there, not as we write it; move it, or choose another name")

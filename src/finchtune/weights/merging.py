@@ -195,7 +195,10 @@ def write_weights(weights: LazyTensors, path: Path, name: str | Path) -> str:
 
 def receipt_path(output: str | Path) -> Path:
     """Where the receipt of a merged file lies."""
-    return Path(output).with_suffix(".merge.json")
+    output = Path(output)
+    if output.suffix == ".pth":
+        return output.with_suffix(".merge.json")
+    return output.with_name(f"{output.name}.merge.json")  # one of each form may lie there
 
 
 def is_state(name: str) -> bool:

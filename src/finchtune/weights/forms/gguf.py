@@ -257,7 +257,10 @@ def read_adapter(path: Path) -> FoundAdapter:
             raise CheckpointError(f"{path}: {name} belongs to no linear layer of an RWKV")
         B = entry_of[base].split(found[f"{base}.lora_b"])[0]
         layers[entry_of[base].ours[0].removesuffix(".weight")] = (A, B)
-    return LowRank(layers, float(field(reader, gguf.Keys.Adapter.LORA_ALPHA))).found()
+    alpha = field(reader, gguf.Keys.Adapter.LORA_ALPHA)
+    if not layers or not isinstance(alpha, int | float) or not 0 < alpha < float("inf"):
+        raise CheckpointError(f"{path} is no whole LoRA: {len(layers)} layers, alpha {alpha}")
+    return LowRank(layers, float(alpha)).found()
 
 
 def modelfile(output: Path, settings: Settings, is_adapter: bool) -> tuple[str, str]:

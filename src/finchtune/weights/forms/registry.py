@@ -2,13 +2,17 @@
 
 import difflib
 import pkgutil
+import re
 from importlib import import_module
 from pathlib import Path
 
 from finchtune.errors import CheckpointError
+from finchtune.models import released_sizes
 from finchtune.weights import forms
 from finchtune.weights.forms.base import Form
 
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".st", ".gguf")
 FOREIGN = {
     b"<!DOCTYPE": "a web page, not weights; download the file itself",
     b"<html": "a web page, not weights; download the file itself",
@@ -39,9 +43,9 @@ def get_form(name: str) -> Form:
 
 def form_of(path: str | Path) -> Form:
     """The form of the weights in a file or folder. Raises UserError if it is of none."""
-    path = Path(path)
+    name, path = str(path), Path(path)
     if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
+        raise CheckpointError(f"{name}: no such file{what_is_meant(name)}")
     found = next((form for form in FORMS.values() if form.recognise(path)), None)
     if found:
         return found
@@ -51,6 +55,16 @@ def form_of(path: str | Path) -> Form:
             f"{path} is an adapter ({adapter.title}); give it as `peft_checkpoint`"
         )
     raise CheckpointError(f"{path} {what_else(path)}")
+
+
+def what_is_meant(name: str) -> str:
+    """What to say where no file has a name that elsewhere stands for a model."""
+    if name in released_sizes():
+        return "; names of released models are for `plan` 1: give the file of its weights"
+    is_file_name = Path(name).suffix in SUFFIXES or Path(name).parent.exists()
+    if name.startswith(("http://", "https://")) or (HUB_NAME.fullmatch(name) and not is_file_name):
+        return "; nothing is downloaded here: download the weights and give their file"
+    return ""
 
 
 def adapter_form_of(path: str | Path) -> Form | None:

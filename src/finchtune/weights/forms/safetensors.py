@@ -16,6 +16,7 @@ from finchtune.weights.hashing import HashingWriter
 from finchtune.weights.lazy import layout_of, mapped, pieces_of
 from finchtune.weights.pth import bytes_of
 
+METADATA = "__metadata__"
 HEADER_LENGTH = struct.Struct("<Q")
 LARGEST_HEADER = 100_000_000  # the library's own limit
 NAMES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -41,17 +42,25 @@ def header_of(path: Path) -> dict[str, Any]:
         content = file.read(min(length, LARGEST_HEADER))
     try:
         header = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: damaged or cut short; download or copy it again") from error
-    if not isinstance(header, dict):
+    if not isinstance(header, dict) or not all(is_entry(*entry) for entry in header.items()):
         raise CheckpointError(f"{path}: damaged; download or copy it again")
     return header
+
+
+def is_entry(name: str, entry: Any) -> bool:
+    """Whether a header's entry is one of a tensor, or the metadata."""
+    if not isinstance(entry, dict):
+        return False
+    shape = entry.get("shape")
+    return name == METADATA or (isinstance(shape, list) and all(type(n) is int for n in shape))
 
 
 def shapes_of(path: Path) -> dict[str, list[int]]:
     """The shapes of a file's tensors."""
     header = header_of(path)
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+    return {name: entry["shape"] for name, entry in header.items() if name != METADATA}
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -76,7 +85,7 @@ def write_safetensors(
     The library's own writer takes all of them at once. Layout: the header's length in 8 bytes, the
     header in JSON, padded with spaces to 8 bytes, the tensors end to end.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
+    header: dict[str, Any] = {METADATA: {"format": "pt"} | dict(metadata or {})}
     end = 0
     for name, tensor in layout_of(tensors).items():
         begin, end = end, end + tensor.numel() * tensor.element_size()

@@ -76,9 +76,12 @@ def read_adapter(path: Path) -> FoundAdapter:
             layers[layer] = (tensor.T.contiguous(), found[B])
     if not layers or len(found) != 2 * len(layers):
         raise CheckpointError(f"{path} is no whole LoRA of web-rwkv")
-    alpha = header_of(path).get("__metadata__", {}).get("alpha")
     rank = len(next(iter(layers.values()))[0])
-    return LowRank(layers, float(alpha) if alpha else rank).found()
+    alpha = header_of(path).get("__metadata__", {}).get("alpha", rank)
+    try:
+        return LowRank(layers, float(alpha)).found()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: alpha is {alpha!r:.40}, not a number") from error
 
 
 def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> str:
