@@ -12,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "composite.h"
 #include "operators.h"
 
 namespace finchtune {
@@ -281,4 +282,5 @@ TORCH_LIBRARY_IMPL(finchtune, CPU, library) {
   library.impl("squared_relu_backward", &finchtune::squared_relu_backward);
   library.impl("sigmoid_gate", &finchtune::sigmoid_gate);
   library.impl("sigmoid_gate_backward", &finchtune::sigmoid_gate_backward);
+  finchtune::add_composites(library);
 }

@@ -25,6 +25,26 @@ constexpr const char* kSchemas[] = {
     "add_to_shards_(Tensor(a!) x, Tensor s) -> ()",
     "bat_row_forward(Tensor x, Tensor D) -> (Tensor moved, Tensor sums)",
     "bat_row_backward_(Tensor(a!) dx, Tensor x, Tensor D, Tensor sums) -> Tensor dD",
+    "unpack(Tensor codes, Tensor scales, float[] table, int rows, int columns, ScalarType dtype) "
+    "-> Tensor",
+    "bone(Tensor x, Tensor D, Tensor W) -> (Tensor y, Tensor sums)",
+    "bone_backward(Tensor dy, Tensor? dsums, Tensor sums, Tensor D, Tensor W, bool of_x, bool "
+    "of_D) "
+    "-> (Tensor x, Tensor D)",
+    "bat_row(Tensor x, Tensor D, Tensor W) -> Tensor",
+    "bat_row_backward(Tensor dy, Tensor x, Tensor D, Tensor W) -> (Tensor x, Tensor D)",
+    "fixed_mixtures(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor[] maa) -> Tensor[]",
+    "fixed_mixtures_backward(Tensor[] douts, Tensor x, Tensor? before, Tensor? cu_seqlens, "
+    "Tensor[] maa, bool of_before, bool of_maa) -> (Tensor x, Tensor before, Tensor maa)",
+    "mixtures(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa_x, Tensor[] maa, Tensor w1, "
+    "Tensor w2) -> (Tensor low, Tensor[] mixtures)",
+    "mixtures_backward(Tensor[] douts, Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor low, "
+    "Tensor maa_x, Tensor[] maa, Tensor w1, Tensor w2, bool of_before, bool of_maa_x, bool of_maa, "
+    "bool of_w1, bool of_w2) "
+    "-> (Tensor x, Tensor before, Tensor maa_x, Tensor maa, Tensor w1, Tensor w2)",
+    "low_rank_decay(Tensor x, Tensor w1, Tensor w2, Tensor decay) -> (Tensor w, Tensor low)",
+    "low_rank_decay_backward(Tensor dw, Tensor x, Tensor low, Tensor w1, Tensor w2, bool of_w1, "
+    "bool of_w2, bool of_decay) -> (Tensor x, Tensor w1, Tensor w2, Tensor decay)",
     "token_mix(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) -> Tensor[]",
     "token_mix_(Tensor(a!)[] blends, Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) "
     "-> ()",

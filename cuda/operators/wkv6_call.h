@@ -11,7 +11,7 @@ struct Wkv6Call : WkvCall {
   Wkv6Call(const at::Tensor& r, const at::Tensor& k, const at::Tensor& v, const at::Tensor& w,
            const at::Tensor& u_, const std::optional<at::Tensor>& state_,
            const std::optional<at::Tensor>& cu_seqlens_)
-      : WkvCall({r, k, v, w}, state_, cu_seqlens_), u(dense(u_)) {
+      : WkvCall({r, k, v, w}, state_, cu_seqlens_), u(dense(u_.to(at::kFloat))) {
     check(u, {H, N}, at::kFloat);
   }
 };

@@ -3,12 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.elementwise_emulator import cuda_kernels_in_place
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from finchtune.adapters import METHODS, AdaptedLinear, QuantisedWeight, attach, merge
 from finchtune.adapters.quantise import TABLES
 from finchtune.errors import UserError
+from finchtune.ops.kernels import cpu_standing_for
 
 KINDS = ("nf4", "fp4", "int8", "fp8")
 BITS = {"nf4": 4.5, "fp4": 4.5, "int8": 8.5, "fp8": 8.5}
@@ -46,6 +48,16 @@ def test_each_element_becomes_the_nearest_value_of_its_block(kind, shape):
         nearest = (block[:, None] / scale - table).abs().min(1).values
         error = (got - block).abs() / scale
         torch.testing.assert_close(error, nearest, rtol=1e-4, atol=1e-6 * table.max())
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_gpu_kernel_gives_the_same_bits(kernels, kind, dtype):
+    for shape in ((7, 1), (5, 40), (3, 64), (2, 200)):
+        quantised = QuantisedWeight(torch.randn(*shape), kind)
+        with cuda_kernels_in_place(), cpu_standing_for("cuda"):
+            found = quantised.dense(dtype)
+        assert torch.equal(found, quantised.dense(dtype))
 
 
 @every_kind

@@ -1,5 +1,14 @@
 """How the tests compile CUDA kernels, and for which GPUs."""
 
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CUDA = Path(__file__).parents[2] / "cuda" / "gpu"
+
 # What torch's extension builder passes: no implicit conversions from and to bf16 and fp16.
 TORCH_FLAGS = [
     "-std=c++17",
@@ -21,3 +30,31 @@ SHARED_LIMIT = {
     120: 99 * 1024,
 }
 QUICK = (80, 90)
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
+every_capability = pytest.mark.parametrize(
+    "capability",
+    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in SHARED_LIMIT],
+)
+
+
+def compile_report(source: str, capability: int, folder: Path) -> list[dict]:
+    """Name, spilled bytes and static shared memory of each kernel, as ptxas tells them."""
+    command = ["nvcc", "-cubin", f"-arch=sm_{capability}", *TORCH_FLAGS, "-Xptxas", "-v"]
+    command += ["-Werror", "all-warnings", str(CUDA / source), "-o", str(folder / "kernels.cubin")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    kernels = []
+    for part in result.stderr.split("Compiling entry function ")[1:]:
+        spilled = re.search(r"(\d+) bytes spill stores", part)
+        static_shared = re.search(r"(\d+) bytes smem", part)
+        name = re.match(r"'_ZN\d+[a-z]+\d.*?\d*([a-z][a-z_0-9]*_kernel)", part)
+        registers = re.search(r"Used (\d+) registers", part)
+        kernels.append(
+            {
+                "name": name[1],
+                "spilled": int(spilled[1]),
+                "registers": int(registers[1]),
+                "shared": int(static_shared[1]) if static_shared else 0,
+            }
+        )
+    return kernels

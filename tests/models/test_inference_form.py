@@ -8,7 +8,7 @@ from helpers.support import every_generation, relative_error, small_model
 
 from finchtune.adapters import attach
 from finchtune.models.compiled import CompiledModel
-from finchtune.ops.kernels import cpu_kernels_set_aside
+from finchtune.ops.kernels import kernels_set_aside
 
 pytestmark = pytest.mark.usefixtures("kernels")
 SHAPES = {
@@ -121,5 +121,5 @@ def test_it_is_for_cpus_with_kernels_and_one_dtype(generation):
     mixed.head.float()
     assert mixed.inference_form() is mixed
     model = small_model(generation=generation)
-    with cpu_kernels_set_aside():
+    with kernels_set_aside():
         assert model.inference_form() is model

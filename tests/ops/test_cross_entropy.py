@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.support import cpu_path_in_use
+from helpers.elementwise_emulator import EMULATED, kernels_in_use
 
 from finchtune.ops import cross_entropy as loss
 from finchtune.ops.cross_entropy import cross_entropy_sum
@@ -102,9 +102,9 @@ def test_l2wrap_is_the_gradient_of_the_squared_largest_logits(monkeypatch, chunk
         assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
+@pytest.fixture(params=["avx512", "avx2", "portable", EMULATED])
 def cpu_path(kernels, request):
-    with cpu_path_in_use(request.param):
+    with kernels_in_use(request.param):
         yield
 
 

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from finchtune.errors import UserError
+from finchtune.ops.kernels import has_kernels
+from finchtune.ops.kernels.devices import are_set_aside, device_type
 
 BLOCK = 64  # consecutive elements of a weight, row by row, that share a scale
 CHUNK_BLOCKS = 2**16  # blocks converted at a time, which bounds the temporary tensors
@@ -113,6 +115,8 @@ def encode(values: Tensor, kind: str) -> Tensor:
 def dequantise(codes: Tensor, scales: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
     """Codes and scales (the bits of float32 in int32) -> the weight (out, in) in `dtype`."""
     kind, shape = form
+    if device_type(codes) == "cuda" and not are_set_aside() and has_kernels("cuda"):
+        return torch.ops.finchtune.unpack(codes, scales, TABLES.get(kind, ()), *shape, dtype)
     factors = scales.view(torch.float32).unsqueeze(1)
     dense = torch.empty(len(codes), BLOCK, dtype=dtype, device=codes.device)
     starts = range(0, len(codes), CHUNK_BLOCKS)

@@ -1,6 +1,6 @@
 """Rows cut into shards of r channels: what Bone and Bat do beside their products with W.
 
-Compiled for CPUs; the plain forms run everywhere and say what the compiled ones must give.
+Compiled where there are kernels; the plain forms run everywhere, and are their oracle.
 """
 
 import torch
@@ -8,16 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finchtune.adapters.base import merge_precision
-from finchtune.ops.kernels import fits_cpu
+from finchtune.ops.kernels import device_type, fits
 
 GROUP_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 """Largest temporary tensor of plain Bat: on a CPU small, on a GPU few but full launches."""
-LARGEST_SHARD = 256  # above it torch's own products are as fast
+LARGEST_SHARD = 256  # above it torch's own products are as fast on a CPU
 
 
-def compiled(x: Tensor) -> bool:
-    """Whether compiled operators take x. They have no gradients: not where autograd watches."""
-    return not torch.is_grad_enabled() and fits_cpu(x)
+def compiled(*tensors: Tensor) -> bool:
+    """Whether compiled operators take these. They have no gradients: not where autograd watches."""
+    return not torch.is_grad_enabled() and fits(*tensors)
+
+
+def moves_shards(x: Tensor, D: Tensor, *others: Tensor) -> bool:
+    """Whether compiled operators move the shards of x (T, k) by D (k/r, r, r)."""
+    narrow = D.shape[1] <= LARGEST_SHARD or device_type(x) != "cpu"
+    return narrow and compiled(x, D, *others)
 
 
 def tiled_identity(r: int, k: int) -> Tensor:
@@ -59,7 +65,7 @@ def move_shards(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
 
     x (T, k), D (k/r, r, r).
     """
-    if D.shape[1] <= LARGEST_SHARD and compiled(x):
+    if moves_shards(x, D):
         return torch.ops.finchtune.bat_row_forward(x, D)
     x = x.unflatten(1, D.shape[:2])
     moved = torch.empty_like(x)
@@ -77,7 +83,7 @@ def move_shards_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tens
     dx (T, k) comes in as that of x + u, and sums (T, r), at least fp32, as that of sum_b u_b.
     With q_b = dx_b + sums: dD_b = q_b x_b^T over all tokens, dx_b + D_b^T q_b.
     """
-    if D.shape[1] <= LARGEST_SHARD and compiled(x):
+    if moves_shards(x, D):
         return torch.ops.finchtune.bat_row_backward_(dx, x, D, sums)
     x, dx = x.unflatten(1, D.shape[:2]), dx.unflatten(1, D.shape[:2])
     dD = torch.empty_like(D)
@@ -93,6 +99,6 @@ def move_shards_backward(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tens
 def groups(D: Tensor, length: int, sizes: dict[str, int]) -> list[slice]:
     """D's shards (n, r, r) in groups of which r * length * their number fits, by device type."""
     count, r, _ = D.shape
-    elements = sizes.get(D.device.type, sizes["cuda"])
+    elements = sizes.get(device_type(D), sizes["cuda"])
     step = max(1, elements // max(1, length) // r)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.ops.kernels import fits_cpu
+from finchtune.ops.kernels import device_type, fits
 
 IGNORE = -100
 # Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time;
@@ -32,7 +32,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # The same memory for all chunks: fresh memory of this size costs as much as its use.
         low_buffer = hidden.new_empty(chunk, weight.shape[0])
         # The compiled operator computes in fp32 whatever the dtype of the logits.
-        in_place = precise == hidden.dtype or fits_cpu(hidden)
+        in_place = precise == hidden.dtype or fits(hidden)
         buffer = low_buffer if in_place else torch.empty_like(low_buffer, dtype=precise)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
@@ -69,7 +69,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _losses_to_gradients(logits: Tensor, labels: Tensor, l2wrap: float) -> Tensor:
     """Each token's loss; turns `logits` (tokens, V) into their gradient, in place."""
-    if fits_cpu(logits):
+    if fits(logits):
         return torch.ops.finchtune.cross_entropy_(logits, labels, l2wrap)
     index = labels.unsqueeze(-1)
     largest = logits.max(-1, keepdim=True) if l2wrap else None
@@ -94,6 +94,6 @@ def cross_entropy_sum(
     growing without bound).
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    elements = CHUNK_ELEMENTS.get(hidden.device.type, CHUNK_ELEMENTS["cuda"])
+    elements = CHUNK_ELEMENTS.get(device_type(hidden), CHUNK_ELEMENTS["cuda"])
     chunk = max(1, min(hidden.shape[0], elements // weight.shape[0]))
     return _ChunkedCrossEntropy.apply(hidden, weight, labels.reshape(-1), chunk, l2wrap)

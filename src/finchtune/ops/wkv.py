@@ -8,7 +8,7 @@ from torch import Tensor
 
 from finchtune.errors import UserError
 from finchtune.ops.kernels import DTYPES as KERNEL_DTYPES
-from finchtune.ops.kernels import has_kernels
+from finchtune.ops.kernels import device_type, has_kernels
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -104,7 +104,7 @@ def for_each_sequence(
 
 def fits_kernel(r: Tensor) -> bool:
     """Whether a compiled kernel exists for inputs like r (B, T, H, N) on this machine."""
-    device, N = r.device.type, r.shape[-1]
+    device, N = device_type(r), r.shape[-1]
     fits = r.dtype in KERNEL_DTYPES.get(device, ()) and N % 8 == 0 and 8 <= N <= 128
     return fits and has_kernels(device)
 

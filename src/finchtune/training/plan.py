@@ -21,7 +21,7 @@ from finchtune.memory.estimate import (
     tokens_at_once,
 )
 from finchtune.models import LanguageModel, ModelSizes, meta_model, released_sizes
-from finchtune.ops.kernels import cpu_kernels_set_aside
+from finchtune.ops.kernels import cpu_standing_for
 from finchtune.training.batch_size import rows_per_process, split
 from finchtune.training.precision import choose_precision, device_type
 from finchtune.training.schedule import Schedule
@@ -172,7 +172,7 @@ def memory_lines(config: TrainConfig, plan: ModelPlan, device: str) -> Iterator[
     world = config.devices * config.num_nodes
     sizes, dtype = plan.model.config, plan.model.emb.weight.dtype
     fakes = "cuda" if torch.cuda.is_available() and device == "cuda" else "cpu"
-    with cpu_kernels_set_aside() if device == "cuda" else contextlib.nullcontext():
+    with cpu_standing_for(device) if fakes != device else contextlib.nullcontext():
         made = {}
         for cp in GRAD_CP:
             recomputing = model_plan(dataclasses.replace(config, grad_cp=cp), sizes, dtype)

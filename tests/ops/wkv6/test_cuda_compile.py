@@ -2,12 +2,11 @@
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-from helpers.nvcc import QUICK, SHARED_LIMIT, TORCH_FLAGS
+from helpers.nvcc import SHARED_LIMIT, compile_report, every_capability, needs_nvcc
 from helpers.support import REPOSITORY, run_script
 
 COUNT = REPOSITORY / "scripts" / "dev" / "count_sass.py"
@@ -31,37 +30,11 @@ KERNELS = {
 }
 
 
-def compile_report(capability: int, folder: Path) -> list[dict]:
-    """Name, spilled bytes and static shared memory of each kernel, as ptxas tells them."""
-    command = ["nvcc", "-cubin", f"-arch=sm_{capability}", *TORCH_FLAGS, "-Xptxas", "-v"]
-    command += ["-Werror", "all-warnings", str(SOURCE), "-o", str(folder / "wkv6.cubin")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    kernels = []
-    for part in result.stderr.split("Compiling entry function ")[1:]:
-        spilled = re.search(r"(\d+) bytes spill stores", part)
-        static_shared = re.search(r"(\d+) bytes smem", part)
-        name = re.match(r"'_ZN4wkv6.*?\d+([a-z_]+_kernel)", part)
-        registers = re.search(r"Used (\d+) registers", part)
-        kernels.append(
-            {
-                "name": name[1],
-                "spilled": int(spilled[1]),
-                "registers": int(registers[1]),
-                "shared": int(static_shared[1]) if static_shared else 0,
-            }
-        )
-    return kernels
-
-
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
-@pytest.mark.parametrize(
-    "capability",
-    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in SHARED_LIMIT],
-)
+@needs_nvcc
+@every_capability
 def test_kernels_fit(capability, tmp_path):
     """Their dynamic shared memory is not in the report: wkv6.cu itself asserts it."""
-    kernels = compile_report(capability, tmp_path)
+    kernels = compile_report("wkv6.cu", capability, tmp_path)
     names = [kernel["name"] for kernel in kernels]
     assert {name: names.count(name) for name in names} == KERNELS
     spill_limit = SPILL_LIMIT.get(capability, USUAL_SPILL_LIMIT)

@@ -11,6 +11,7 @@ from finchtune.adapters.quantise import Form
 from finchtune.adapters.shards import (
     add_to_each_shard,
     add_to_shards,
+    compiled,
     shard_sum,
     tiled_identity,
 )
@@ -63,11 +64,16 @@ class BoneLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, D: Tensor, main: Tensor, scales: Tensor | None, form: Form | None
     ) -> tuple[Tensor, Tensor]:
         """x (T, k), D (r, d) of one dtype and the parts of a W (d, k) -> (T, d), s (T, r)."""
-        s = shard_sum(x, len(D))
+        W = dense_weight(main, scales, form, x.dtype)
+        if compiled(x, D, W):
+            y, s = torch.ops.finchtune.bone(x, D, W)
+        else:
+            s = shard_sum(x, len(D))
+            y = product_plus(s, D, x, W)
         ctx.save_for_backward(s, D, x if ctx.needs_input_grad[2] else None, main, scales)
         ctx.form = form
         ctx.set_materialize_grads(False)
-        return product_plus(s, D, x, dense_weight(main, scales, form, x.dtype)), s
+        return y, s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -76,9 +82,14 @@ class BoneLinear(torch.autograd.Function):
         of_x, of_D, of_W = ctx.needs_input_grad[:3]
         if dy is None:  # only when differentiating twice
             dy = s.new_zeros(len(s), D.shape[1])
+        W = dense_weight(main, scales, ctx.form, dy.dtype) if of_x else D
+        dW = dy.T @ x if of_W else None
+        if compiled(dy, D, W):
+            dx, dD = torch.ops.finchtune.bone_backward(dy, ds, s, D, W, of_x, of_D)
+            return dx if of_x else None, dD if of_D else None, dW, None, None
         dx = None
         if of_x:
-            dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype)
+            dx = dy @ W
             # Into dx itself: a gradient of s spread out and then added would take two more.
             add_to_shards(dx, dy @ D.T if ds is None else torch.addmm(ds, dy, D.T))
-        return dx, s.T @ dy if of_D else None, dy.T @ x if of_W else None, None, None
+        return dx, s.T @ dy if of_D else None, dW, None, None

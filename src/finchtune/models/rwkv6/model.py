@@ -25,6 +25,7 @@ from finchtune.ops.context import wkv6_across
 from finchtune.ops.elementwise import (
     GatedNorm,
     fixed_mixtures,
+    low_rank_decay,
     mixtures,
     sigmoid_gate,
     squared_relu,
@@ -71,7 +72,7 @@ class TimeMix(WKVMix):
     ) -> tuple[Tensor, ...]:
         """The five inputs x_w, x_k, x_v, x_r, x_g, each (B, T, C): learnt blends with the past."""
         maa = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        weights = self.time_maa_x.flatten(0, 1), torch.cat(maa).flatten(0, 1)
+        weights = self.time_maa_x.flatten(0, 1), [row.flatten() for row in maa]
         return mixtures(x, shift, cu_seqlens, *weights, self.time_maa_w1, self.time_maa_w2)
 
     def forward(
@@ -87,8 +88,9 @@ class TimeMix(WKVMix):
         before, shift = token_before(self.context, x, shift, cu_seqlens)
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, before, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        low = torch.tanh(x_w.flatten(0, 1) @ self.time_decay_w1)
-        w = torch.addmm(self.time_decay.view(1, C), low, self.time_decay_w2)
+        w = low_rank_decay(
+            x_w.flatten(0, 1), self.time_decay_w1, self.time_decay_w2, self.time_decay.flatten()
+        )
         heads = (B, T, self.config.n_head, self.config.head_size)
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         inputs = r, k, v, w, self.time_faaaa
@@ -123,7 +125,7 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> output (B, T, C), last inputs (S, C)."""
         before, shift = token_before(self.context, x, shift, cu_seqlens)
-        maa = torch.cat([self.time_maa_k, self.time_maa_r]).flatten(0, 1)
+        maa = self.time_maa_k.flatten(), self.time_maa_r.flatten()
         x_k, x_r = fixed_mixtures(x, before, cu_seqlens, maa)
         k = self.value(squared_relu(self.key(x_k)))
         return sigmoid_gate(self.receptance(x_r), k), shift

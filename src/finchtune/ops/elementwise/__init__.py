@@ -3,9 +3,17 @@
 from finchtune.ops.elementwise.dispatch import (
     GatedNorm,
     fixed_mixtures,
+    low_rank_decay,
     mixtures,
     sigmoid_gate,
     squared_relu,
 )
 
-__all__ = ["GatedNorm", "fixed_mixtures", "mixtures", "sigmoid_gate", "squared_relu"]
+__all__ = [
+    "GatedNorm",
+    "fixed_mixtures",
+    "low_rank_decay",
+    "mixtures",
+    "sigmoid_gate",
+    "squared_relu",
+]

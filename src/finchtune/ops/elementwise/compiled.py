@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finchtune.ops.elementwise.plain import by_mixture, low_rank_backward, previous_minus_this
-
 ops = torch.ops.finchtune
 
 
@@ -25,47 +23,36 @@ class Mixtures(torch.autograd.Function):
         before: Tensor | None,
         cu_seqlens: Tensor | None,
         maa_x: Tensor,
-        maa: Tensor,
         w1: Tensor,
         w2: Tensor,
+        *maa: Tensor,
     ) -> tuple[Tensor, ...]:
         """x_j = x + xx (maa_j + m_j), with m = tanh((x + xx maa_x) w1) w2.
 
         x (B, T, C), before (S, C) or None, cu_seqlens as in `mixtures`, maa_x (1, C),
-        maa (n, C), w1 (C, n M), w2 (n, M, C) -> n of (B, T, C).
+        w1 (C, n M), w2 (n, M, C), maa n of (C) -> n of (B, T, C).
         """
-        (blended,) = ops.token_mix(x, before, cu_seqlens, maa_x)
-        low = torch.tanh(blended @ w1)
-        ctx.save_for_backward(x, before, cu_seqlens, low, maa_x, maa, w1, w2)
-        # Separate tensors, so that each is freed by itself; written to below, so that selective
-        # recomputation, which keeps results of `@`, must not see one.
-        blends = [torch.empty_like(blended) for _ in maa]
-        for low_j, w2_j, blend in zip(by_mixture(low, len(maa)), w2, blends, strict=True):
-            torch.mm(low_j, w2_j, out=blend)
-        ops.token_mix_(blends, x, before, cu_seqlens, maa)
-        return tuple(y.view(x.shape) for y in blends)
+        low, blends = ops.mixtures(x, before, cu_seqlens, maa_x, maa, w1, w2)
+        ctx.save_for_backward(x, before, cu_seqlens, low, maa_x, w1, w2, *maa)
+        return tuple(blends)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, before, cu_seqlens, low, maa_x, maa, w1, w2 = ctx.saved_tensors
-        of_before, _, of_maa_x, of_maa, of_w1, of_w2 = ctx.needs_input_grad[1:]
-        rows = [dy.flatten(0, 1) for dy in gradients]
-        d_blends = torch.bmm(by_mixture(low, len(maa)), w2)  # until the kernel has read them
-        total, blended, d_maa = ops.token_mix_backward(
-            rows, x, before, cu_seqlens, maa, d_blends.unbind(), of_maa
+        x, before, cu_seqlens, low, maa_x, w1, w2, *maa = ctx.saved_tensors
+        _, of_before, _, of_maa_x, of_w1, of_w2, *of_each = ctx.needs_input_grad
+        asked = of_before, of_maa_x, any(of_each), of_w1, of_w2
+        dx, d_before, d_maa_x, d_maa, d_w1, d_w2 = ops.mixtures_backward(
+            gradients, x, before, cu_seqlens, low, maa_x, maa, w1, w2, *asked
         )
-        d_low, d_input = low_rank_backward(d_blends, low, w1, w2)
-        dx, d_before = ops.shift_backward(total, blended, d_input, x, cu_seqlens, maa_x, of_before)
-        xx = previous_minus_this(x, before, cu_seqlens).flatten(0, 1) if of_maa_x or of_w1 else x
         return (
             dx,
             d_before if of_before else None,
             None,
-            (d_input * xx).sum(0, keepdim=True) if of_maa_x else None,
-            d_maa.to(maa.dtype) if of_maa else None,
-            torch.addcmul(x.flatten(0, 1), xx, maa_x).T @ d_low if of_w1 else None,
-            by_mixture(low, len(maa)).mT @ d_blends if of_w2 else None,
+            d_maa_x if of_maa_x else None,
+            d_w1 if of_w1 else None,
+            d_w2 if of_w2 else None,
+            *(d_maa[j] if asked else None for j, asked in enumerate(of_each)),
         )
 
 
@@ -74,30 +61,44 @@ class FixedMixtures(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, maa: Tensor
+        ctx: Any, x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, *maa: Tensor
     ) -> tuple[Tensor, ...]:
-        """x_j = x + xx maa_j. x (B, T, C), before (S, C) or None, maa (n, C) -> n of (B, T, C)."""
-        of_maa = ctx.needs_input_grad[3]
-        ctx.save_for_backward(x if of_maa else None, before if of_maa else None, cu_seqlens, maa)
-        return tuple(y.view(x.shape) for y in ops.token_mix(x, before, cu_seqlens, maa))
+        """x_j = x + xx maa_j: x (B, T, C), before (S, C) or None, maa n of (C) -> n like x."""
+        of_maa = any(ctx.needs_input_grad[3:])
+        ctx.save_for_backward(x if of_maa else None, before if of_maa else None, cu_seqlens, *maa)
+        return tuple(ops.fixed_mixtures(x, before, cu_seqlens, maa))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, before, cu_seqlens, maa = ctx.saved_tensors
-        _, of_before, _, of_maa = ctx.needs_input_grad
-        rows = [dy.flatten(0, 1) for dy in gradients]
+        x, before, cu_seqlens, *maa = ctx.saved_tensors
+        _, of_before, _, *of_each = ctx.needs_input_grad
         like = gradients[0] if x is None else x  # only its shape is read where maa is frozen
-        total, blended, d_maa = ops.token_mix_backward(
-            rows, like, before, cu_seqlens, maa, [], of_maa
+        dx, d_before, d_maa = ops.fixed_mixtures_backward(
+            gradients, like, before, cu_seqlens, maa, of_before, any(of_each)
         )
-        dx, d_before = ops.shift_backward(total, blended, None, like, cu_seqlens, maa, of_before)
-        return (
-            dx,
-            d_before if of_before else None,
-            None,
-            d_maa.to(maa.dtype) if of_maa else None,
-        )
+        of_maa = (d_maa[j] if asked else None for j, asked in enumerate(of_each))
+        return dx, d_before if of_before else None, None, *of_maa
+
+
+class LowRankDecay(torch.autograd.Function):
+    """decay + tanh(x w1) w2. Keeps the low-rank part, and x where w1 is trained."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, decay: Tensor) -> Tensor:
+        """x (T, C), w1 (C, M), w2 (M, C), decay (C) -> (T, C)."""
+        w, low = ops.low_rank_decay(x, w1, w2, decay)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low, w1, w2)
+        return w
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
+        x, low, w1, w2 = ctx.saved_tensors
+        asked = ctx.needs_input_grad[1:]
+        like = dw if x is None else x  # only its shape is read where w1 is frozen
+        dx, *rest = ops.low_rank_decay_backward(dw, like, low, w1, w2, *asked)
+        return dx, *(d if of_it else None for d, of_it in zip(rest, asked, strict=True))
 
 
 class GatedNorm(torch.autograd.Function):

@@ -1,11 +1,20 @@
 """Element-wise parts of a block: by the compiled kernels where they fit, else in plain torch."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.ops.elementwise import compiled, plain
-from finchtune.ops.kernels import fits_cpu
+from finchtune.ops.kernels import fits
+
+
+def takes_products(*tensors: Tensor) -> bool:
+    """Whether operators take these that mix products with kernels: autocast changes the dtype of
+    the former alone.
+    """
+    return fits(*tensors) and not torch.is_autocast_enabled(tensors[0].device.type)
 
 
 def mixtures(
@@ -13,34 +22,40 @@ def mixtures(
     before: Tensor | None,
     cu_seqlens: Tensor | None,
     maa_x: Tensor,
-    maa: Tensor,
+    maa: Iterable[Tensor],
     w1: Tensor,
     w2: Tensor,
 ) -> tuple[Tensor, ...]:
     """x_j = x + xx (maa_j + m_j), with m = tanh((x + xx maa_x) w1) w2 and xx the previous x less x.
 
-    x (B, T, C), before (S, C) or None (zero) precedes its sequences, maa_x (1, C), maa (n, C),
+    x (B, T, C), before (S, C) or None (zero) precedes its sequences, maa_x (1, C), maa n of (C),
     w1 (C, n M), w2 (n, M, C) -> n of (B, T, C). The sequences are the rows of x, or those packed
     into x (1, T, C) at the boundaries `cu_seqlens`.
     """
-    before = None if before is None else before.to(x.dtype)
-    # The compiled form mixes products, whose dtype autocast changes, with kernels.
-    if fits_cpu(x, maa_x, maa, w1, w2) and not torch.is_autocast_enabled("cpu"):
-        return compiled.Mixtures.apply(x, before, cu_seqlens, maa_x, maa, w1, w2)
+    before, maa = None if before is None else before.to(x.dtype), tuple(maa)
+    if takes_products(x, maa_x, *maa, w1, w2):
+        return compiled.Mixtures.apply(x, before, cu_seqlens, maa_x, w1, w2, *maa)
     xx = plain.previous_minus_this(x, before, cu_seqlens).flatten(0, 1)
-    weights = maa_x.flatten(), maa.unsqueeze(1), w1, w2
+    weights = maa_x.flatten(), torch.stack(maa).unsqueeze(1), w1, w2
     return tuple(y.view_as(x) for y in plain.Mixtures.apply(x.flatten(0, 1), xx, *weights))
 
 
 def fixed_mixtures(
-    x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, maa: Tensor
+    x: Tensor, before: Tensor | None, cu_seqlens: Tensor | None, maa: Iterable[Tensor]
 ) -> tuple[Tensor, ...]:
     """x_j = x + xx maa_j, the rest as in `mixtures`."""
-    before = None if before is None else before.to(x.dtype)
-    if fits_cpu(x, maa):
-        return compiled.FixedMixtures.apply(x, before, cu_seqlens, maa)
+    before, maa = None if before is None else before.to(x.dtype), tuple(maa)
+    if fits(x, *maa):
+        return compiled.FixedMixtures.apply(x, before, cu_seqlens, *maa)
     xx = plain.previous_minus_this(x, before, cu_seqlens)
     return tuple(torch.addcmul(x, xx, maa_j) for maa_j in maa)
+
+
+def low_rank_decay(x: Tensor, w1: Tensor, w2: Tensor, decay: Tensor) -> Tensor:
+    """decay + tanh(x w1) w2: x (T, C), w1 (C, M), w2 (M, C), decay (C) -> (T, C)."""
+    if takes_products(x, w1, w2, decay):
+        return compiled.LowRankDecay.apply(x, w1, w2, decay)
+    return torch.addmm(decay, torch.tanh(x @ w1), w2)
 
 
 class GatedNorm(nn.Module):
@@ -54,7 +69,7 @@ class GatedNorm(nn.Module):
 
     def forward(self, y: Tensor, gate: Tensor) -> Tensor:
         """y, gate (tokens, C) -> (tokens, C)."""
-        if fits_cpu(y, gate, self.weight, self.bias):
+        if fits(y, gate, self.weight, self.bias):
             return compiled.GatedNorm.apply(y, gate, self.weight, self.bias, self.groups, self.eps)
         return plain.Gate.apply(
             F.group_norm(y, self.groups, self.weight, self.bias, self.eps), gate
@@ -63,9 +78,9 @@ class GatedNorm(nn.Module):
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2, any shape. Keeps its result for backward."""
-    return (compiled if fits_cpu(x) else plain).SquaredReLU.apply(x)
+    return (compiled if fits(x) else plain).SquaredReLU.apply(x)
 
 
 def sigmoid_gate(gate: Tensor, y: Tensor) -> Tensor:
     """sigmoid(gate) y, any shape."""
-    return compiled.SigmoidGate.apply(gate, y) if fits_cpu(gate, y) else torch.sigmoid(gate) * y
+    return compiled.SigmoidGate.apply(gate, y) if fits(gate, y) else torch.sigmoid(gate) * y

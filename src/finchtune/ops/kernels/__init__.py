@@ -1,9 +1,10 @@
 """The compiled kernels: built on first use, registered as torch operators."""
 
+from finchtune.ops.kernels.devices import cpu_standing_for, device_type, kernels_set_aside
 from finchtune.ops.kernels.operators import (
     DTYPES,
-    cpu_kernels_set_aside,
     cpu_paths,
+    fits,
     fits_cpu,
     has_kernels,
     use_cpu_path,
@@ -11,9 +12,12 @@ from finchtune.ops.kernels.operators import (
 
 __all__ = [
     "DTYPES",
-    "cpu_kernels_set_aside",
     "cpu_paths",
+    "cpu_standing_for",
+    "device_type",
+    "fits",
     "fits_cpu",
     "has_kernels",
+    "kernels_set_aside",
     "use_cpu_path",
 ]

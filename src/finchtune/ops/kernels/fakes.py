@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finchtune.ops.kernels.devices import device_type
+
 CHECKPOINT_SPAN = 64  # tokens between the states that forward keeps for backward
 
 
@@ -19,7 +21,7 @@ def has_bf16_tensor_cores(device: torch.device) -> bool:
 def checkpoint_dtype(r: Tensor) -> torch.dtype:
     """bf16 where the tensor-core kernel runs, else fp32; the kernels check that they agree."""
     _, T, _, N = r.shape
-    fits = r.device.type == "cuda" and r.dtype == torch.bfloat16 and N == 64 and T > 16
+    fits = device_type(r) == "cuda" and r.dtype == torch.bfloat16 and N == 64 and T > 16
     return torch.bfloat16 if fits and has_bf16_tensor_cores(r.device) else torch.float32
 
 
@@ -52,8 +54,9 @@ def wkv6_forward(
 def wkv6_backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Any, *_: Any
 ) -> tuple[Tensor, ...]:
-    """The gradients of the six inputs."""
-    return backward_shapes((r, k, v, w, u), state)
+    """The gradients of the six inputs, that of u in fp32 whatever its dtype."""
+    *rest, of_u, of_state = backward_shapes((r, k, v, w, u), state)
+    return *rest, of_u.new_empty(u.shape, dtype=torch.float32), of_state
 
 
 def wkv7_forward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,6 +92,13 @@ def bat_row_forward(x: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
 def bat_row_backward_(dx: Tensor, x: Tensor, D: Tensor, sums: Tensor) -> Tensor:
     """The gradient of D."""
     return D.new_empty(D.shape)
+
+
+def unpack(
+    codes: Tensor, scales: Any, table: Any, rows: int, columns: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (rows, columns)."""
+    return codes.new_empty(rows, columns, dtype=dtype)
 
 
 def token_mix(x: Tensor, before: Any, cu_seqlens: Any, maa: Tensor) -> list[Tensor]:
@@ -193,6 +203,7 @@ SHAPES: dict[str, Callable[..., Any]] = {
         add_to_shards_,
         bat_row_forward,
         bat_row_backward_,
+        unpack,
         token_mix,
         token_mix_,
         token_mix_backward,

@@ -1,16 +1,16 @@
 """The compiled operators as torch sees them: gradients, and whether there are any."""
 
-import contextlib
 import functools
 import warnings
-from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from finchtune.ops.kernels import composites
 from finchtune.ops.kernels.build import load_libraries
+from finchtune.ops.kernels.devices import are_set_aside, device_type, stands_for
 from finchtune.ops.kernels.fakes import SHAPES
 from finchtune.ops.kernels.toolkit import BuildError
 
@@ -63,6 +63,7 @@ def loaded_devices() -> frozenset[str]:
     if loaded:
         for name, shapes in SHAPES.items():
             torch.library.register_fake(f"finchtune::{name}", shapes)
+        composites.register()
         for wkv in ("wkv6", "wkv7"):
             torch.library.register_autograd(
                 f"finchtune::{wkv}_forward",
@@ -72,9 +73,11 @@ def loaded_devices() -> frozenset[str]:
     return loaded
 
 
-def has_kernels(device_type: str) -> bool:
+def has_kernels(device: str) -> bool:
     """Whether compiled kernels run on this type of device; compiles them on first use."""
-    return device_type in DTYPES and device_type in loaded_devices()
+    if device == stands_for():
+        device = "cpu"  # whose library knows all operators by name
+    return device in DTYPES and device in loaded_devices()
 
 
 # What torch.compiler.assume_constant_result sets. It would import torch's compiler, a second of
@@ -82,26 +85,18 @@ def has_kernels(device_type: str) -> bool:
 has_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-_set_aside: list[None] = []  # one for each time they are
-
-
-@contextlib.contextmanager
-def cpu_kernels_set_aside() -> Iterator[None]:
-    """Within, `fits_cpu` is never true: the code runs as on a device without these kernels."""
-    _set_aside.append(None)
-    try:
-        yield
-    finally:
-        _set_aside.pop()
+def fits(*tensors: Tensor) -> bool:
+    """Whether kernels take these: on one device with them, all of one of its dtypes."""
+    dtype, device = tensors[0].dtype, device_type(tensors[0])
+    if are_set_aside():
+        return False
+    alike = all(x.device == tensors[0].device and x.dtype == dtype for x in tensors)
+    return alike and dtype in DTYPES.get(device, ()) and has_kernels(device)
 
 
 def fits_cpu(*tensors: Tensor) -> bool:
-    """Whether the CPU kernels take these: on a CPU, all of one of their dtypes, kernels there."""
-    dtype = tensors[0].dtype
-    if _set_aside:
-        return False
-    alike = all(x.device.type == "cpu" and x.dtype == dtype for x in tensors)
-    return alike and dtype in DTYPES["cpu"] and has_kernels("cpu")
+    """As `fits`, on a CPU: for operators that exist there alone."""
+    return device_type(tensors[0]) == "cpu" and fits(*tensors)
 
 
 def cpu_paths() -> list[str]:

@@ -41,9 +41,9 @@ def wkv6(
     others = {**rows, "u": (u, "HN"), "state": (state, "SHNN")}
     check_arguments("wkv6", r, others, ("k", "v"), cu_seqlens)
     wide = compute_dtype(r)
-    w, u = w.to(r.dtype), u.to(wide)
+    w = w.to(r.dtype)
     state = None if state is None else state.to(wide)
-    inputs = (r, k, v, w, u, state, cu_seqlens)
     if fits_kernel(r):
-        return by_kernel("wkv6_forward", *inputs)
+        return by_kernel("wkv6_forward", r, k, v, w, u, state, cu_seqlens)
+    inputs = (r, k, v, w, u.to(wide), state, cu_seqlens)
     return wkv6_triton(*inputs) if fits_triton(r) else wkv6_chunked(*inputs)

@@ -20,6 +20,12 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
 #define EMULATION_TEXT(x) #x
 #define EMULATION_PLACE(file, line) file ":" EMULATION_TEXT(line)
 #define __syncthreads()                                                   \
