@@ -40,6 +40,25 @@ def test_the_launcher_gives_the_first_failures_status(action, status, monkeypatc
         assert "the process of rank 1 was ended by SIGKILL" in capfd.readouterr().err
 
 
+ABORTING = """
+import ctypes
+from finchtune.cli.main import main
+
+libc = ctypes.CDLL(None)
+libc.__cxa_atexit(libc.abort, None, None)
+main()
+"""
+
+
+@pytest.mark.parametrize(("rank", "status"), [({"RANK": "0"}, 2), ({}, -signal.SIGABRT)])
+def test_a_rank_keeps_its_status_whatever_goes_wrong_as_the_process_is_cleared_up(rank, status):
+    command = [sys.executable, "-c", ABORTING, "info", "/no/such/file"]
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | rank
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status
+    assert done.stderr.startswith("error: /no/such/file")
+
+
 MISTAKEN = """
 import sys, torch
 from finchtune import distributed
