@@ -5,7 +5,8 @@
     finchtune export --model base.pth --peft_checkpoint rwkv-0.pth --adapter_only 1 \\
         --to gguf --output adapter.gguf
 
-With --peft_checkpoint the adapter is merged on the way, or written by itself with --adapter_only 1.
+With --peft_checkpoint the adapter is merged on the way, or written by itself with --adapter_only 1,
+as trained initial states are.
 docs/deploying.md tells what each runtime needs.
 """
 
@@ -19,20 +20,33 @@ from finchtune.data import templates
 from finchtune.errors import UserError, printable
 from finchtune.tokenizer import Tokenizer, load_tokenizer
 from finchtune.weights.base import model_sizes, read_base
-from finchtune.weights.exporting import chosen_dtype, export_adapter, export_model, receipt_path
+from finchtune.weights.exporting import (
+    chosen_dtype,
+    export_adapter,
+    export_model,
+    export_states,
+    receipt_path,
+)
 from finchtune.weights.forms import FORMS, Form, Settings, get_form
 from finchtune.weights.peft_form import namings
+from finchtune.weights.state_files import holds_states, tensors_in
 
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     form = get_form(given.to)
-    check(given, form)
-    settings = settings_of(given, form)
+    states = bool(given.adapter_only and given.peft_checkpoint) and holds_states(
+        given.peft_checkpoint
+    )
+    check(given, form, states)
+    settings = settings_of(given, form, states)
     options: dict[str, Any] = {"stated": stated_of(given), "other_base": bool(given.other_base)}
     if given.adapter_only and given.lora_init:
         raise UserError("--lora_init goes with a merged export; merge first, or --adapter_only 0")
-    if given.adapter_only:
+    if states:
+        options.pop("stated")
+        export_states(given.model, given.peft_checkpoint, given.output, form, settings, **options)
+    elif given.adapter_only:
         receipt = export_adapter(
             given.model, given.peft_checkpoint, given.output, form, settings, **options
         )
@@ -51,7 +65,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="weights in any form that is known")
     parser.add_argument("--peft_checkpoint", help="an adapter that was trained on them")
     parser.add_argument("--adapter_only", type=int, choices=(0, 1), default=0,
-                        help="write the adapter by itself, as LoRA")  # fmt: skip
+                        help="write the adapter, or trained states, by itself")  # fmt: skip
     parser.add_argument("--to", required=True, help=", ".join(writable()))
     parser.add_argument("--output", required=True, help="the file or folder to write")
     parser.add_argument("--dtype", help=f"{', '.join(kinds)}; as they are, if the form has it")
@@ -70,11 +84,14 @@ def writable() -> list[str]:
     return [form.name for form in FORMS.values() if form.write or form.write_adapter]
 
 
-def check(given: argparse.Namespace, form: Form) -> None:
+def check(given: argparse.Namespace, form: Form, states: bool) -> None:
     """Raise UserError for what cannot be asked for."""
     if given.adapter_only and not given.peft_checkpoint:
         raise UserError("--adapter_only 1 needs --peft_checkpoint, the adapter to write")
-    if given.adapter_only and form.write_adapter is None:
+    if states and form.write_states is None:
+        names = ", ".join(one.name for one in FORMS.values() if one.write_states)
+        raise UserError(f"--to {form.name} has no initial states by themselves; {names} have")
+    if given.adapter_only and not states and form.write_adapter is None:
         names = ", ".join(one.name for one in FORMS.values() if one.write_adapter)
         raise UserError(f"--to {form.name} has no adapters by themselves; {names} have")
     if not given.adapter_only and form.write is None:
@@ -87,9 +104,10 @@ def check(given: argparse.Namespace, form: Form) -> None:
         raise UserError(f"--output {given.output} exists already; choose another name")
 
 
-def settings_of(given: argparse.Namespace, form: Form) -> Settings:
+def settings_of(given: argparse.Namespace, form: Form, states: bool) -> Settings:
     """What the flags say of the form, with the tokenizer and the template that go into it."""
-    dtype = chosen_dtype(form, given.dtype, read_base(given.model))
+    like = tensors_in(given.peft_checkpoint) if states else read_base(given.model)
+    dtype = chosen_dtype(form, given.dtype, like)
     vocab_size = model_sizes(given.model).vocab_size
     tokenizer: Tokenizer | None = None
     if given.tokenizer or form.name in ("gguf", "hf", "fla"):

@@ -10,7 +10,7 @@ from torch import Tensor
 from finchtune.adapters import targets_of
 from finchtune.errors import CheckpointError, UserError
 from finchtune.files import read_object
-from finchtune.models import generation_of, sizes_of
+from finchtune.models import INITIAL_STATE, generation_of, sizes_of
 from finchtune.weights import exporting, merging
 from finchtune.weights.adapter_files import adapter_record, read_adapter
 from finchtune.weights.forms import DTYPES, FORMS, adapter_form_of, form_of
@@ -20,6 +20,7 @@ from finchtune.weights.stated import adapter_tensors, possible_methods, shapes_o
 from finchtune.weights.tensors import unwrapped
 
 BASE_COMMANDS = "train --load_model, merge --base_model, generate, evaluate, export --model"
+STATE_COMMANDS = "train --peft_load, merge, generate --state, export --peft_checkpoint"
 ADAPTER_COMMANDS = "train --peft_load, merge, generate and export --peft_checkpoint, convert"
 
 
@@ -60,17 +61,19 @@ def describe_adapter(path: Path) -> dict[str, str]:
     tensors = read_adapter(path)
     record = adapter_record(path)
     spec = record["adapter"] if record else told_by_tensors(tensors)
+    title = foreign.title if foreign else "a .pth"
+    if all(key.endswith(INITIAL_STATE) for key in tensors):
+        found = {"what": f"trained initial states, as {title}", "base": told_base(record)}
+        return found | counts(tensors) | {"taken by": STATE_COMMANDS}
     if not spec:
         return {}
-    title = foreign.title if foreign else "a .pth"
     settings = ", ".join(f"{k} {v}" for k, v in spec.items() if k not in ("method", "targets"))
     places = targets_of(key.rpartition(".")[0] for key in tensors)
     settings += f", on {' '.join(places)}" if places else ""
     if not record:
         settings += "; no record tells the rest"
     found = {"what": f"an adapter, as {title}", "method": f"{spec['method']}: {settings}"}
-    base = (record or {}).get("base")
-    found["base"] = f"{base['file']} (sha256 {base['sha256'][:12]}...)" if base else "not told"
+    found["base"] = told_base(record)
     template = (record or {}).get("template")
     if template:
         found["template"] = template["name"] if isinstance(template, dict) else str(template)
@@ -81,6 +84,12 @@ def told_by_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What an adapter without a record may be, and what its shapes tell; {} if it is none."""
     methods = possible_methods(tensors) if adapter_tensors(tensors) else []
     return {"method": " or ".join(methods), **shapes_of(tensors)} if methods else {}
+
+
+def told_base(record: Mapping[str, Any] | None) -> str:
+    """What a record says of the base."""
+    base = (record or {}).get("base")
+    return f"{base['file']} (sha256 {base['sha256'][:12]}...)" if base else "not told"
 
 
 def counts(layout: Mapping[str, Tensor]) -> dict[str, str]:

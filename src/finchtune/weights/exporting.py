@@ -11,11 +11,12 @@ from finchtune.errors import CheckpointError, UserError
 from finchtune.files import FileSet, json_text, read_object, sha256
 from finchtune.models import generation_of
 from finchtune.weights.adapter_files import adapter_record, check_base, read_adapter
-from finchtune.weights.base import read_checked
+from finchtune.weights.base import fitting_model, read_base, read_checked
 from finchtune.weights.forms import DTYPES, Form, LowRank, Settings
 from finchtune.weights.hashing import hashing, weights_sha256
 from finchtune.weights.lazy import layout_of
 from finchtune.weights.merging import filled_adapter, group_by_weight, open_merge
+from finchtune.weights.state_files import read_states
 from finchtune.weights.stated import spec_of
 
 FORMAT = "finchtune export 1"
@@ -79,6 +80,29 @@ def export_adapter(
         temporary = files.add(output, folder=not form.suffix)
         digest = form.write_adapter(low_rank, temporary, settings) or weights_sha256(temporary)
         return write_beside(files, output, form, settings, digest, made_of | told)
+
+
+def export_states(
+    base: str | Path,
+    states: str | Path,
+    output: str | Path,
+    form: Form,
+    settings: Settings,
+    other_base: bool = False,
+) -> dict[str, Any]:
+    """Write trained initial states by themselves; returns and writes a receipt.
+
+    `states` may be a merged model too. Raises UserError for states of another model.
+    """
+    assert form.write_states is not None
+    record = adapter_record(states)
+    if record and not other_base:
+        check_base(record, base, states)
+    tensors = read_states(states, fitting_model(read_base(base), base))
+    with FileSet() as files:
+        digest = form.write_states(tensors, files.add(output), settings)
+        made_of = {"base": file_and_hash(base), "states": file_and_hash(states)}
+        return write_beside(files, output, form, settings, digest, made_of)
 
 
 def as_low_rank(

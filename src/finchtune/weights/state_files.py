@@ -1,7 +1,7 @@
 """Files of initial states: what every block begins a document from, `blocks.N.att.time_state`.
 
 The ecosystem's form: (H, N value, N key) for each block. RWKV-PEFT writes it, the `rwkv` package
-reads it, alone or merged into a model's file.
+and RWKV-Runner read it, alone or merged into a model's file; web-rwkv has it as its own .st.
 """
 
 import re
@@ -12,7 +12,9 @@ from torch import Tensor
 
 from finchtune.errors import CheckpointError
 from finchtune.models import INITIAL_STATE, LanguageModel, State, meta_model
-from finchtune.weights.tensors import check_shapes, read_tensors
+from finchtune.weights.adapter_files import foreign_adapter
+from finchtune.weights.stated import adapter_tensors
+from finchtune.weights.tensors import check_finite, check_shapes, read_tensors
 
 
 def read_states(path: str | Path, model: LanguageModel) -> dict[str, Tensor]:
@@ -21,7 +23,7 @@ def read_states(path: str | Path, model: LanguageModel) -> dict[str, Tensor]:
     A merged model's file will do, its other tensors are passed over. Raises UserError for a file
     without states, and for states of another model.
     """
-    named = {re.sub(r"^model\.", "", name): t for name, t in read_tensors(path).items()}
+    named = {re.sub(r"^model\.", "", name): t for name, t in tensors_in(path).items()}
     states = {name: tensor for name, tensor in named.items() if name.endswith(INITIAL_STATE)}
     if not states:
         raise CheckpointError(f"{path}: holds no initial states (blocks.0{INITIAL_STATE}, ...)")
@@ -29,7 +31,20 @@ def read_states(path: str | Path, model: LanguageModel) -> dict[str, Tensor]:
     blank.add_initial_state()
     expected = {name: tuple(p.shape) for name, p in blank.initial_states().items()}
     check_shapes({name: tuple(t.shape) for name, t in states.items()}, expected, path)
+    check_finite(states, path)
     return states
+
+
+def tensors_in(path: str | Path) -> dict[str, Tensor]:
+    """What a .pth, or a file of other software's states or adapters, holds."""
+    foreign = foreign_adapter(path)
+    return foreign.tensors if foreign else read_tensors(path)
+
+
+def holds_states(path: str | Path) -> bool:
+    """Whether a file holds initial states, alone or in a model, and no adapter."""
+    tensors = tensors_in(path)
+    return any(n.endswith(INITIAL_STATE) for n in tensors) and not adapter_tensors(tensors)
 
 
 @torch.no_grad()

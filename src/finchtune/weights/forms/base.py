@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finchtune.data.templates import Template
 from finchtune.errors import CheckpointError
-from finchtune.models import Generation, generation_of, generations
+from finchtune.models import INITIAL_STATE, Generation, generation_of, generations
 from finchtune.models.layouts import Layout, Told
 from finchtune.tokenizer import Tokenizer
 from finchtune.weights.lazy import LazyTensors, layout_of
@@ -77,6 +77,8 @@ class Form:
     recognise_adapter: Callable[[Path], bool] = lambda path: False
     read_adapter: Callable[[Path], FoundAdapter] | None = None
     write_adapter: Callable[[LowRank, Path, Settings], str | None] | None = None
+    write_states: Callable[[Mapping[str, Tensor], Path, Settings], str] | None = None
+    """Write initial states, `blocks.N.att.time_state` (H, N value, N key), by themselves."""
 
 
 def layout_in(form: str, generation: Generation) -> Layout:
@@ -114,9 +116,10 @@ def to_form(weights: Mapping[str, Tensor], form: str) -> LazyTensors:
     by_name = {e.name: e for e in own.entries(Told(sizes.n_layer, names, sizes.head_size))}
     extra = {name for name in layout if not re.search(generation.unread, name)} - set(names)
     if extra:
+        states = min(extra).endswith(INITIAL_STATE)
         raise CheckpointError(
             f"{min(extra)} is no tensor of a plain RWKV-{generation.number}: this form cannot "
-            "hold it"
+            f"hold it{'; give the base, and the states with `adapter_only` 1' if states else ''}"
         )
 
     def make(name: str, source: Mapping[str, Tensor]) -> Tensor:

@@ -36,4 +36,5 @@ FORM = Form(
     recognise=recognise,
     read=read_tensors,
     write=write,
+    write_states=write,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from finchtune.errors import CheckpointError
+from finchtune.models import INITIAL_STATE
 from finchtune.weights.forms.base import (
     DTYPES,
     Form,
@@ -57,16 +58,22 @@ def write(weights: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
 
 
 def recognise_adapter(path: Path) -> bool:
-    """Safetensors of nothing but LoRA's two factors."""
+    """Safetensors of nothing but LoRA's two factors, or of nothing but states."""
     if not is_safetensors(path):
         return False
     names = header_of(path).keys() - {"__metadata__"}
-    return bool(names) and all(name.endswith((A_KEY, B_KEY)) for name in names)
+    kinds = ((A_KEY, B_KEY), INITIAL_STATE)
+    return bool(names) and any(all(name.endswith(kind) for name in names) for kind in kinds)
 
 
 def read_adapter(path: Path) -> FoundAdapter:
-    """An adapter's factors. The file need not tell alpha; without it alpha is the rank."""
+    """An adapter's factors. The file need not tell alpha; without it alpha is the rank.
+
+    Of a file of states these, and no settings.
+    """
     found = read_safetensors(path)
+    if all(name.endswith(INITIAL_STATE) for name in found):
+        return FoundAdapter({n: t.mT.float().contiguous() for n, t in found.items()}, {})
     layers = {}
     for name, tensor in found.items():
         layer, B = name.removesuffix(A_KEY), f"{name.removesuffix(A_KEY)}{B_KEY}"
@@ -94,6 +101,16 @@ def write_adapter(adapter: LowRank, path: Path, settings: Settings) -> str:
     return write_safetensors(tensors, path, {"alpha": repr(adapter.alpha)})
 
 
+def write_states(states: Mapping[str, Tensor], path: Path, settings: Settings) -> str:
+    """Write initial states as (H, N key, N value), as the runtime's own converter does.
+
+    assets/scripts/convert_safetensors.py and read_state in src/runtime/v6.rs of web-rwkv.
+    """
+    dtype = DTYPES[settings.dtype]
+    theirs = {name: converted(name, tensor, dtype).mT for name, tensor in states.items()}
+    return write_safetensors(theirs, path)
+
+
 FORM = Form(
     name=NAME,
     title="web-rwkv's .st (Ai00)",
@@ -105,4 +122,5 @@ FORM = Form(
     recognise_adapter=recognise_adapter,
     read_adapter=read_adapter,
     write_adapter=write_adapter,
+    write_states=write_states,
 )
