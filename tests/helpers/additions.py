@@ -7,9 +7,9 @@ from pathlib import Path
 from helpers.support import metrics, save_model, small_model
 
 
-def make_folder(path: Path) -> Path:
+def make_folder(path: Path, generation: int = 6, **sizes: int) -> Path:
     """Put base.pth and text.jsonl (question, answer, and both together as text) into a folder."""
-    save_model(small_model(head_size=16), path / "base.pth")
+    save_model(small_model(head_size=16, generation=generation, **sizes), path / "base.pth")
     rng = random.Random(0)
     with (path / "text.jsonl").open("w") as file:
         for _ in range(40):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.support import small_model
+from helpers.support import NUMBERS, every_generation, small_model
 from torch.profiler import ProfilerActivity, profile
 
 from finchtune import distributed
@@ -26,8 +26,13 @@ def run_config(peft, hyperparameters, grad_cp=False, **more):
     return TrainConfig(peft=peft, grad_cp=grad_cp, **hyperparameters, **batch, **more)
 
 
-def real_model(config, dtype):
-    model = small_model(n_layer=3, n_embd=64, vocab_size=512, head_size=16)
+def sizes_of(generation):
+    return NUMBERS[generation].sizes(n_layer=3, n_embd=64, vocab_size=512, head_size=16)
+
+
+def real_model(config, dtype, generation=6):
+    sizes = {"n_layer": 3, "n_embd": 64, "vocab_size": 512, "head_size": 16}
+    model = small_model(**sizes, generation=generation)
     if config.peft != "none":
         attach(model, config.peft, **config.adapter_hyperparameters)
     model.grad_checkpoint = config.grad_cp
@@ -47,10 +52,11 @@ def allocated(work):
 
 
 @pytest.mark.parametrize(("peft", "hyperparameters"), METHODS, ids=[m for m, _ in METHODS])
+@every_generation
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_what_is_kept_for_backward_is_what_autograd_saves(peft, hyperparameters, dtype):
+def test_what_is_kept_for_backward_is_what_autograd_saves(peft, hyperparameters, dtype, generation):
     config = run_config(peft, hyperparameters)
-    model, tokens = real_model(config, dtype), torch.randint(1, 512, TOKENS)
+    model, tokens = real_model(config, dtype, generation), torch.randint(1, 512, TOKENS)
     own = {t.untyped_storage().data_ptr() for t in [*model.state_dict().values(), tokens]}
     saved = {}
 
@@ -62,22 +68,22 @@ def test_what_is_kept_for_backward_is_what_autograd_saves(peft, hyperparameters,
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         pack(model.loss(tokens, tokens)[0])
-    found = simulate(config, planned_model(config, SIZES, dtype))
+    found = simulate(config, planned_model(config, sizes_of(generation), dtype))
     assert found.saved == sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize(("peft", "hyperparameters"), METHODS, ids=[m for m, _ in METHODS])
 @pytest.mark.parametrize("grad_cp", [False, True])
-def test_peak_of_forward_and_backward_is_the_allocators(peft, hyperparameters, grad_cp):
+@every_generation
+def test_peak_of_forward_and_backward_is_the_allocators(peft, hyperparameters, grad_cp, generation):
     config = run_config(peft, hyperparameters, grad_cp)
-    model, tokens = real_model(config, torch.float32), torch.randint(1, 512, TOKENS)
+    model, tokens = real_model(config, torch.float32, generation), torch.randint(1, 512, TOKENS)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     _, peak = allocated(lambda: model.loss(tokens, tokens)[0].backward())
-    assert simulate(config, planned_model(config, SIZES, torch.float32)).peak == pytest.approx(
-        peak, rel=0.02
-    )
+    planned = planned_model(config, sizes_of(generation), torch.float32)
+    assert simulate(config, planned).peak == pytest.approx(peak, rel=0.02)
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.support import small_model, whole_state
+from helpers.support import every_generation, small_model, whole_state
 from torch import nn
 
 from finchtune import distributed
@@ -73,9 +73,10 @@ def plain_torch_losses(model, steps, clip, lr=1e-2):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("peft", ["none", "bone"])
-def test_equals_a_plain_loop(stage, peft):
+@every_generation
+def test_equals_a_plain_loop(stage, peft, generation):
     def model():
-        made = small_model()
+        made = small_model(generation=generation)
         return made if peft == "none" else attach(made, "bone", r=8)
 
     steps = batches(1, accumulate=3) * 5

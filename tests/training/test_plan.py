@@ -44,6 +44,20 @@ def test_a_released_size_is_planned_by_name_without_its_file(capsys):
     assert sum(numbers[:-1]) == pytest.approx(numbers[-1], abs=3)
 
 
+@pytest.mark.parametrize(
+    ("name", "sizes", "trained"),
+    [
+        ("0.1B", "L12 C768 F3072 V65536, 12 heads", 12 * 8 * (5 * 768 + 3072)),
+        ("13.3B", "L61 C4096 F16384 V65536, 64 heads", 61 * 8 * (5 * 4096 + 16384)),
+    ],
+)
+def test_sizes_of_the_second_generation_are_planned_by_name(capsys, name, sizes, trained):
+    words = f"--load_model {name} --peft bone --bone_r 8 --micro_bsz 1 --ctx_len 32".split()
+    text = planned(capsys, *words, "--accelerator", "gpu", "--my_testing", "x070")
+    assert sizes in text
+    assert f"trained      {trained:,}" in text
+
+
 def test_steps_and_documents_never_read_are_those_of_the_data(folder, capsys):
     words = data_flags(folder, "--micro_bsz", 3, "--epoch_steps", 5, "--epoch_count", 2)
     text = planned(capsys, *words)
@@ -99,7 +113,7 @@ def test_chunks_take_their_own_memory_and_that_of_the_states_of_the_longest_docu
 
 
 def test_an_unknown_model_is_refused_with_the_known_names():
-    with pytest.raises(UserError, match=r"`plan` also takes 1\.6B, 3B, 7B, 14B"):
+    with pytest.raises(UserError, match=r"`plan` also takes 1\.6B, 3B, 7B, 14B, 0\.1B, .*13\.3B"):
         planned_sizes("5B")
 
 

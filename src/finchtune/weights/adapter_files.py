@@ -33,7 +33,9 @@ def adapter_keys(model: LanguageModel) -> dict[str, str]:
     parameter; for full fine-tuning, the whole model.
     """
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    names = [name for name in model.state_dict() if name in trained or is_adapter_tensor(name)]
+    names = list(model.state_dict())
+    if len(trained) < sum(1 for _ in model.parameters()):
+        names = [name for name in names if name in trained or is_adapter_tensor(name)]
     return {name: file_key(name) for name in names}
 
 
