@@ -1,14 +1,16 @@
 """Long contexts in chunks: memory and speed by length, and whether a number is recalled.
 
-`speed` takes steps over one row of growing length, L6 C256, Bone: plain checkpointed training at
-the first length, then chunks. `recall` trains small models from scratch on scripts/make_recall.py's
-records with exact and with truncated gradients, and prints the share of right answers. The peak is
-that of the process, so that each length runs in a process of its own.
+`speed` takes steps over one row, plain checkpointed training at the first length and chunks at all
+of them in turn, Bone, one thread: tokens per second of processor time, and the time of a token as a
+multiple of plain training's (median, least, most). `memory` gives the peak of a process for each
+length. `recall` trains small models from scratch on scripts/make_recall.py's records with exact and
+with truncated gradients, and prints the share of right answers.
 """
 
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -42,33 +44,58 @@ def step(model, batch, chunk: int, exact: bool = True) -> float:
     return loss.item() / targets
 
 
-def measure(layers: int, channels: int, length: int, chunk: int, repeats: int) -> None:
-    """Print one line of JSON: tokens/s and the process's peak memory."""
-    sizes = ModelConfig(layers, channels, 4096, head_size=64)
+def made(given: argparse.Namespace, length: int, chunk: int):
+    """A model, and a row of `length` tokens: plain training recomputes blocks, chunks do not."""
+    sizes = ModelConfig(given.layers, given.channels, 4096, head_size=64)
     model = init_weights(RWKV6(sizes, 0 if chunk else 1), 0)
     attach(model, "bone", r=64)
     ids = torch.randint(0, 4096, (length + 1,)).numpy()
-    batch = padded([Segment(ids, None, 0)], length)
+    return model, padded([Segment(ids, None, 0)], length)
+
+
+def measure(given: argparse.Namespace) -> None:
+    """Print one line of JSON: tokens/s and the process's peak memory."""
+    model, batch = made(given, given.length, given.chunk)
     idle = peak()
-    step(model, padded([Segment(ids[:65], None, 0)], 64), chunk)
+    step(model, made(given, 64, given.chunk)[1], given.chunk)
     best = float("inf")
-    for _ in range(repeats):
+    for _ in range(given.repeats):
         began = time.perf_counter()
-        step(model, batch, chunk)
+        step(model, batch, given.chunk)
         best = min(best, time.perf_counter() - began)
-    result = {"length": length, "chunk": chunk, "tokens_per_s": round(length / best)}
-    print(json.dumps(result | {"peak_mib": round(peak()), "idle_mib": round(idle)}), flush=True)
+    result = {"length": given.length, "chunk": given.chunk}
+    result |= {"tokens_per_s": round(given.length / best), "peak_mib": round(peak())}
+    print(json.dumps(result | {"idle_mib": round(idle)}), flush=True)
 
 
 def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def speed(layers: int, channels: int, lengths: list[int], chunk: int, repeats: int) -> None:
-    for length, size in [(lengths[0], 0), *((length, chunk) for length in lengths)]:
-        words = ["one", "--length", length, "--chunk", size, "--repeats", repeats]
-        words += ["--layers", layers, "--channels", channels]
+def memory(given: argparse.Namespace) -> None:
+    common = ["--layers", given.layers, "--channels", given.channels, "--repeats", given.repeats]
+    for length, size in [(given.lengths[0], 0), *((n, given.chunk) for n in given.lengths)]:
+        words = ["one", "--length", length, "--chunk", size, *common]
         subprocess.run([sys.executable, __file__, *map(str, words)], check=True)
+
+
+def speed(given: argparse.Namespace) -> None:
+    """Print, for each length, how a token's processor time compares with that of plain steps."""
+    torch.set_num_threads(1)
+    ways = [(given.lengths[0], 0), *((n, given.chunk) for n in given.lengths)]
+    runs = [(chunk, *made(given, length, chunk)) for length, chunk in ways]
+    rounds = []
+    for _ in range(given.repeats + 1):  # the first warms up
+        rounds.append([])
+        for chunk, model, batch in runs:
+            began = time.process_time()
+            step(model, batch, chunk)
+            rounds[-1].append((time.process_time() - began) / batch.tokens.numel())
+    for (length, chunk), costs in zip(ways, zip(*rounds[1:], strict=True), strict=True):
+        ratios = [cost / plain[0] for cost, plain in zip(costs, rounds[1:], strict=True)]
+        result = {"length": length, "chunk": chunk, "tokens_per_s": round(1 / min(costs))}
+        spread = [round(f(ratios), 3) for f in (statistics.median, min, max)]
+        print(json.dumps(result | {"to_plain": spread}), flush=True)
 
 
 def recall(train: Path, test: Path, steps: int, chunk: int, seeds: int, rate: float) -> None:
@@ -121,7 +148,7 @@ def score(model, records) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["speed", "recall", "one"])
+    parser.add_argument("what", choices=["memory", "speed", "recall", "one"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 17)])
     parser.add_argument("--length", type=int, help="of one measurement")
     parser.add_argument("--layers", type=int, default=6)
@@ -135,9 +162,11 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3)
     given = parser.parse_args()
     if given.what == "one":
-        measure(given.layers, given.channels, given.length, given.chunk, given.repeats)
+        measure(given)
+    elif given.what == "memory":
+        memory(given)
     elif given.what == "speed":
-        speed(given.layers, given.channels, given.lengths, given.chunk, given.repeats)
+        speed(given)
     else:
         recall(given.train, given.test, given.steps, given.chunk, given.seeds, given.rate)
 

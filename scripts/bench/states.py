@@ -66,7 +66,7 @@ def run(given: argparse.Namespace, method: str, rate: float) -> dict[str, Any]:
         return read_json(path)
     torch.manual_seed(0)
     model = adapted(given.model, method)
-    train, test = documents(given.train), documents(given.test)
+    train = documents(given.train)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
     losses = []
@@ -77,13 +77,18 @@ def run(given: argparse.Namespace, method: str, rate: float) -> dict[str, Any]:
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         losses.append(loss.item())
-    with torch.no_grad():
-        held_out = mean_loss(model, batch_of(test, 0, given.test_rows, given.tokens)).item()
+    held_out = held_out_loss(given, model)
     record = {"method": method, "rate": rate, "trained": sum(p.numel() for p in trained)}
     record |= {"losses": losses, "last": float(np.mean(losses[-LAST:])), "held_out": held_out}
     write_json(path, record)
     print(f"{method} {rate:g}: {record['last']:.3f}, held out {held_out:.3f}", file=sys.stderr)
     return record
+
+
+@torch.no_grad()
+def held_out_loss(given: argparse.Namespace, model: Any) -> float:
+    rows = batch_of(documents(given.test), 0, given.test_rows, given.tokens)
+    return mean_loss(model, rows).item()
 
 
 def draw(best: list[dict[str, Any]], picture: Path) -> None:
@@ -116,6 +121,7 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     best = []
     print("| trained | rate | parameters | last steps | held out |\n|---|---|---|---|---|")
+    print(f"| nothing | | 0 | | {held_out_loss(given, load_model(given.model)):.3f} |")
     for method, (_, rates) in GRID.items():
         found = [run(given, method, rate) for rate in rates]
         best.append(min(found, key=lambda one: one["last"]))
