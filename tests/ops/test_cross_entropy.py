@@ -154,3 +154,9 @@ def test_the_compiled_rows_keep_what_is_not_finite(cpu_path):
 def test_a_label_outside_the_vocabulary_is_an_error(kernels):
     with pytest.raises(IndexError, match="label 9 lies outside the vocabulary of 9"):
         cross_entropy_sum(torch.randn(2, 4), torch.randn(9, 4), torch.tensor([3, 9]))
+
+
+def test_a_gpus_pieces_grow_with_the_memory_that_is_free():
+    least = loss.CHUNK_ELEMENTS["cuda"]
+    found = [loss.sized_by(room, least) for room in (0, least, 3 * least, 1 << 40)]
+    assert found == [least, least, 2 * least, loss.MOST_ELEMENTS]

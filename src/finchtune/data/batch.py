@@ -25,10 +25,20 @@ class Batch(NamedTuple):
     labels: Tensor
     cu_seqlens: Tensor | None = None
 
+    def pinned(self) -> "Batch":
+        """The batch in memory that a GPU copies from by itself, while the processor goes on."""
+        bounds = None if self.cu_seqlens is None else self.cu_seqlens.pin_memory()
+        return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), bounds)
+
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        cu_seqlens = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        return Batch(self.tokens.to(device), self.labels.to(device), cu_seqlens)
+        """The batch on a device. One that is pinned is copied in its turn, and not waited for."""
+        goes_on = device.type == "cuda" and self.tokens.is_pinned()
+        bounds = self.cu_seqlens
+        return Batch(
+            self.tokens.to(device, non_blocking=goes_on),
+            self.labels.to(device, non_blocking=goes_on),
+            None if bounds is None else bounds.to(device, non_blocking=goes_on),
+        )
 
 
 def round_up(length: int) -> int:

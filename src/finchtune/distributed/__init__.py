@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         exhaust,
         run_on_rank_zero,
         stream_to_rank_zero,
+        sum_in_place,
     )
     from finchtune.distributed.identity import (
         launched,
@@ -46,6 +47,7 @@ _HOMES = {
     "exhaust": "collectives",
     "run_on_rank_zero": "collectives",
     "stream_to_rank_zero": "collectives",
+    "sum_in_place": "collectives",
     "launched": "identity",
     "local_rank": "identity",
     "machine": "identity",
@@ -84,6 +86,7 @@ __all__ = [
     "set_parent_death_signal",
     "shutdown",
     "stream_to_rank_zero",
+    "sum_in_place",
     "watch_runner",
     "world_size",
 ]

@@ -21,10 +21,14 @@ def barrier() -> None:
 
 def all_sum(values: Sequence[float], device: torch.device) -> list[float]:
     """Sums of `values` over all processes, in float64, by one collective."""
-    total = torch.tensor(values, dtype=torch.float64, device=device)
+    return sum_in_place(torch.tensor(values, dtype=torch.float64, device=device)).tolist()
+
+
+def sum_in_place(values: Tensor) -> Tensor:
+    """A tensor summed over all processes, in place. Its values are not waited for."""
     if dist.is_initialized():
-        dist.all_reduce(total)
-    return total.tolist()
+        dist.all_reduce(values)
+    return values
 
 
 def all_min(value: float, device: torch.device) -> float:

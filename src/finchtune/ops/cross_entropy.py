@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finchtune.ops.kernels import device_type, fits
 
@@ -11,6 +12,7 @@ IGNORE = -100
 # Logits held at once. A CPU streams the whole weight for each chunk, so that fewer rows cost time;
 # a GPU needs enough rows to be busy.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 24}
+MOST_ELEMENTS = 1 << 27  # on a GPU with room for them: 2,048 rows of 65,536
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -94,6 +96,29 @@ def cross_entropy_sum(
     growing without bound).
     """
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    elements = CHUNK_ELEMENTS.get(device_type(hidden), CHUNK_ELEMENTS["cuda"])
+    elements = elements_at_once(hidden)
     chunk = max(1, min(hidden.shape[0], elements // weight.shape[0]))
     return _ChunkedCrossEntropy.apply(hidden, weight, labels.reshape(-1), chunk, l2wrap)
+
+
+def elements_at_once(hidden: Tensor) -> int:
+    """How many logits to hold: on a GPU as many as fit an eighth of the memory that is free.
+
+    A power of two, so that the pieces are the same in steps alike: a product of other rows may
+    round otherwise.
+    """
+    elements = CHUNK_ELEMENTS.get(device_type(hidden), CHUNK_ELEMENTS["cuda"])
+    if hidden.device.type != "cuda" or isinstance(hidden, FakeTensor):
+        return elements
+    unused = torch.cuda.memory_reserved(hidden.device) - torch.cuda.memory_allocated(hidden.device)
+    free = torch.cuda.mem_get_info(hidden.device)[0] + unused
+    # A logit in the dtype of the product and, where no kernel takes that, in fp32.
+    return sized_by(free // 8 // (hidden.element_size() + 4), elements)
+
+
+def sized_by(room: int, least: int) -> int:
+    """The largest `least` times a power of two within `room`, at most MOST_ELEMENTS."""
+    elements = least
+    while 2 * elements <= min(room, MOST_ELEMENTS):
+        elements *= 2
+    return elements

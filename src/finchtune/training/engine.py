@@ -3,7 +3,7 @@
 Everything here that touches DeepSpeed's internals was checked against the pinned version.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -121,11 +121,13 @@ class Engine:
         """
         world = distributed.world_size()
         valid = [int((batch.labels != IGNORE).sum()) for batch in micro_batches]
+        counts = self.upload([sum(valid), sum(b.tokens.numel() for b in micro_batches), stop])
         # Processes that share a context count its labels each.
-        targets = distributed.all_sum([sum(valid)], self.device)[0] / self.sharing
+        targets = distributed.sum_in_place(counts)[0] / self.sharing
         # DeepSpeed averages over ranks and micro batches. That is the mean of their means, and
         # from their sums this makes the mean over all tokens.
-        count = self.readers * self.accumulate if self.means else max(1.0, targets)
+        means = torch.full_like(targets, self.readers * self.accumulate)
+        count = means if self.means else targets.clamp(min=1)
         scale = world * self.accumulate / count
         weights = [1 / max(1, n) if self.means else 1.0 for n in valid]
         set_learning_rate(self.ds.optimizer.param_groups, lr)
@@ -134,16 +136,26 @@ class Engine:
         if zero.overflow and self.stage < 3:
             # Under offload DeepSpeed 0.19 would add the next gradient to the bad one.
             zero.averaged_gradients = dict.fromkeys(zero.averaged_gradients)
-        fed = sum(batch.tokens.numel() for batch in micro_batches)
-        sums = distributed.all_sum([loss_sum.item(), fed, stop], self.device)
+        norm = self.ds.get_global_grad_norm()
+        norm = norm.double() if isinstance(norm, Tensor) else self.upload(norm)
+        loss = distributed.sum_in_place(loss_sum) / count
+        # The only values that this waits for, once all of the step's work is queued.
+        told = torch.stack([loss, norm.to(self.device), targets, *counts[1:]]).tolist()
         return StepResult(
-            loss=sums[0] / count,
-            grad_norm=float(self.ds.get_global_grad_norm()),
-            tokens=int(sums[1] / self.sharing),
-            targets=int(targets),
+            loss=told[0],
+            grad_norm=told[1],
+            targets=int(told[2]),
+            tokens=int(told[3] / self.sharing),
             skipped=bool(zero.overflow),
-            stopping=sums[2] > 0,
+            stopping=told[4] > 0,
         )
+
+    def upload(self, values: float | Sequence[float]) -> Tensor:
+        """Numbers on the device, in float64, without waiting for what is queued there."""
+        numbers = torch.tensor(values, dtype=torch.float64)
+        if self.device.type != "cuda":
+            return numbers.to(self.device)
+        return numbers.pin_memory().to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def evaluate(self, data: Data, micro_bsz: int) -> float:

@@ -88,7 +88,10 @@ def run(config: TrainConfig, device: torch.device) -> int:
     metrics = saver.open_metrics(total, start)
     mine = distributed.rank() // config.context_parallel, engine.readers
     cut = config.micro_bsz, config.accumulate_grad_batches
-    rows_ahead = prefetch(data.rows(step, *mine, *cut) for step in range(start, total))
+    drawn = (data.rows(step, *mine, *cut) for step in range(start, total))
+    if device.type == "cuda":
+        drawn = ([batch.pinned() for batch in rows] for rows in drawn)
+    rows_ahead = prefetch(drawn)
     watch = StepWatch(config, saver.folder, data, saver.global_batch, start, total)
     stop = StopRequest(distributed.watch_runner())  # by SIGTERM or SIGINT
     status = 0

@@ -74,7 +74,7 @@ class Passes:
         """Within, the model reads what `own` gives."""
         return nullcontext() if self.context is None else self.context.reading()
 
-    def backward(self, micro_batches: list[Batch], weights: list[float], scale: float) -> Tensor:
+    def backward(self, micro_batches: list[Batch], weights: list[float], scale: Tensor) -> Tensor:
         """Forward, backward and, at the end, the update: of the summed losses, each micro batch's
         times its weight. Returns that sum; its gradient is times `scale`.
         """
@@ -86,8 +86,9 @@ class Passes:
                 total += weight * loss.detach()
         return total
 
-    def scaled_backward(self, loss: Tensor, scale: float, added: Tensor | float = 0.0) -> None:
+    def scaled_backward(self, loss: Tensor, scale: Tensor, added: Tensor | float = 0.0) -> None:
         """The backward of scale * loss + added, and DeepSpeed's step after it."""
+        scale = scale.to(loss.dtype)
         # DeepSpeed skips a step whose gradient norm is not finite, on all ranks alike. A loss
         # of infinity may have a finite gradient; 0 * inf is NaN and makes it bad as well.
         self.ds.backward(loss * (scale + 0 * loss.detach()) + added)
@@ -112,7 +113,7 @@ class ChunkedPasses(Passes):
         self.length, self.offload = config.chunk_ctx, config.infctx_offload
         self.exact = config.bptt == "exact"
 
-    def backward(self, micro_batches: list[Batch], weights: list[float], scale: float) -> Tensor:
+    def backward(self, micro_batches: list[Batch], weights: list[float], scale: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         contexts = self.chunks_of(micro_batches)
         left = sum(map(len, contexts))
