@@ -14,6 +14,7 @@
 #include "adapters.h"
 #include "token_mix.h"
 #include "activations.h"
+#include "head_parts.h"
 #include "product.h"
 #include "wkv6_step.h"
 
@@ -36,6 +37,12 @@ constexpr CpuKernels kKernels = {
     squared_relu_backward,
     sigmoid_gate,
     sigmoid_gate_backward,
+    value_residual,
+    value_residual_backward,
+    removal,
+    removal_backward,
+    bonus_norm,
+    bonus_norm_backward,
     product,
     coded_product,
     wkv6_step,

@@ -63,6 +63,15 @@ constexpr const char* kSchemas[] = {
     "sigmoid_gate(Tensor gate, Tensor y) -> Tensor",
     "sigmoid_gate_backward(Tensor dout, Tensor gate, Tensor y) "
     "-> (Tensor gate, Tensor y)",
+    "value_residual(Tensor v, Tensor first, Tensor gate, int heads) -> Tensor",
+    "value_residual_backward(Tensor v, Tensor first, Tensor gate, Tensor dout, int heads) "
+    "-> Tensor[]",
+    "removal(Tensor k, Tensor rate, Tensor k_k, Tensor k_a, int heads, float eps) -> Tensor[]",
+    "removal_backward(Tensor[] douts, Tensor k, Tensor rate, Tensor k_k, Tensor k_a, int heads, "
+    "float eps, bool of_weights) -> Tensor[]",
+    "bonus_norm(Tensor[] rows, Tensor[] weights, int heads, float eps) -> Tensor",
+    "bonus_norm_backward(Tensor dout, Tensor[] rows, Tensor[] weights, int heads, float eps, "
+    "bool of_weights) -> Tensor[]",
     "products(Tensor[] x, Tensor[] W, int[] activations) -> Tensor[] y",
     "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? table, int n_out, "
     "int activation) -> Tensor y",

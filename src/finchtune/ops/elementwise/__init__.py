@@ -8,12 +8,16 @@ from finchtune.ops.elementwise.dispatch import (
     sigmoid_gate,
     squared_relu,
 )
+from finchtune.ops.elementwise.heads import BonusNorm, removal, value_residual
 
 __all__ = [
+    "BonusNorm",
     "GatedNorm",
     "fixed_mixtures",
     "low_rank_decay",
     "mixtures",
+    "removal",
     "sigmoid_gate",
     "squared_relu",
+    "value_residual",
 ]

@@ -58,6 +58,7 @@ CPU = Part(
         "operators/adapters.cpp",
         "operators/block.cpp",
         "operators/composite.cpp",
+        "operators/heads.cpp",
         "operators/inference.cpp",
         "cpu/paths.cpp",
     ),

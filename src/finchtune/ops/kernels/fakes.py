@@ -174,6 +174,52 @@ def sigmoid_gate_backward(dout: Tensor, gate: Tensor, y: Tensor) -> tuple[Tensor
     return y.new_empty(y.shape), y.new_empty(y.shape)
 
 
+def alike(*rows: Tensor) -> list[Tensor]:
+    """A new tensor as each of these."""
+    return [x.new_empty(x.shape) for x in rows]
+
+
+def in_fp32(weights: list[Tensor], wanted: bool) -> list[Tensor]:
+    """Their gradients, none unless wanted."""
+    return [x.new_empty(x.shape, dtype=torch.float32) for x in weights] if wanted else []
+
+
+def value_residual(v: Tensor, *_: Any) -> Tensor:
+    """As v."""
+    return v.new_empty(v.shape)
+
+
+def value_residual_backward(
+    v: Tensor, first: Tensor, gate: Tensor, dout: Tensor, heads: int
+) -> list[Tensor]:
+    """The gradients of v, first and gate."""
+    return alike(v, first, gate)
+
+
+def removal(k: Tensor, *_: Any) -> list[Tensor]:
+    """The key, a and b."""
+    return alike(k, k, k)
+
+
+def removal_backward(
+    douts: Any, k: Tensor, rate: Tensor, k_k: Tensor, k_a: Tensor, heads: int, eps: float, all: bool
+) -> list[Tensor]:
+    """The gradients of k and rate, and those of k_k and k_a where asked for."""
+    return [*alike(k, rate), *in_fp32([k_k, k_a], all)]
+
+
+def bonus_norm(rows: list[Tensor], *_: Any) -> Tensor:
+    """As the rows."""
+    return rows[0].new_empty(rows[0].shape)
+
+
+def bonus_norm_backward(
+    dout: Tensor, rows: list[Tensor], weights: list[Tensor], heads: int, eps: float, all: bool
+) -> list[Tensor]:
+    """The gradients of the rows, and those of the weights where asked for."""
+    return [*alike(*rows), *in_fp32(weights, all)]
+
+
 def products(x: list[Tensor], W: list[Tensor], activations: list[int]) -> list[Tensor]:
     """A row of each W's outputs for each row of its x."""
     return [one.new_empty(one.shape[0], own.shape[0]) for one, own in zip(x, W, strict=True)]
@@ -214,6 +260,12 @@ SHAPES: dict[str, Callable[..., Any]] = {
         squared_relu_backward,
         sigmoid_gate,
         sigmoid_gate_backward,
+        value_residual,
+        value_residual_backward,
+        removal,
+        removal_backward,
+        bonus_norm,
+        bonus_norm_backward,
         products,
         coded_product,
         wkv6_step_,
