@@ -30,6 +30,8 @@ CHAT = [
         ("alpaca", TASK + "### Instruction:\nQ\n\n### Response:"),
         ("rwkv-peft", TASK + "### Instruction:\nQ\n\n### Response:"),
         ("chat", "User: Q\n\nAssistant:"),
+        ("think", "User: Q\n\nAssistant: <think"),
+        ("no-think", "User: Q\n\nAssistant: <think></think"),
     ],
 )
 def test_a_question_is_put_as_its_template_says(name, prompt):
@@ -129,7 +131,10 @@ def test_a_file_is_a_template(tmp_path):
         ("user: hello", "mine.yaml: 'user' must hold {question}"),
         ("user: '{question}'\nanswer: x", "mine.yaml: 'answer' must hold {answer}"),
         ("user: '{question}'\ninput: x", "mine.yaml: 'input' must hold {input}"),
-        ("user: '{question}'\nend: x", "mine.yaml: unknown field 'end'; known are answer, cue"),
+        (
+            "user: '{question}'\nend: x",
+            "mine.yaml: unknown field 'end'; known are answer, blank",
+        ),
         ("user: '{question}'\ncue: 3", "mine.yaml: 'cue' must be a string"),
         ("user: '{question}'\nstop: x", "mine.yaml: 'stop' must be a list of strings"),
         ("user: '{question}'\nstop: ['']", "mine.yaml: an empty string in 'stop'"),
@@ -151,3 +156,26 @@ def test_a_bad_file_is_told_in_one_line(tmp_path, content, message):
 def test_an_unknown_name_is_told_with_the_near_one():
     with pytest.raises(UserError, match=r"`template` metamth: did you mean metamath\?"):
         templates.get("metamth")
+
+
+@pytest.mark.parametrize("name", ["think", "no-think"])
+def test_no_turn_of_a_thinking_model_holds_a_blank_line(name):
+    said = [
+        {"role": "system", "content": "Be\n\nbrief."},
+        {"role": "user", "content": "a\n\n\nb\n", "input": "c\n\nd"},
+        {"role": "assistant", "content": "thought</think>\ne\n\nf"},
+    ]
+    cue = templates.get(name).cue
+    text = "".join(text for text, _ in templates.get(name).turns(said))
+    assert text == f"System: Be\nbrief.\n\nUser: a\nb\nc\nd\n\n{cue}>thought</think>\ne\nf\n\n"
+    assert "a\n\n\nb" in templates.get("chat").prompt(question="a\n\n\nb")
+
+
+def test_blank_lines_of_a_file_are_true_or_false(tmp_path):
+    (tmp_path / "t.yaml").write_text("user: '{question}'\nblank_lines: false")
+    made = templates.get(str(tmp_path / "t.yaml"))
+    assert made.prompt(question="a\n\nb") == "a\nb"
+    assert templates.from_record(made.record()) == made
+    (tmp_path / "t.yaml").write_text("user: '{question}'\nblank_lines: none")
+    with pytest.raises(UserError, match="'blank_lines' must be true or false"):
+        templates.get(str(tmp_path / "t.yaml"))

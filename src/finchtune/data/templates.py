@@ -34,7 +34,8 @@ class Template:
     `user` is a question's turn, and `input` stands behind it if the question has an input; without
     `input` that is put on the question's next line. `cue` begins every answer's turn and belongs to
     the prompt, `answer` is what the model is to write, and `separator` stands between an answer and
-    the next turn. Generation ends where one of `stop` appears.
+    the next turn. Generation ends where one of `stop` appears. Without `blank_lines` they are taken
+    out of what is said, with all space around it, for models to which one is the end of a turn.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Template:
     answer: str = "{answer}"
     separator: str = ""
     stop: tuple[str, ...] = ()
+    blank_lines: bool = True
 
     def prompt(self, question: str, input: str = "", system: str = "") -> str:
         """The text that an answer to this question continues."""
@@ -77,7 +79,7 @@ class Template:
         return joined(pieces)
 
     def _turn(self, message: Mapping[str, Any]) -> list[Piece]:
-        role, content = message["role"], message["content"]
+        role, content = message["role"], self._said(message["content"])
         trained = message.get("trained", role == "assistant")
         if role == "assistant":
             return [(self.cue, False), (_fill(self.answer, answer=content), trained)]
@@ -85,11 +87,14 @@ class Template:
             return [(_fill(self.system, system=content), trained)]
         if role == "tool":
             return [(_fill(self.tool, result=content), trained)]
-        given = message.get("input") or ""
+        given = self._said(message.get("input") or "")
         if given and not self.input:
             content, given = f"{content}\n{given}", ""
         form = self.user + (self.input if given else "")
         return [(_fill(form, question=content, input=given), trained)]
+
+    def _said(self, text: str) -> str:
+        return text if self.blank_lines else re.sub(r"\n{2,}", "\n", text.strip())
 
     def record(self) -> dict[str, Any]:
         """All of the template as JSON values, to be kept with what was made by it."""
@@ -153,6 +158,27 @@ TEMPLATES = {
             answer=" {answer}\n\n",
             stop=("\n\nUser:",),
         ),
+        # The released models that think first, and the same without their thoughts; the cue lacks
+        # the bracket that begins the first token of an answer. Source: BlinkDL's model cards of
+        # RWKV-7 G1.
+        Template(
+            "think",
+            system="System: {system}\n\n",
+            user="User: {question}\n\n",
+            cue="Assistant: <think",
+            answer=">{answer}\n\n",
+            stop=("\n\nUser:",),
+            blank_lines=False,
+        ),
+        Template(
+            "no-think",
+            system="System: {system}\n\n",
+            user="User: {question}\n\n",
+            cue="Assistant: <think></think",
+            answer=">{answer}\n\n",
+            stop=("\n\nUser:",),
+            blank_lines=False,
+        ),
         # --data_type sft of github.com/JL-er/RWKV-PEFT.
         Template(
             "rwkv-peft",
@@ -198,6 +224,10 @@ def from_record(record: Any, where: str = "template") -> Template:
             raise DataError(
                 f"{where}: unknown field {key!r}; known are {', '.join(sorted(fields))}"
             )
+        if key == "blank_lines":
+            if not isinstance(value, bool):
+                raise UserError(f"{where}: {key!r} must be true or false")
+            continue
         strings = value if key == "stop" else [value]
         if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
             raise DataError(

@@ -139,13 +139,16 @@ def test_an_adapter_alone_does_what_merging_does(method, hyperparameters, tmp_pa
     assert compared
 
 
-def test_chat_templates_are_used(tmp_path):
-    model = small_model(n_layer=1, n_embd=64, vocab_size=65536, head_size=64)
+@pytest.mark.parametrize(("generation", "name"), [(6, "chat"), (7, "think")])
+def test_chat_templates_are_used(tmp_path, generation, name):
+    sizes = {"n_layer": 2, "n_embd": 64, "vocab_size": 65536, "head_size": 64}
+    model = small_model(**sizes, generation=generation)
     path = tmp_path / "model.gguf"
-    export_model(save_model(model, tmp_path / "base.pth"), path, GGUF, settings("fp32"))
-    messages = [{"role": "user", "content": "hi"}]
+    told = settings("fp32")._replace(template=templates.get(name))
+    export_model(save_model(model, tmp_path / "base.pth"), path, GGUF, told)
+    messages = [{"role": "user", "content": "hi\n\nyou"}]
     answer = LlamaCpp(path).server.handle_chat_completions({"messages": messages, "max_tokens": 1})
-    expected = templates.get("chat").prompt("hi")
+    expected = templates.get(name).prompt("hi\n\nyou")
     assert answer["usage"]["prompt_tokens"] == len(load_tokenizer("world").encode(expected))
 
 

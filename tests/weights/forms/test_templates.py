@@ -8,7 +8,8 @@ from finchtune.weights.forms.templates import jinja_of, ollama_of
 
 USER, ANSWER = {"role": "user", "content": 'Say "hi"\n{x}'}, {"role": "assistant", "content": "hi"}
 SYSTEM = {"role": "system", "content": "Be brief."}
-CHATS = [[USER], [SYSTEM, USER], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER, ANSWER]]
+LONG = {"role": "user", "content": "\na\n\n\n\nb\n\n"}
+CHATS = [[USER], [SYSTEM, USER], [LONG], [USER, ANSWER, USER], [SYSTEM, USER, ANSWER, USER, ANSWER]]
 
 
 @pytest.mark.parametrize("name", templates.TEMPLATES)

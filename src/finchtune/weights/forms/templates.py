@@ -8,6 +8,7 @@ import re
 
 from finchtune.data.templates import Template
 
+NEWLINE = "\n"
 PLACE = re.compile(r"\{(?:question|system|result|answer)\}")
 
 
@@ -25,7 +26,7 @@ def jinja_of(template: Template) -> str:
     for number, (role, (before, after)) in enumerate(turns.items()):
         test = "elif" if number else "if"
         text += f"{{%- {test} message['role'] == '{role}' -%}}"
-        text += f"{{{{ {quoted(before)} + message['content'] + {quoted(after)} }}}}"
+        text += f"{{{{ {quoted(before)} + {said(template)} + {quoted(after)} }}}}"
         if role == "assistant" and template.separator:
             text += "{%- if not loop.last or add_generation_prompt -%}"
             text += f"{{{{ {quoted(template.separator)} }}}}{{%- endif -%}}"
@@ -36,7 +37,10 @@ def jinja_of(template: Template) -> str:
 
 
 def ollama_of(template: Template) -> str:
-    """The same as the TEMPLATE of an Ollama Modelfile, in Go's language for templates."""
+    """The same as the TEMPLATE of an Ollama Modelfile, in Go's language for templates.
+
+    That cannot take blank lines out: they stay where the template has none.
+    """
     system, user = around(template.system), around(template.user)
     answer = around(template.cue + template.answer)
     opening = plain(template.opening)
@@ -47,6 +51,17 @@ def ollama_of(template: Template) -> str:
     before = plain(answer[0].removeprefix(template.cue))
     answered = f"{plain(template.cue)}{before}{{{{ .Response }}}}{plain(answer[1])}"
     return opening + told + asked + answered
+
+
+def said(template: Template) -> str:
+    """A message's content in Jinja, without blank lines (up to eight in a row) where need be.
+
+    With no more than filters that every runtime's Jinja has.
+    """
+    content = "message['content']"
+    if template.blank_lines:
+        return content
+    return f"({content} | trim{3 * f' | replace({quoted(2 * NEWLINE)}, {quoted(NEWLINE)})'})"
 
 
 def around(form: str) -> tuple[str, str]:
