@@ -88,13 +88,29 @@ static void product(const Product& p, int64_t first, int64_t last) {
   with_element(p.element, [&](auto e) { product_of<decltype(e)>(p, first, last); });
 }
 
+// LANES bytes as integers. GCC 12 takes them one by one in the plain form.
+template <typename Byte>
+static inline IntVec wide_bytes(const uint8_t* bytes) {
+  constexpr bool kSigned = std::is_signed<Byte>::value;
+#if LANES == 16
+  const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes));
+  return (IntVec)(kSigned ? _mm512_cvtepi8_epi32(x) : _mm512_cvtepu8_epi32(x));
+#elif LANES == 8
+  const __m128i x = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  return (IntVec)(kSigned ? _mm256_cvtepi8_epi32(x) : _mm256_cvtepu8_epi32(x));
+#else
+  IntVec wide;
+  for (int l = 0; l < LANES; ++l) wide[l] = static_cast<Byte>(bytes[l]);
+  return wide;
+#endif
+}
+
 // Codes -> what they stand for: each reads LANES bytes and gives kVectors vectors.
 struct Integers {
   static constexpr int kVectors = 1;
-  typedef int8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
   explicit Integers(const float*) {}
   void decode(const uint8_t* codes, Vec* out) const {
-    out[0] = __builtin_convertvector(*reinterpret_cast<const Bytes*>(codes), Vec);
+    out[0] = __builtin_convertvector(wide_bytes<int8_t>(codes), Vec);
   }
 };
 
@@ -109,12 +125,11 @@ struct TableOfBytes {
 
 struct TableOfHalfBytes {
   static constexpr int kVectors = 2;
-  typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-  static constexpr int kParts = 16 / LANES;  // vectors of the table
-  Vec table[kParts];
+  const float* values;
+  Vec table[16 / LANES];
   IntVec first, second;  // lanes of two vectors that take turns
 
-  explicit TableOfHalfBytes(const float* values) {
+  explicit TableOfHalfBytes(const float* values) : values(values) {
     std::memcpy(table, values, sizeof table);
     for (int l = 0; l < LANES; ++l)
       first[l] = l / 2 + l % 2 * LANES, second[l] = first[l] + LANES / 2;
@@ -126,14 +141,14 @@ struct TableOfHalfBytes {
 #elif LANES == 8
     return __builtin_shuffle(table[0], table[1], codes);
 #else
-    Vec values;
-    for (int l = 0; l < LANES; ++l) values[l] = table[codes[l] / LANES][codes[l] % LANES];
-    return values;
+    Vec found;
+    for (int l = 0; l < LANES; ++l) found[l] = values[codes[l]];
+    return found;
 #endif
   }
 
   void decode(const uint8_t* codes, Vec* out) const {
-    const IntVec bytes = __builtin_convertvector(*reinterpret_cast<const Bytes*>(codes), IntVec);
+    const IntVec bytes = wide_bytes<uint8_t>(codes);
     const Vec upper = look_up(bytes >> 4), lower = look_up(bytes & 15);
     out[0] = __builtin_shuffle(upper, lower, first);
     out[1] = __builtin_shuffle(upper, lower, second);
