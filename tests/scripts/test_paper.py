@@ -24,7 +24,7 @@ DECLARED = ("table2", "table3", "table4", "table5", "table6", "figure5", "figure
 def paper(monkeypatch):
     """The modules of scripts/paper."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    names = ("cells", "command", "glue_data", "language", "study", "tables", *DECLARED)
+    names = ("cells", "command", "glue_data", "language", "smoke_all", "tables", *DECLARED)
     return SimpleNamespace(**{name: importlib.import_module(name) for name in names})
 
 
@@ -199,3 +199,31 @@ class TestPool:
         assert pool.stopped.is_set()
         assert (tmp_path / "log").read_text() == "begun saved", "the second was not begun"
         assert [len(cell.missing()) for cell in cells] == [1, 1]
+
+
+def test_the_smoke_runs_of_all_tables_are_commands_that_they_understand(paper):
+    given = SimpleNamespace(
+        model="m.pth", train="a.jsonl", test=["gsm8k=g.jsonl"], output=Path("out"), jobs=2
+    )
+    commands = paper.smoke_all.commands(given)
+    assert commands.keys() == {*DECLARED, "table1", "figure1"}
+    for name in DECLARED:
+        table = declared(paper, name)
+        found = paper.command.parser(table).parse_args(commands[name])
+        assert found.smoke
+        assert paper.command.inputs_of(table, found, {}).data.keys() == set(table.courses)
+
+
+def test_a_table_takes_its_place_in_a_document(paper):
+    document = (
+        "a\n<!-- table2 -->\nold\n<!-- end table2 -->\nb\n<!-- table3 -->\n<!-- end table3 -->"
+    )
+    found = paper.smoke_all.put(document, "table2", r"| \d |")
+    assert found == document.replace("old", r"| \d |")
+    assert paper.smoke_all.put(document, "table4", "new") == document
+    marks = (REPOSITORY / "docs/paper.md").read_text()
+    for name in paper.smoke_all.commands(
+        SimpleNamespace(**dict.fromkeys(("model", "train", "output"), "x"), test=[], jobs=1)
+    ):
+        if name != "figure1":
+            assert marks.count(f"<!-- {name} -->") == marks.count(f"<!-- end {name} -->") == 1
