@@ -62,6 +62,32 @@ def test_every_command_of_a_table_is_one_that_is_understood(paper, name, smoke):
     assert len(folders) == len(study.lines) * len(study.rates), "a folder for each cell"
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--smoke"], "--data math=FILE is missing: what to train on"),
+        (["--data", "a.jsonl"], "--data a.jsonl: give it as NAME=..., such as math=FILE"),
+        (["--data", "maths=a"], "--data maths=...: known are math, code, chat"),
+        (["--test", "loss=a"], "--test loss=...: known are gsm8k, math, humaneval, mbpp, mtbench"),
+        ([*DATA, "--shrink", "0"], "--shrink must be at least 1, not 0"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(paper, words, line):
+    with pytest.raises(UserError) as error:
+        study_of(paper, "table2", *words)
+    assert error.value.line == line
+
+
+def test_flags_after_two_dashes_are_those_of_the_training(paper):
+    mine, theirs = paper.command.split(
+        ["--smoke", "--", "--ctx_len", "64", "--train_parts", "a", "b"]
+    )
+    assert mine == ["--smoke"]
+    assert paper.command.pairs(theirs) == {"ctx_len": "64", "train_parts": ["a", "b"]}
+    with pytest.raises(UserError, match="after -- a flag of finchtune train is expected"):
+        paper.command.pairs(["64"])
+
+
 def test_the_papers_settings_make_the_papers_number_of_steps(paper):
     study = study_of(paper, "table2", *DATA)
     words = study.cell("math", study.lines[-1], 2e-5, 0).steps[0].words
