@@ -12,6 +12,7 @@ from finchtune.errors import CheckpointError
 from finchtune.files import read_object, write_json
 from finchtune.models import Generation, generation_of, generations
 from finchtune.tokenizer import Tokenizer, WorldTokenizer
+from finchtune.weights import remote_code
 from finchtune.weights.forms.base import (
     DTYPES,
     Settings,
@@ -27,6 +28,9 @@ from finchtune.weights.tensors import read_tensors
 
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+TOKENIZER_CONFIG = "tokenizer_config.json"
+REMOTE_CODE = Path(remote_code.__file__).parent
+WORLD_MODULE, WORLD_CLASS = "tokenization_rwkv_world", "RwkvWorldTokenizer"
 VOCABULARY = "rwkv_vocab_v20230424.txt"
 SHARD_NAME = re.compile(r"[\w.-]+\.(safetensors|bin)")
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -117,8 +121,15 @@ def write_folder(weights: Mapping[str, Tensor], form: str, path: Path, settings:
 
 
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Copy a tokenizer's vocabulary, under the name that readers look for."""
+    """Write what AutoTokenizer loads: a vocabulary, and for World the code that reads it.
+
+    That of bytes has no such form.
+    """
     if isinstance(tokenizer, WorldTokenizer):
         shutil.copyfile(tokenizer.vocab_file, path / VOCABULARY)
+        shutil.copyfile(REMOTE_CODE / f"{WORLD_MODULE}.py", path / f"{WORLD_MODULE}.py")
+        code = {"auto_map": {"AutoTokenizer": [f"{WORLD_MODULE}.{WORLD_CLASS}", None]}}
+        write_json(path / TOKENIZER_CONFIG, {"tokenizer_class": WORLD_CLASS, **code})
     elif tokenizer.name.endswith(".json"):
         shutil.copyfile(tokenizer.name, path / "tokenizer.json")
+        write_json(path / TOKENIZER_CONFIG, {"tokenizer_class": "PreTrainedTokenizerFast"})
