@@ -11,7 +11,7 @@ from torch import Tensor
 from finchtune.models.compiled import CompiledModel, Rows
 from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
 from finchtune.models.recurrent import BlockState, State, filled
-from finchtune.models.rwkv7.model import RWKV7, Block, ChannelMix, TimeMix
+from finchtune.models.rwkv7.model import MIXED, RWKV7, Block, ChannelMix, TimeMix
 
 
 class CompiledRWKV7(CompiledModel):
@@ -56,7 +56,8 @@ class CompiledTimeMix:
     """The time mix, its low-rank matrices turned so that a row makes an output."""
 
     def __init__(self, att: TimeMix):
-        self.att, self.blends = att, att.blends()
+        self.att = att
+        self.blends = torch.cat([getattr(att, f"x_{mixed}") for mixed in MIXED]).flatten(0, 1)
         parts = "wag" + ("v" if att.layer else "")
         self.down = {part: getattr(att, f"{part}1").T.contiguous() for part in parts}
         self.up = {part: getattr(att, f"{part}2").T.contiguous() for part in parts}

@@ -19,11 +19,10 @@ def init_weights(model: RWKV7, seed: int | None = None) -> RWKV7:
     config = model.config
     nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
     for module in model.modules():
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        if isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-    for module in model.modules():
-        if isinstance(module, TimeMix):
+        elif isinstance(module, TimeMix):
             _init_time_mix(module)
         elif isinstance(module, ChannelMix):
             _init_channel_mix(module)
@@ -64,6 +63,7 @@ def _init_time_mix(att: TimeMix) -> None:
     nn.init.uniform_(att.value.weight, -bound, bound)
     nn.init.zeros_(att.output.weight)
     nn.init.constant_(att.ln_x.weight, ((1 + layer) / L) ** 0.7)
+    nn.init.zeros_(att.ln_x.bias)
 
 
 def _init_channel_mix(ffn: ChannelMix) -> None:

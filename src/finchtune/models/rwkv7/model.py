@@ -5,7 +5,6 @@ T tokens, S sequences, C n_embd, H heads, N head_size. Source: "RWKV-7 Goose", a
 section 4 and appendix.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,14 @@ from finchtune.models.recurrent import (
 )
 from finchtune.models.rwkv7.config import ModelConfig
 from finchtune.ops.context import wkv7_across
-from finchtune.ops.elementwise import fixed_mixtures, squared_relu
+from finchtune.ops.elementwise import (
+    BonusNorm,
+    fixed_mixtures,
+    low_rank_decay,
+    removal,
+    squared_relu,
+    value_residual,
+)
 from finchtune.ops.wkv import zero_state
 from finchtune.ops.wkv7 import wkv7
 
@@ -38,6 +44,8 @@ class TimeMix(WKVMix):
 
     config: ModelConfig
     w0: Tensor
+    w1: Tensor
+    w2: Tensor
     a0: Tensor
     v0: Tensor  # not in the first block
 
@@ -62,7 +70,7 @@ class TimeMix(WKVMix):
         self.value = nn.Linear(C, C, bias=False)
         self.output = nn.Linear(C, C, bias=False)
         self.register_parameter("time_state", None)
-        self.ln_x = nn.GroupNorm(config.n_head, C, eps=64e-5)
+        self.ln_x = BonusNorm(config.n_head, C, eps=64e-5)
 
     def add_low_rank(self, name: str, rank: int) -> None:
         """Parameters of name0 + activation(x name1) name2."""
@@ -88,19 +96,21 @@ class TimeMix(WKVMix):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (B, T, C), the first block's values -> output and these, last inputs, WKV state."""
         before, shift = token_before(self.context, x, shift, cu_seqlens)
-        x_r, x_w, x_k, x_v, x_a, x_g = fixed_mixtures(x, before, cu_seqlens, self.blends())
+        blends = [getattr(self, f"x_{mixed}").flatten() for mixed in MIXED]
+        x_r, x_w, x_k, x_v, x_a, x_g = fixed_mixtures(x, before, cu_seqlens, blends)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        decay = self.low_rank("w", x_w, torch.tanh)
+        decay = low_rank_decay(x_w.flatten(0, 1), self.w1, self.w2, self.w0.flatten())
         rate = self.low_rank("a", x_a)
         mix = None if first is None else self.low_rank("v", x_v)
         gate = (torch.sigmoid(x_g.flatten(0, 1) @ self.g1) @ self.g2).view(x.shape)
-        inputs, first = self.memory_inputs(r, k, v, decay, rate, mix, first)
+        inputs, first = self.memory_inputs(r, k, v, decay.view(x.shape), rate, mix, first)
         y, state = self.wkv(inputs, state, cu_seqlens)
         return self.output(self.read_out(y, inputs, gate)), first, shift, state
 
-    def blends(self) -> Tensor:
-        """The blends with the previous token, (6, C)."""
-        return torch.cat([getattr(self, f"x_{mixed}") for mixed in MIXED]).flatten(0, 1)
+    def low_rank(self, name: str, x: Tensor) -> Tensor:
+        """name0 + (x name1) name2, (B, T, C)."""
+        zero, one, two = (getattr(self, f"{name}{i}") for i in range(3))
+        return torch.addmm(zero.view(1, -1), x.flatten(0, 1) @ one, two).view(x.shape)
 
     def memory_inputs(
         self,
@@ -116,32 +126,21 @@ class TimeMix(WKVMix):
 
         `decay`, `rate` and `mix` are still without their activations.
         """
-        heads = (*r.shape[:2], self.config.n_head, self.config.head_size)
         w = -F.softplus(-decay) - 0.5
-        rate = torch.sigmoid(rate)
         if first is None or mix is None:
             first = v
         else:
-            v = v + (first - v) * torch.sigmoid(mix)
-        removed = F.normalize((k * self.k_k).view(heads), dim=-1)
-        k = k * (1 + (rate - 1) * self.k_a)
-        r, k, v, w, rate = (x.view(heads) for x in (r, k, v, w, rate))
-        return (r, k, v, w, -removed, removed * rate), first
+            v = value_residual(v, first, mix)
+        k, a, b = removal(k, rate, self.k_k, self.k_a, self.config.n_head)
+        heads = (*r.shape[:2], self.config.n_head, self.config.head_size)
+        r, k, v, w, a, b = (x.view(heads) for x in (r, k, v, w, a, b))
+        return (r, k, v, w, a, b), first
 
     def read_out(self, y: Tensor, inputs: Inputs, gate: Tensor) -> Tensor:
         """What the memory gave (B, T, H, N), normalised, with the bonus of the token, gated."""
-        r, k, v = inputs[:3]
-        normed = self.ln_x(y.reshape(-1, self.config.n_embd)).view(y.shape)
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return (normed + bonus).view(gate.shape) * gate
-
-    def low_rank(
-        self, name: str, x: Tensor, activation: Callable[[Tensor], Tensor] = lambda low: low
-    ) -> Tensor:
-        """name0 + activation(x name1) name2, (B, T, C)."""
-        zero, one, two = (getattr(self, f"{name}{i}") for i in range(3))
-        low = activation(x.flatten(0, 1) @ one)
-        return torch.addmm(zero.view(1, -1), low, two).view(x.shape)
+        C = self.config.n_embd
+        rows = [x.reshape(-1, C) for x in (y, *inputs[:3], gate)]
+        return self.ln_x(*rows, self.r_k).view(gate.shape)
 
     def wkv(
         self, inputs: Inputs, state: Tensor | None, cu_seqlens: Tensor | None
@@ -174,7 +173,7 @@ class ChannelMix(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, T, C) -> output (B, T, C), last inputs (S, C)."""
         before, shift = token_before(self.context, x, shift, cu_seqlens)
-        (x_k,) = fixed_mixtures(x, before, cu_seqlens, self.x_k.flatten(0, 1))
+        (x_k,) = fixed_mixtures(x, before, cu_seqlens, [self.x_k.flatten()])
         return self.value(squared_relu(self.key(x_k))), shift
 
 
