@@ -10,14 +10,12 @@ LOG_FROM = 8.0  # largest over smallest loss from which a logarithmic axis shows
 
 def plot_loss(folder: str | Path, picture: str | Path) -> Path:
     """Draw the loss of every step of a run, and its running mean."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # slow to import, pyplot more so
 
     run = read_run(folder)
     points = run.points("loss")
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), constrained_layout=True)
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     for curve, label, opacity in ((points, "each step", 0.4), (smoothed(points), "mean", 1.0)):
         steps, losses = [x for x, _ in curve], [y for _, y in curve]
         axes.plot(steps, losses, color="tab:blue", linewidth=1, alpha=opacity, label=label)
@@ -27,7 +25,6 @@ def plot_loss(folder: str | Path, picture: str | Path) -> Path:
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
     figure.savefig(picture, dpi=120)
-    pyplot.close(figure)
     return Path(picture)
 
 

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -50,11 +51,27 @@ def start_deepspeed(
     deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
     distributed.broadcast(module.buffers())
     check_frozen(module)
+    import_muon()
     with frozen_left_alone(module):
         engine, _, _, _ = deepspeed.initialize(
             model=module, optimizer=optimizer, model_parameters=trainable, config=ds_config
         )
     return engine
+
+
+def import_muon() -> None:
+    """Import what DeepSpeed imports with any optimizer, its Muon, without compiling that.
+
+    Its decorator would have torch import the whole of its compiler, which takes a second.
+    """
+    from deepspeed.runtime import compiler
+
+    original = compiler.compile
+    compiler.compile = lambda: compiler.dummy_decorator
+    try:
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = original
 
 
 @contextmanager
