@@ -2,17 +2,11 @@
 
 import pytest
 import torch
+from helpers.elementwise_cases import CASES, outputs_and_gradients, random_inputs
 from helpers.elementwise_emulator import EMULATED, kernels_in_use
 from helpers.support import relative_error
 
-from finchtune.ops.elementwise import (
-    GatedNorm,
-    fixed_mixtures,
-    low_rank_decay,
-    mixtures,
-    sigmoid_gate,
-    squared_relu,
-)
+from finchtune.ops.elementwise import sigmoid_gate, squared_relu
 from finchtune.ops.kernels import kernels_set_aside
 
 PATHS = ["avx512", "avx2", "portable", EMULATED]
@@ -23,61 +17,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 def path(request, kernels):
     with kernels_in_use(request.param):
         yield request.param
-
-
-def gated_norm(y, gate, weight, bias):
-    norm = GatedNorm(3, y.shape[1], eps=64e-5)
-    del norm.weight, norm.bias  # the leaves themselves take their place
-    norm.weight, norm.bias = weight, bias
-    return norm(y, gate)
-
-
-def packed(function, cu_seqlens):
-    return lambda x, *weights: function(x, None, torch.tensor(cu_seqlens), *weights)
-
-
-def following(function):
-    return lambda x, before, *weights: function(x, before, None, *weights)
-
-
-def starting(function):
-    return lambda x, *weights: function(x, None, None, *weights)
-
-
-# C is 45 or 100: whole vectors and a rest, for every width of vector on a CPU; on a GPU, where a
-# row is all of one kind, single elements and, with 48 and 64, vectors.
-LOW_RANK = [(1, 45), (5, 45), (45, 15), (5, 3, 45)]
-WIDE_LOW_RANK = [(1, 48), (5, 48), (48, 15), (5, 3, 48)]
-CASES = {
-    "mixtures": (starting(mixtures), [(2, 7, 45), *LOW_RANK]),
-    "mixtures after a state": (following(mixtures), [(2, 7, 45), (2, 45), *LOW_RANK]),
-    "mixtures of packed rows": (packed(mixtures, [0, 1, 1, 5, 7]), [(1, 7, 45), *LOW_RANK]),
-    "mixtures of one token": (following(mixtures), [(3, 1, 45), (3, 45), *LOW_RANK]),
-    "fixed mixtures": (starting(fixed_mixtures), [(2, 7, 100), (2, 100)]),
-    "fixed mixtures after a state": (following(fixed_mixtures), [(2, 7, 45), (2, 45), (2, 45)]),
-    "fixed mixtures of packed rows": (packed(fixed_mixtures, [0, 3, 7]), [(1, 7, 45), (2, 45)]),
-    "decay": (low_rank_decay, [(9, 45), (45, 6), (6, 45), (45,)]),
-    "gated norm": (gated_norm, [(9, 60), (9, 60), (60,), (60,)]),
-    "squared ReLU": (squared_relu, [(3, 5, 101)]),
-    "mixtures of whole vectors": (following(mixtures), [(2, 70, 48), (2, 48), *WIDE_LOW_RANK]),
-    "gated norm of whole vectors": (gated_norm, [(70, 192), (70, 192), (192,), (192,)]),
-    "sigmoid gate of whole vectors": (sigmoid_gate, [(7, 5, 64), (7, 5, 64)]),
-    "sigmoid gate": (sigmoid_gate, [(3, 5, 101), (3, 5, 101)]),
-}
-
-
-def outputs_and_gradients(function, inputs, seed=1):
-    """All outputs, then the gradients of all inputs for random gradients of the outputs."""
-    found = function(*inputs)
-    outputs = found if isinstance(found, tuple) else (found,)
-    generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
-    wanted = [x for x in inputs if x.requires_grad]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
-
-
-def random_inputs(shapes, dtype):
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

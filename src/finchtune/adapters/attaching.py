@@ -35,6 +35,7 @@ def attach(
     init: bool = True,
     gradients: Mapping[str, Tensor] | None = None,
     quant: str | None = None,
+    quant_device: torch.device | None = None,
     **hyperparameters: Any,
 ) -> nn.Module:
     """Freeze a model and put an adapter on its linear layers, in place.
@@ -44,8 +45,8 @@ def attach(
     Adapter tensors are float32 (float64 on a float64 weight) on the weight's device. With
     `init=False` they stay zero, for `load_adapter_state`. `gradients` holds the gradient of
     each layer's weight, for methods that start from it (lora_ga). `quant` ("nf4", "fp4", "int8" or
-    "fp8") keeps the frozen weights of the adapted layers in that form; adapters start from the
-    weights as they were.
+    "fp8") keeps the frozen weights of the adapted layers in that form, made on `quant_device` if
+    that is given; adapters start from the weights as they were.
 
     `model.adapter_spec` records the method, every hyperparameter and the targets, such that
     `attach(model, **spec)` does the same again; it fits into JSON.
@@ -71,7 +72,7 @@ def attach(
     adapted = {}
     for name, layer in layers.items():
         try:
-            adapted[id(layer)] = AdaptedLinear(layer, adapters[name], quant)
+            adapted[id(layer)] = AdaptedLinear(layer, adapters[name], quant, quant_device)
         except UserError as error:
             raise UserError(f"layer {name}: {error}") from None
     model.requires_grad_(False)

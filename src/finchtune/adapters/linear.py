@@ -19,13 +19,19 @@ class AdaptedLinear(nn.Module):
 
     weight: Any  # nn.Parameter or QuantisedWeight
 
-    def __init__(self, linear: nn.Linear, adapter: Adapter, quant: str | None = None) -> None:
+    def __init__(
+        self,
+        linear: nn.Linear,
+        adapter: Adapter,
+        quant: str | None = None,
+        quant_device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         linear.weight.requires_grad_(False)
         if quant:
-            self.weight = QuantisedWeight(linear.weight, quant)
+            self.weight = QuantisedWeight(linear.weight, quant, quant_device)
         else:
             self.weight = linear.weight
         self.bias = linear.bias

@@ -51,13 +51,14 @@ class QuantisedWeight(nn.Module):
     scales: Tensor
     requires_grad = False
 
-    def __init__(self, W: Tensor, kind: str) -> None:
+    def __init__(self, W: Tensor, kind: str, device: torch.device | None = None) -> None:
+        """Quantise W (out, in), on `device` if given: the codes are the same, and stay there."""
         super().__init__()
         if kind not in LARGEST:
             raise UserError(f"a weight is quantised to {', '.join(LARGEST)}, not to {kind!r}")
         self.form: Form = (kind, W.shape)
         self.shape, self.dtype = W.shape, W.dtype
-        codes, scales = quantise(W.detach(), kind)
+        codes, scales = quantise(W.detach().to(device=device), kind)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales.view(torch.int32), persistent=False)
 

@@ -122,7 +122,9 @@ class LanguageModel(nn.Module):
 
     def inference_form(self) -> Any:
         """What offers `advance` and `logits` the fastest here, until the weights change."""
-        return self
+        from finchtune.models.graphed import GraphedModel, fits
+
+        return GraphedModel(self) if fits(self) else self
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """tokens (B, T) int64 -> logits (B, T, V) in the weights' dtype, new state.

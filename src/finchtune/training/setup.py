@@ -42,7 +42,7 @@ def build_model(config: TrainConfig, dtype: torch.dtype, device: torch.device) -
         shared,
     )
     check_sizes(config, model.config)
-    choose_trained(model, config, init=not config.peft_load and config.peft != "lora_ga")
+    choose_trained(model, config, not config.peft_load and config.peft != "lora_ga", device)
     model.to(device=device, dtype=dtype)
     if config.peft_load:
         start_from_file(model, config)
@@ -66,15 +66,19 @@ def model_plan(config: TrainConfig, sizes: ModelSizes, dtype: torch.dtype) -> Mo
     return ModelPlan(make, sizes.n_layer)
 
 
-def choose_trained(model: LanguageModel, config: TrainConfig, init: bool) -> None:
+def choose_trained(
+    model: LanguageModel, config: TrainConfig, init: bool, device: torch.device | None = None
+) -> None:
     """Attach --peft, add trained states, and make exactly the wanted parameters trainable.
 
-    `init`: whether adapters set their own tensors. Raises UserError for what cannot be trained.
+    `init`: whether adapters set their own tensors. `device`: where a quantised base is made, and
+    stays; none for where the model is. Raises UserError for what cannot be trained.
     """
     model.requires_grad_(config.trains_all)
     if config.adapter != "none":
         targets = block_targets(config.target)
-        attach(model, config.adapter, targets=targets, init=init, **config.adapter_hyperparameters)
+        settings = config.adapter_hyperparameters
+        attach(model, config.adapter, targets=targets, init=init, quant_device=device, **settings)
     if config.trains_state:
         model.add_initial_state()
         for state in model.initial_states().values():

@@ -180,4 +180,4 @@ class RWKV6(RecurrentModel):
         from finchtune.models.compiled import fits
         from finchtune.models.rwkv6.inference import CompiledRWKV6
 
-        return CompiledRWKV6(self) if fits(self) else self
+        return CompiledRWKV6(self) if fits(self) else super().inference_form()

@@ -231,4 +231,4 @@ class RWKV7(RecurrentModel):
         from finchtune.models.compiled import fits
         from finchtune.models.rwkv7.inference import CompiledRWKV7
 
-        return CompiledRWKV7(self) if fits(self) else self
+        return CompiledRWKV7(self) if fits(self) else super().inference_form()
