@@ -1,8 +1,13 @@
 #!/usr/bin/env bash
-# The whole way on a laptop: write a corpus, pre-train a small RWKV-6 on some skills, fine-tune it
+# The whole way on a laptop: write a corpus, pre-train a small RWKV on some skills, fine-tune it
 # with Bone on a new one, merge, and see what it can do before and after. No GPU, no download of
-# weights or data. Everything lands in out/quickstart.
+# weights or data. Everything lands in out/quickstart. An RWKV-6, or with --generation 7 an RWKV-7.
 set -euo pipefail
+case "$*" in
+"") generation=6 ;;
+"--generation 6" | "--generation 7") generation=$2 ;;
+*) echo "usage: quickstart.sh [--generation 6|7]" >&2; exit 2 ;;
+esac
 source "$(dirname "$0")/setup.sh" requirements.txt
 
 out=out/quickstart
@@ -19,7 +24,7 @@ python scripts/prepare_data.py --input "$out/old/train.jsonl" --output "$out/old
 
 echo; echo "2. Pre-train a small model on the old skills"
 python scripts/init_model.py --n_layer 4 --n_embd 128 --vocab_size 256 --head_size_a 32 \
-    --output "$out/init.pth"
+    --generation "$generation" --output "$out/init.pth"
 python train.py --load_model "$out/init.pth" --proj_dir "$out/base" \
     --data_file "$out/old/train" --data_type binidx --dataload get --ctx_len 128 \
     --micro_bsz 32 --epoch_steps 250 --lr_init 3e-3 --lr_final 3e-4 --warmup_steps 20 --grad_cp 0
