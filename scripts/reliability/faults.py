@@ -133,7 +133,7 @@ def refusals(rng: random.Random, n: int) -> Iterator[Case]:
         if verb not in ("init",):
             yield Case("unreadable files", verb, unreadable, command, EITHER,
                        prepare=without_rights)  # fmt: skip
-        for megabytes in (1, rng.randrange(8, 200)):
+        for megabytes in (100, rng.randrange(100, 600)):
             yield Case("little memory", f"{verb}, {megabytes} MB", new_folder, command, EITHER,
                        prepare=lambda m=megabytes: limit_memory(m << 20))  # fmt: skip
         yield Case("few descriptors", verb, new_folder, command, EITHER, prepare=few_files)
@@ -146,8 +146,8 @@ def refusals(rng: random.Random, n: int) -> Iterator[Case]:
 
 ENVIRONMENTS: tuple[tuple[dict[str, str | None], str], ...] = (
     ({"HOME": None}, READ),
-    ({"HOME": "/nonexistent", "XDG_CACHE_HOME": None}, READ),
-    ({"HOME": ""}, READ),
+    ({"HOME": "/proc/nowhere", "XDG_CACHE_HOME": None}, READ),
+    ({"HOME": "/proc/nowhere", "XDG_CACHE_HOME": ""}, READ),
     ({"XDG_CACHE_HOME": "/proc/nowhere"}, READ),
     ({"TMPDIR": "/nonexistent"}, READ),
     ({"RANK": "x"}, REFUSED),

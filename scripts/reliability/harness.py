@@ -1,5 +1,6 @@
 """Running a command of finchtune on changed files, in a process of its own, and judging its end."""
 
+import fcntl
 import hashlib
 import os
 import resource
@@ -38,6 +39,9 @@ Change = Callable[[Path], object]
 """Changes the files in a folder."""
 
 
+GO_ON = ("train", "evaluate")  # what they had done stays, for the same command to go on from
+
+
 class Case(NamedTuple):
     """A change of good files, the command that reads them, and what has to come of it.
 
@@ -73,29 +77,38 @@ def run_verb(
     command: tuple[str, ...], folder: Path, prepare: Callable[[], object] = lambda: None
 ) -> End:
     """Run a verb in a child, which has imported everything already, inside `folder`."""
-    texts = [Path(tempfile.mkstemp(prefix="reliability-")[1]) for _ in range(2)]
+    pipes = [os.pipe(), os.pipe()]  # not files, whose size a case may limit
+    for reader, _ in pipes:
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, 1 << 20)
     child = os.fork()
     if child == 0:
-        _be_the_command(command, folder, texts, prepare)
+        _be_the_command(command, folder, [writer for _, writer in pipes], prepare)
     _, ended = os.waitpid(child, 0)
-    out, err = (path.read_text(errors="replace") for path in texts)
-    for path in texts:
-        path.unlink()
+    for _, writer in pipes:
+        os.close(writer)
+    out, err = (text_of(reader) for reader, _ in pipes)
     if os.WIFSIGNALED(ended):
         return End(None, os.WTERMSIG(ended), out, err)
     return End(os.WEXITSTATUS(ended), None, out, err)
 
 
+def text_of(reader: int) -> str:
+    """What was written into a pipe, which is closed."""
+    with open(reader, errors="replace") as pipe:
+        return pipe.read()
+
+
 def _be_the_command(
-    command: tuple[str, ...], folder: Path, texts: list[Path], prepare: Callable[[], object]
+    command: tuple[str, ...], folder: Path, pipes: list[int], prepare: Callable[[], object]
 ) -> None:
     """Never returns: this process becomes the command."""
     status = 1
     try:
         os.setpgid(0, 0)
         os.chdir(folder)
-        for number, path in zip((1, 2), texts, strict=True):
-            os.dup2(os.open(path, os.O_WRONLY | os.O_TRUNC), number)
+        for number, pipe in zip((1, 2), pipes, strict=True):
+            os.dup2(pipe, number)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         limit_memory(MEMORY)
         signal.alarm(SECONDS)  # whose default is to end the process
@@ -152,8 +165,11 @@ def half_written(folder: Path) -> list[str]:
     return [p.name for p in paths if TEMPORARY.fullmatch(p.name) or DUE.fullmatch(p.name)]
 
 
-def fault_of(end: End) -> str | None:
-    """What is wrong with how a command ended, whatever it was asked; None if nothing is."""
+def fault_of(end: End, several: bool = False) -> str | None:
+    """What is wrong with how a command ended, whatever it was asked; None if nothing is.
+
+    `several`: it may have a line for each of several mistakes.
+    """
     if end.signal == signal.SIGALRM:
         return "hangs"
     if end.signal is not None:
@@ -163,7 +179,7 @@ def fault_of(end: End) -> str | None:
     if raw := unprintable(end.out + end.err):
         return f"sends {raw!r} to the terminal"
     errors = [line for line in end.err.splitlines() if line.startswith("error: ")]
-    told = len(errors) == 1 or (len(errors) > 1 and "flags.yaml" in errors[0])  # a line for each
+    told = len(errors) == 1 or (several and len(set(errors)) == len(errors) > 0)
     if end.status and not told:
         return f"{len(errors)} error lines, status {end.status}: {end.err[-300:]}"
     return None
@@ -181,7 +197,7 @@ def judge(case: Case, good: dict[str, str], folder: Path) -> str | None:
         before = contents(place)
         end = run_verb(case.command, place, case.prepare)
         after, left = contents(place), half_written(place)
-    fault = fault_of(end)
+    fault = fault_of(end, several=case.command[0] in ("train", "plan"))
     if fault:
         return fault
     if left:
@@ -191,6 +207,10 @@ def judge(case: Case, good: dict[str, str], folder: Path) -> str | None:
         if case.wanted == READ:
             return f"refuses what it can read: {told}"
         changed = {name for name in before.keys() | after if before.get(name) != after.get(name)}
+        if case.kind.startswith("output: "):  # was done, but could not be told
+            return None
+        if case.command[0] in GO_ON:
+            changed = {name for name in changed if not name.startswith(("new/", "run/"))}
         return f"is refused ({told}) but writes {min(changed)}" if changed else None
     if case.wanted == REFUSED:
         return "is accepted in silence"

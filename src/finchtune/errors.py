@@ -16,6 +16,12 @@ OUT_OF_MEMORY = 4
 LOST_RANK = 5
 INTERRUPTED = 75  # sysexits.h: a temporary failure, try again
 ARGUMENT = re.compile(r"`([a-z][a-z0-9_]*)`")
+REFUSALS = {
+    "can't start new thread": "the system starts no more threads: raise the limits of processes "
+    "and of memory (ulimit -u, -v)",
+    "Too many open files": "too many open files: raise the limit (ulimit -n)",
+}
+"""What libraries say where the system refuses, and hide its own error."""
 PLAIN = "\n\t"  # the control characters that a terminal may get
 
 
@@ -65,7 +71,7 @@ class ConfigurationError(UserError):
 
     @property
     def lines(self) -> list[str]:
-        return [" ".join(mistake.split()) for mistake in self.mistakes]
+        return [printable(" ".join(mistake.split())) for mistake in self.mistakes]
 
 
 class DataError(UserError):
@@ -112,13 +118,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "Storage size calculation overflowed")
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in said)
 
 
 def from_system(error: Exception) -> UserError | None:
     """What the system's refusal means to the user; None for an exception of another kind."""
     if is_out_of_memory(error):
         return OutOfMemory(f"out of memory: {error or 'the machine has none left'}")
+    for said, meaning in REFUSALS.items():
+        if isinstance(error, RuntimeError) and said in str(error):
+            return UserError(meaning)
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename is not None else ""
         return UserError(f"{where}{error.strerror or error}")

@@ -5,7 +5,7 @@ import torch
 from helpers.support import save_model, small_model
 
 from finchtune import distributed
-from finchtune.cli import init, merge
+from finchtune.cli import flags, init, merge
 from finchtune.errors import UserError, print_error, printable
 from finchtune.weights.base import load_model
 
@@ -43,3 +43,22 @@ def test_text_stays_as_it_is_and_bytes_of_no_text_can_be_printed():
     text = "Öl 芬奇 🐦 \u200d\n\tf(x)"
     assert printable(text) == text
     assert printable("a\udcffb").encode() == rb"a\udcffb"
+
+
+@pytest.mark.parametrize(
+    ("verb", "words"),
+    [
+        (flags, [f"--{EVIL}"]),
+        (flags, ["--micro_bsz", EVIL]),
+        (init, ["--n_layer", EVIL]),
+        (merge, [f"--{EVIL}", "x"]),
+    ],
+)
+def test_mistakes_in_flags_hold_what_was_given_written_out(verb, words, capsys):
+    """argparse's own messages and ours."""
+    with pytest.raises(UserError) as error:
+        (flags.parse_train_flags if verb is flags else verb.main)(words)
+    print_error(error.value)
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ")
+    assert not raw_controls(shown.out + shown.err)

@@ -52,7 +52,7 @@ def processes_to_start(devices: int, num_nodes: int) -> int:
     contradict each other, or where several machines are asked for without a launcher.
     """
     if launched():
-        if rank() >= world_size():
+        if rank() >= world_size() or local_rank() >= world_size():
             raise UserError(
                 f"RANK {rank()} of WORLD_SIZE {world_size()} in the environment makes no sense; "
                 "unset both to start without a launcher"

@@ -136,14 +136,16 @@ def meeting_store(timeout: timedelta) -> dist.Store | None:
         return dist.HashStore()
     port = number("MASTER_PORT")
     if not one_machine() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        if "MASTER_ADDR" not in os.environ:
+            raise UserError("MASTER_ADDR is missing in the environment: launchers set it")
         return None
     place = (HOME, port)
     if rank() != 0:
         return dist.TCPStore(*place, world_size(), False, timeout)
     try:
         listener = socket.create_server(place).detach()
-    except OSError as error:
-        raise UserError(f"port {place[1]} is taken ({error.strerror}); start again") from error
+    except (OSError, OverflowError) as error:
+        raise UserError(f"port {place[1]} cannot be had ({error}); start again") from error
     return dist.TCPStore(*place, world_size(), True, timeout, master_listen_fd=listener)
 
 

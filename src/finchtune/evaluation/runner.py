@@ -92,6 +92,8 @@ def read_items(task: Task, path: str, shots: int, limit: int | None) -> list[Ite
     records = []
     for where, record in read_records(path):
         try:
+            if not isinstance(record, dict):
+                raise BadRecord(f"an object with fields is needed, not {type(record).__name__}")
             task.check(record)
         except BadRecord as error:
             raise UserError(f"{where}: {error}") from None

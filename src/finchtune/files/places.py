@@ -60,7 +60,10 @@ def is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
     writer = ("inline_container.cc", "iostream error")
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in writer)
+    if isinstance(error, RuntimeError) and any(part in str(error) for part in writer):
+        return True
+    known = type(error).__name__ == "SafetensorError"  # which has the number in its text only
+    return known and any(f"(os error {number})" in str(error) for number in FULL)
 
 
 def require_space(folder: Path, n_bytes: int) -> None:

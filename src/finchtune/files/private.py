@@ -4,14 +4,25 @@ import grp
 import os
 import pwd
 import stat
+import tempfile
 from pathlib import Path
 
 from finchtune.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Where what was compiled is kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finchtune"
+    """Where what was compiled is kept between runs.
+
+    A user without a home, as containers have, gets a folder among the temporary files.
+    """
+    given = os.environ.get("XDG_CACHE_HOME")
+    if given:
+        return Path(given) / "finchtune"
+    try:
+        home = os.environ.get("HOME") or pwd.getpwuid(os.geteuid()).pw_dir
+    except KeyError:
+        return Path(tempfile.gettempdir()) / f"finchtune-{os.geteuid()}"
+    return Path(home) / ".cache" / "finchtune"
 
 
 def make_private(folder: Path) -> None:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from finchtune.errors import UserError
 
+LARGEST = 10**9
+
 
 @dataclass(frozen=True)
 class ModelSizes:
@@ -31,6 +33,8 @@ class ModelSizes:
         for name, value in vars(self).items():
             if value < 1 and not (value == 0 and name in self.may_be_zero):
                 raise UserError(f"{name} must be at least 1, not {value}")
+            if value > LARGEST:
+                raise UserError(f"{name} must be at most {LARGEST:,}, not {value}")
         if self.n_embd % self.head_size:
             raise UserError(
                 f"head size {self.head_size} does not divide n_embd {self.n_embd}; "
