@@ -29,6 +29,8 @@ SIZES = [
 """The second is deep enough for halved hidden states."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "q8_0": 0.15}
 """Of log-probabilities, whose deviation is 1. llama.cpp rounds activations to fp16 and q8_0 too."""
+DIFFERING = {"fp32": 0, "fp16": 2, "q8_0": 20}
+"""Of STEPS greedy tokens, those that may be others: activations are rounded there, and not here."""
 STEPS = 100
 
 
@@ -47,19 +49,19 @@ def test_llama_cpp_computes_the_same(sizes, dtype, tmp_path):
     model = small_model(vocab_size=65536, head_size=64, **sizes)
     base, path = save_model(model, tmp_path / "base.pth"), tmp_path / "model.gguf"
     export_model(base, path, GGUF, settings(dtype))
-    if dtype == "q8_0":
-        model.load_state_dict(dequantised(path, model))
+    if dtype != "fp32":
+        model.load_state_dict(dequantised(path, model))  # our own logits from the same weights
     runtime = LlamaCpp(path)
     found = runtime.log_probabilities(PROMPT, 50)
     expected = next_log_probabilities(model, PROMPT)
     assert len(found) == 50
     for token, probability in found.items():
         assert probability == pytest.approx(float(expected[token]), abs=TOLERANCE[dtype])
-    check_greedy(model, runtime.greedy(PROMPT, STEPS), TOLERANCE[dtype])
+    check_greedy(model, runtime.greedy(PROMPT, STEPS), TOLERANCE[dtype], DIFFERING[dtype])
 
 
 def dequantised(path, model) -> dict[str, torch.Tensor]:
-    """The numbers that a quantised file holds."""
+    """The numbers that a rounded or quantised file holds."""
     tensors = {}
     for tensor in gguf.GGUFReader(path).tensors:
         numbers = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -71,8 +73,8 @@ def dequantised(path, model) -> dict[str, torch.Tensor]:
     return dict(from_form(tensors, "gguf", generation, sizes.n_layer, path, **told))
 
 
-def check_greedy(model, tokens: list[int], tolerance: float) -> None:
-    """Every token is the likeliest here too, or as likely as that up to the tolerance."""
+def check_greedy(model, tokens: list[int], tolerance: float, differing: int) -> None:
+    """Every token is the likeliest here too, but for a few that are so up to the tolerance."""
     assert len(tokens) == STEPS
     with torch.no_grad():
         logits = model(torch.tensor([PROMPT + tokens]))[0][0, len(PROMPT) - 1 : -1]
@@ -80,9 +82,8 @@ def check_greedy(model, tokens: list[int], tolerance: float) -> None:
     best, likeliest = probabilities.max(-1)
     chosen = torch.tensor(tokens)
     gaps = best - probabilities.gather(1, chosen[:, None])[:, 0]
-    assert gaps.max() <= 2 * tolerance
-    if tolerance == TOLERANCE["fp32"]:
-        assert torch.equal(chosen, likeliest)
+    assert gaps.max() <= tolerance
+    assert int((chosen != likeliest).sum()) <= differing
 
 
 def test_the_vocabulary_gives_our_ids(tmp_path):
