@@ -67,11 +67,13 @@ def bytes_for(context, n_tokens, generation):
 def main():
     distributed.init_process_group(torch.device("cpu"))
     context = context_group(distributed.world_size(), timedelta(minutes=2))
-    path, generation = sys.argv[1], int(sys.argv[2])
-    results = [shared_gradients(context, case, generation) for case in CASES]
-    sent = [bytes_for(context, n_tokens, generation) for n_tokens in (24, 240)]
+    found = {}
+    for generation in (6, 7):
+        results = [shared_gradients(context, case, generation) for case in CASES]
+        sent = [bytes_for(context, n_tokens, generation) for n_tokens in (24, 240)]
+        found[generation] = {"results": results, "bytes": sent}
     if distributed.rank() == 0:
-        torch.save({"results": results, "bytes": sent}, path)
+        torch.save(found, sys.argv[1])
     distributed.shutdown()
 
 

@@ -1,5 +1,7 @@
 """Micro batches of long contexts, and the plain gradient of a model on them."""
 
+from functools import cache
+
 import torch
 from helpers.support import small_model
 from torch.utils._pytree import tree_map
@@ -55,3 +57,9 @@ def plain_gradients(model, batch):
     found = tree_map(torch.clone, gradients(model))
     model.zero_grad(set_to_none=True)
     return loss.detach(), found
+
+
+@cache
+def whole_context(trained, dtype, kind, generation):
+    """`plain_gradients` of a model and a batch, which many ways of computing them must give."""
+    return plain_gradients(trainable(trained, dtype, generation=generation), long_batch(kind))

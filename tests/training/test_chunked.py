@@ -6,7 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.contexts import gradients, long_batch, plain_gradients, segments, trainable
+from helpers.contexts import (
+    gradients,
+    long_batch,
+    plain_gradients,
+    segments,
+    trainable,
+    whole_context,
+)
 from helpers.support import every_generation, peak_bytes, relative_error, run_script
 from torch.utils._pytree import tree_leaves
 
@@ -45,7 +52,7 @@ def assert_same(found, expected, limit):
 )
 def test_exact_is_the_gradient_of_the_whole_context(dtype, trained, kind, length, generation):
     model, batch = trainable(trained, dtype, generation=generation), long_batch(kind)
-    loss, expected = plain_gradients(model, batch)
+    loss, expected = whole_context(trained, dtype, kind, generation)
     found = exact_backward(*own_calls(model), cut(batch, length), scaled())
     assert relative_error(found, loss) < LIMITS[dtype]
     assert_same(gradients(model), expected, LIMITS[dtype])

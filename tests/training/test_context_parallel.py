@@ -1,12 +1,10 @@
 """One context over several processes, against one process."""
 
-from functools import partial
-
 import pytest
 import torch
 from helpers import engine_process
 from helpers.context_process import CASES
-from helpers.contexts import long_batch, plain_gradients, trainable
+from helpers.contexts import whole_context
 from helpers.support import REPOSITORY, every_generation, relative_error
 
 from finchtune import distributed
@@ -16,27 +14,32 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 H, N, C = 8, 8, 64  # of the small model
 
 
-def run(tmp_path, monkeypatch, processes, program, *more):
+def run(folder, processes, program):
     """What the first of several processes that run a program of tests/helpers has found."""
-    monkeypatch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests'}")
-    path = tmp_path / "found.pth"
-    command = [str(REPOSITORY / "tests/helpers" / program), str(path), *map(str, more)]
-    assert run_processes(processes, command) == 0
+    path = folder / "found.pth"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{REPOSITORY / 'src'}:{REPOSITORY / 'tests'}")
+        command = [str(REPOSITORY / "tests/helpers" / program), str(path)]
+        assert run_processes(processes, command) == 0
     return torch.load(path)
 
 
-@pytest.mark.parametrize(
-    "processes",
-    [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
+@pytest.fixture(
+    scope="module",
+    params=[2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
 )
+def shared(request, tmp_path_factory):
+    """What so many processes compute of contexts that they share, by generation."""
+    return run(tmp_path_factory.mktemp("shared"), request.param, "context_process.py")
+
+
 @every_generation
-def test_several_processes_compute_what_one_does(tmp_path, monkeypatch, processes, generation):
-    found = run(tmp_path, monkeypatch, processes, "context_process.py", generation)
+def test_several_processes_compute_what_one_does(shared, generation):
+    found = shared[generation]
     for case, result in zip(CASES, found["results"], strict=True):
         kind, trained, dtype = case[:3]
-        model_of = partial(trainable, trained, generation=generation)
-        one = plain_gradients(model_of(dtype), long_batch(kind))[1]
-        loss, exact = plain_gradients(model_of(torch.float64), long_batch(kind))
+        _, one = whole_context(trained, dtype, kind, generation)
+        loss, exact = whole_context(trained, torch.float64, kind, generation)
         assert relative_error(result.pop("loss"), loss) < LIMITS[dtype], case
         assert result.keys() == exact.keys()
         for name, gradient in exact.items():
@@ -50,9 +53,9 @@ def test_several_processes_compute_what_one_does(tmp_path, monkeypatch, processe
 
 
 @pytest.mark.slow
-def test_pairs_that_share_contexts_train_beside_each_other(tmp_path, monkeypatch):
+def test_pairs_that_share_contexts_train_beside_each_other(tmp_path):
     """Two pairs of processes, each a micro batch, against one process that accumulates both."""
-    found = run(tmp_path, monkeypatch, 4, "engine_process.py")
+    found = run(tmp_path, 4, "engine_process.py")
     distributed.init_process_group(engine_process.CPU)
     for case, (steps, trained) in zip(engine_process.CASES, found, strict=True):
         expected_steps, expected = engine_process.outcome(case, engine_process.KINDS)
