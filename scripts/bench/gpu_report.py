@@ -70,8 +70,8 @@ def wkv_table(found: dict[str, Any]) -> list[str]:
 def steps_table(found: dict[str, Any]) -> list[str]:
     lines = [
         "| size | method | quant | grad_cp | B x T | step ms | tokens/s | products | MFU "
-        "| peak MiB | launches | paper |",
-        "|" + "---|" * 12,
+        "| peak MiB | planned MiB | launches | paper |",
+        "|" + "---|" * 13,
     ]
     for name, stage in found.items():
         for x in stage.get("figures", {}).get("rows", []):
@@ -81,11 +81,12 @@ def steps_table(found: dict[str, Any]) -> list[str]:
             )
             paper = PAPER.get(x["peft"], "") if name == "table6" else ""
             if "error" in x:
-                lines.append(head + f"{x['error'][:60]} | | | | | | {paper} |")
+                lines.append(head + f"{x['error'][:60]} | | | | | | | {paper} |")
                 continue
             lines.append(
                 head + f"{x['step_ms']:.1f} | {x['tokens_per_s']:.0f} | {x['products_share']:.0%} "
-                f"| {x['mfu']:.0%} | {x['peak_mib']:.0f} | {x['launches']} | {paper} |"
+                f"| {x['mfu']:.0%} | {x['peak_mib']:.0f} | {x['planned_mib']:.0f} "
+                f"| {x['launches']} | {paper} |"
             )
     return lines
 

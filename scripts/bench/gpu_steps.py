@@ -7,7 +7,8 @@
 Models are filled at random; a step is forward, backward, clipping and AdamW in plain torch. For
 each combination of the flags: the median step, tokens/s, the share of the step that the base's
 matrix products alone would take ("products", measured beside it), MFU (the products' operations
-without recomputation, over the GPU's peak), the peak memory, and the kernels launched in a step.
+without recomputation, over the GPU's peak), the peak memory and the one that --plan's estimate
+gives, and the kernels launched in a step.
 A combination that fails, for want of memory for example, is noted and the next one follows; none
 begins after --budget seconds.
 """
@@ -27,9 +28,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from finchtune.config import TrainConfig
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
 from finchtune.inference.generate import generate, generate_batch
+from finchtune.memory.estimate import ModelPlan, activations
 from finchtune.memory.measure import MIB, peak_bytes, seconds
 from train import METHODS, BareLoop, Case, LowerBound, random_model
 
@@ -166,8 +169,17 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
         "mfu": counter.get_total_flops() / step_s / bench.peak,
         "before_mib": before / MIB,
         "peak_mib": peak / MIB,
+        "planned_mib": (before + planned_bytes(case, bench.device)) / MIB,
         **kernels,
     }
+
+
+def planned_bytes(case: Case, device: torch.device) -> int:
+    """What --plan estimates that a step takes on top of weights and optimizer state."""
+    config = TrainConfig(load_model="-", micro_bsz=case.micro_bsz, ctx_len=case.ctx_len)
+    meta = torch.device("meta")
+    plan = ModelPlan(lambda n: random_model(replace(case, n_layer=n), meta), case.n_layer)
+    return activations(config, plan, device.type).peak
 
 
 def launches(step: Callable[[], object], bench: Bench) -> dict[str, Any]:
@@ -210,7 +222,8 @@ def generation(size: str, device: torch.device, dry: bool) -> dict[str, float]:
 
 
 HEADER = (
-    "size  method  quant cp  B x T      step ms   tokens/s  products    MFU  peak MiB  launches"
+    "size  method  quant cp  B x T      step ms   tokens/s  products    MFU  peak MiB   planned"
+    "  launches"
 )
 
 
@@ -224,7 +237,8 @@ def line(row: dict[str, Any]) -> str:
         return head + row["error"]
     text = head + (
         f"{row['step_ms']:9.1f} {row['tokens_per_s']:10.0f} {row['products_share']:9.1%} "
-        f"{row['mfu']:6.1%} {row['peak_mib']:9.0f} {row['launches']:9}"
+        f"{row['mfu']:6.1%} {row['peak_mib']:9.0f} "
+        f"{row['planned_mib']:9.0f} {row['launches']:9}"
     )
     for x in row["longest"]:
         text += f"\n    {x['ms']:9.2f} ms {x['count']:6} {x['name'][:90]}"

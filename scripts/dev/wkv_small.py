@@ -1,11 +1,13 @@
-"""Small calls of every GPU kernel of WKV6, for compute-sanitizer, which slows them a hundredfold.
+"""Small calls of every GPU kernel, for compute-sanitizer, which slows them a hundredfold.
 
 compute-sanitizer --tool racecheck --error-exitcode 9 python scripts/dev/wkv_small.py
 """
 
 import torch
 
+from finchtune.adapters import attach
 from finchtune.errors import UserError, run_cli
+from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
 from finchtune.ops.wkv6 import wkv6
 
 # B, T, H, N, dtype, boundaries of packed sequences
@@ -33,11 +35,24 @@ def call(B: int, T: int, H: int, N: int, dtype: torch.dtype, bounds: list[int] |
     assert all(x.isfinite().all() for x in (y, state, *gradients)), (B, T, H, N, dtype)
 
 
+def train(method: str, quant: str | None) -> None:
+    """A step of a small model: the element-wise parts, an adapter's linears, the loss."""
+    model = RWKV6(ModelConfig(n_layer=1, n_embd=128, vocab_size=300), 1)
+    attach(init_weights(model, seed=0).bfloat16(), method, r=16, quant=quant).cuda()
+    tokens = torch.randint(300, (2, 70), device="cuda")
+    loss, _ = model.loss(tokens, tokens)
+    loss.backward()
+    torch.cuda.synchronize()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad), method
+
+
 def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("this needs a CUDA device")
     for arguments in CALLS:
         call(*arguments)
+    for method, quant in (("bone", "nf4"), ("bat", None)):
+        train(method, quant)
     print(f"{len(CALLS)} calls, all finite")
 
 

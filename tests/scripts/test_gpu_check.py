@@ -50,6 +50,7 @@ def test_a_combination_that_fails_is_noted_and_the_next_one_runs(tmp_path):
     rows = json.loads(json_file.read_text())["rows"]
     assert "quantised to nf4" in rows[0]["error"]
     assert rows[1]["launches"] > 0
+    assert rows[1]["planned_mib"] > rows[1]["before_mib"]
 
 
 def test_a_shape_that_is_none_is_refused():
