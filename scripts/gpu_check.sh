@@ -49,8 +49,8 @@ outcome = load_libraries()
 print(*(f'{device}: {error or \"loaded\"}' for device, error in outcome.items()), sep='\n')
 assert outcome.get('$device', 'no CUDA device') is None"
 stage tests 90 "$python" -m pytest -q -p no:cacheprovider --noconftest -o addopts= \
-  --maxfail=8 -m "not slow" tests/ops/wkv6/test_cuda_gpu.py tests/ops/test_elementwise_gpu.py \
-  tests/models/test_graphed_gpu.py
+  --import-mode=importlib --maxfail=8 -m "not slow" tests/ops/wkv6/test_cuda_gpu.py \
+  tests/ops/wkv7/test_cuda_gpu.py tests/ops/test_elementwise_gpu.py tests/models/test_graphed_gpu.py
 LINES_OF=40 stage wkv 60 "$python" scripts/bench/wkv.py --device $device --dtypes bf16 \
   --seconds $seconds --shapes $wkv_shapes --json "$out/wkv.json"
 steps steps 90 --methods bone bat lora bat_col --shapes $small --repeats $repeats

@@ -1,12 +1,12 @@
-"""How fast is WKV6 here: the kernels against plain torch, and against what the machine can do.
+"""How fast is WKV here: the kernels against plain torch, and against what the machine can do.
 
     python scripts/bench/wkv.py                   # the shapes for this machine
-    python scripts/bench/wkv.py --shapes 2,512,8,64 --dtypes fp32 --json out.json
+    python scripts/bench/wkv.py --operator wkv7 --shapes 2,512,8,64 --dtypes fp32 --json out.json
 
 For each shape B,T,H,N: the median time of a forward, and of a forward with backward, of the
 recurrence in torch, of the chunked form in torch and of the kernel; on a GPU with a head size of
 64 also of sequential kernels in the style of the official ones (sequential_wkv6.cu, compiled with
-nvcc), and of flash-linear-attention's chunk_rwkv6 where it is installed. The times of all forms are
+nvcc; WKV6 alone), and of flash-linear-attention's where it is installed. The times of all forms are
 taken alternately, so that a busy machine slows all of them alike; each follows an uncounted call of
 the same form, unless --cold is given, so that one form does not find the caches full of another's
 tensors. GB/s counts each tensor read or
@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize, softplus
 
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
@@ -37,8 +38,15 @@ from finchtune.ops.kernels.toolkit import find_toolkit
 from finchtune.ops.wkv6 import wkv6, wkv6_chunked, wkv6_reference
 from finchtune.ops.wkv6.sequential import Form, sequential_form
 from finchtune.ops.wkv6.triton import fits_triton, wkv6_triton
+from finchtune.ops.wkv7 import wkv7, wkv7_chunked, wkv7_reference
+from finchtune.ops.wkv7.triton import wkv7_triton
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The kernel, the chunked form, the recurrence, flash-linear-attention's.
+OPERATORS: dict[str, tuple[Form, ...]] = {
+    "wkv6": (wkv6, wkv6_chunked, wkv6_reference, wkv6_triton),
+    "wkv7": (wkv7, wkv7_chunked, wkv7_reference, wkv7_triton),
+}
 CPU_SHAPES = ["2,512,8,64", "2,1,8,64", "2,64,8,64", "1,4096,8,64", "2,512,64,8"]
 GPU_SHAPES = ["8,4096,64,64", "8,512,64,64", "8,1,64,64", "1,4096,32,64", "2,512,8,64"]
 RECURRENCE_LIMIT = 1024  # tokens; beyond, the recurrence in torch only costs time
@@ -107,27 +115,38 @@ def processor_name(device: torch.device) -> str:
     return names[0] if names else platform.processor()
 
 
-def make_inputs(shape: list[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """r, k, v, w, u, state with the decays of a trained model."""
+def make_inputs(
+    operator: str, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> list[Tensor]:
+    """The operator's inputs, the state last, with the decays of a trained model."""
     B, T, H, N = shape
     torch.manual_seed(0)
-    r, k, v, w = torch.randn(4, B, T, H, N, device=device).unbind()
-    w = torch.linspace(-6, 1, N, device=device) + 0.5 * w
+    r, k, v, w, a, b = torch.randn(6, B, T, H, N, device=device).unbind()
     u, state = torch.randn(H, N, device=device), torch.randn(B, H, N, N, device=device)
-    tensors = [*(x.to(dtype) for x in (r, k, v, w)), u, state]
+    if operator == "wkv6":
+        w = torch.linspace(-6, 1, N, device=device) + 0.5 * w
+        tensors = [*(x.to(dtype) for x in (r, k, v, w)), u, state]
+    else:
+        w, removed = -softplus(-w) - 0.5, normalize(a, dim=-1)
+        rows = (r, k, v, w, -removed, removed * torch.sigmoid(b))
+        tensors = [*(x.to(dtype) for x in rows), state]
     return [x.requires_grad_() for x in tensors]
 
 
-def cost(shape: list[int], dtype: torch.dtype) -> dict[str, dict[str, float]]:
-    """Bytes and operations of the recurrence; backward does the forward's sums and four others."""
+def cost(operator: str, shape: list[int], dtype: torch.dtype) -> dict[str, dict[str, float]]:
+    """Bytes and operations of the recurrence. A token multiplies and adds so often with each
+    element of the state: WKV6 twice, and five times in backward; WKV7 five and fourteen times.
+    """
     B, T, H, N = shape
     tokens, state = B * T * H * N * dtype.itemsize, B * H * N * N * 4
+    rows, forward, backward = (4, 2, 5) if operator == "wkv6" else (6, 5, 14)
+    each = 2 * B * T * H * N * N
     return {
-        "forward": {"bytes": 5 * tokens + 2 * state, "flops": 4 * B * T * H * N * N},
+        "forward": {"bytes": (rows + 1) * tokens + 2 * state, "flops": forward * each},
         "forward+backward": {
-            # r, k, v, w are read twice and y written; dy is read and four gradients written.
-            "bytes": 14 * tokens + 4 * state,
-            "flops": 14 * B * T * H * N * N,
+            # The rows are read twice and y written; dy is read and the gradients written.
+            "bytes": (3 * rows + 2) * tokens + 4 * state,
+            "flops": (forward + backward) * each,
         },
     }
 
@@ -143,18 +162,21 @@ def compiled_sequential_kernels() -> ctypes.CDLL:
     return ctypes.CDLL(str(library))
 
 
-def forms_for(shape: list[int], dtype: torch.dtype, device: torch.device) -> dict[str, Form]:
+def forms_for(
+    operator: str, shape: list[int], dtype: torch.dtype, device: torch.device
+) -> dict[str, Form]:
     """The forms worth timing at this shape."""
-    forms: dict[str, Form] = {"kernel": wkv6}
+    kernel, chunked, recurrence, triton = OPERATORS[operator]
+    forms = {"kernel": kernel}
     if math.prod(shape) <= CHUNKED_LIMIT:
-        forms["chunked torch"] = wkv6_chunked
+        forms["chunked torch"] = chunked
     if shape[1] <= RECURRENCE_LIMIT:
-        forms["recurrence"] = wkv6_reference
+        forms["recurrence"] = recurrence
     if device.type == "cuda":
-        if shape[3] == 64 and dtype != torch.float16:
+        if operator == "wkv6" and shape[3] == 64 and dtype != torch.float16:
             forms["sequential"] = sequential_form(compiled_sequential_kernels())
         if fits_triton(torch.empty(0, dtype=dtype, device=device)):
-            forms["fla"] = wkv6_triton
+            forms["fla"] = triton
     return forms
 
 
@@ -176,27 +198,28 @@ def with_backward(form: Form, inputs: list[Tensor]) -> Callable[[], object]:
 
 
 def measure(
-    shape: list[int], dtype: torch.dtype, device: torch.device, budget: float, cold: bool
+    shape: list[int], dtype: torch.dtype, device: torch.device, args: argparse.Namespace
 ) -> dict:
     """Median milliseconds of every form and pass at one shape."""
-    inputs = make_inputs(shape, dtype, device)
-    forms = forms_for(shape, dtype, device)
+    inputs = make_inputs(args.operator, shape, dtype, device)
+    forms = forms_for(args.operator, shape, dtype, device)
     passes = {"forward": forward_only, "forward+backward": with_backward}
-    return {
-        name: medians({f: make(form, inputs) for f, form in forms.items()}, device, budget, cold)
-        for name, make in passes.items()
-    }
+    works = {name: {f: make(x, inputs) for f, x in forms.items()} for name, make in passes.items()}
+    return {name: medians(work, device, args.seconds, args.cold) for name, work in works.items()}
 
 
-def rows(shape: list[int], dtype_name: str, found: dict, limits: dict[str, float]) -> list[dict]:
+def rows(
+    operator: str, shape: list[int], dtype_name: str, found: dict, limits: dict[str, float]
+) -> list[dict]:
     """One record for each form and pass, ready to print."""
     records = []
     for name, times in found.items():
-        spent = cost(shape, DTYPES[dtype_name])[name]
+        spent = cost(operator, shape, DTYPES[dtype_name])[name]
         ideal = max(spent["bytes"] / limits["bytes"], spent["flops"] / limits["flops"])
         for form, t in times.items():
             records.append(
                 {
+                    "operator": operator,
                     "shape": shape,
                     "dtype": dtype_name,
                     "pass": name,
@@ -232,6 +255,7 @@ def parse_shape(text: str) -> list[int]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
+    parser.add_argument("--operator", choices=OPERATORS, default="wkv6")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="cuda or cpu")
     parser.add_argument("--shapes", nargs="+", help="B,T,H,N; several may be given")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32", "bf16"])
@@ -265,8 +289,8 @@ def main() -> None:
     records = []
     for shape in parsed:
         for dtype in args.dtypes:
-            found = measure(shape, DTYPES[dtype], device, args.seconds, args.cold)
-            records += rows(shape, dtype, found, limits[dtype])
+            found = measure(shape, DTYPES[dtype], device, args)
+            records += rows(args.operator, shape, dtype, found, limits[dtype])
             print_rows(records[-sum(map(len, found.values())) :])
     if args.json:
         write_json(args.json, {"machine": about, "results": records})

@@ -1,0 +1,35 @@
+"""`wkv7` on a GPU, through the binding and its autograd function, against float64 autograd."""
+
+import pytest
+import torch
+from helpers.wkv import errors, evaluate
+from helpers.wkv7_cases import NAMES, in_dtype, make_inputs, rms
+
+from finchtune.ops.wkv7 import wkv7, wkv7_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def on_gpu(inputs):
+    return [x.cuda() for x in inputs]
+
+
+@pytest.mark.parametrize("N", [16, 64, 128])
+@pytest.mark.parametrize("T", [1, 17, 203])
+def test_fp32(T, N):
+    inputs = on_gpu(make_inputs("typical", 2, T, 2, N))
+    exact = evaluate(wkv7_reference, inputs)
+    found = errors(NAMES, evaluate(wkv7, in_dtype(inputs, torch.float32)), exact)
+    assert max(found.values()) <= 3e-6, found
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_packed_sequences_in_low_precision(dtype):
+    cu_seqlens = torch.tensor([0, 70, 71, 71, 200], dtype=torch.int32, device="cuda")
+    inputs = in_dtype(on_gpu(make_inputs("typical", 1, 200, 2, 64, n_sequences=4)), dtype)
+    exact = evaluate(wkv7_reference, [x.double() for x in inputs], cu_seqlens)
+    found = rms(evaluate(wkv7, inputs, cu_seqlens), exact)
+    assert max(found.values()) <= 6e-3, found
