@@ -43,7 +43,8 @@ def main() -> None:
     text = table(rows, given.ranks)
     print(f"\n{text}")
     out = Path(given.output)
-    write_text(out / "figure1.md", f"## Figure 1, norms of the first gradient\n\n{text}\n")
+    about = "Smoke run: it shows that everything runs.\n\n" if given.smoke else ""
+    write_text(out / "figure1.md", f"## Figure 1, norms of the first gradient\n\n{about}{text}\n")
     write_json(out / "figure1.json", {"arguments": vars(given), "rows": rows})
     draw(rows, out / "figure1.png")
 
