@@ -202,8 +202,8 @@ def trained(run: Path) -> dict[str, Any]:
     warm = rows[WARM:] or rows
     tensors = read_adapter(run / "rwkv-0.pth")
     return {
-        # Beside what is trained a file may hold the matrices that PiSSA and OLoRA begin from.
-        "trained": sum(t.numel() for name, t in tensors.items() if ".init_lora" not in name),
+        # Beside what is trained a file may hold what PiSSA, OLoRA and DoRA begin from.
+        "trained": sum(t.numel() for name, t in tensors.items() if ".init_" not in name),
         "steps": len(rows),
         "choice": statistics.fmean(last),
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in warm),

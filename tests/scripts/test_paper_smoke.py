@@ -1,13 +1,16 @@
 """`--smoke` of every table and figure of the paper, from its inputs to the files it writes."""
 
+import importlib
 import json
 import os
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers.paper import paper_inputs
-from helpers.support import run_script, script_command
+from helpers.support import REPOSITORY, run_script, script_command
 
 from finchtune.files import read_json
 
@@ -54,6 +57,33 @@ def test_table_1(tmp_path):
     assert trained == {2 * 2 * 16 * 64}, "Bone's r is twice LoRA's: equal trainable parameters"
 
 
+@pytest.mark.parametrize("peft", ["bone", "pissa"])
+def test_a_training_of_table_1_goes_on_from_its_last_epoch(peft, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "paper"))
+    glue, glue_data = (importlib.import_module(name) for name in ("glue", "glue_data"))
+    model, data = glue_data.make_inputs(tmp_path, rows=64)
+    task = glue_data.TASKS["mrpc"]
+    train, dev = (glue_data.read_examples(data / "mrpc", task, s) for s in ("train", task.dev))
+    given = SimpleNamespace(peft=peft, r=8, alpha=None, seed=0, lr=5e-3)
+
+    def begun():
+        torch.manual_seed(given.seed)
+        loaded, tokenizer = glue.load(str(model), task)
+        glue.adapt(loaded, given)
+        return glue.Run(loaded, tokenizer, task, given, steps=8)
+
+    whole, resumed = begun(), begun()
+    whole.epoch(train, dev)
+    whole.save(tmp_path / "epoch.pth")
+    whole.epoch(train, dev)
+    resumed.resume(tmp_path / "epoch.pth")
+    resumed.epoch(train, dev)
+    assert resumed.step == whole.step == 8
+    assert resumed.scores == whole.scores
+    for one, other in zip(resumed.parameters, whole.parameters, strict=True):
+        assert torch.equal(one, other)
+
+
 def test_table_2_with_all_its_tests(inputs, tmp_path):
     tests = ("gsm8k", "math", "humaneval", "mbpp", "mtbench")
     given = words(inputs, tmp_path / "out", "math", "code", "chat", tests=tests)
@@ -61,6 +91,10 @@ def test_table_2_with_all_its_tests(inputs, tmp_path):
     assert "Smoke run" in text
     found = figures(tmp_path / "out", "table2")
     assert list(found) == ["LoRA", "OLoRA", "PiSSA", "DoRA", "Bone"]
+    results = [read_json(path) for path in (tmp_path / "out").glob("math-*/result.json")]
+    trained = sorted({result["training"]["trained"] for result in results})
+    assert len(trained) == 2, "DoRA alone trains more, a magnitude for each output"
+    assert trained[1] - trained[0] == 5 * 64 + 2 * 64 + 224
     for scores in found.values():
         assert scores.pop("mtbench") == [], "nothing has judged the answers"
         assert all(len(values) == 1 for values in scores.values())
