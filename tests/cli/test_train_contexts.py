@@ -11,6 +11,7 @@ from helpers.support import assert_one_error_line, relative_error, run_script, t
 from finchtune.data.binidx import BinIdxWriter
 from finchtune.files import sha256
 from finchtune.weights.base import load_model
+from finchtune.weights.merging import merge_files
 from finchtune.weights.state_files import set_states
 from finchtune.weights.tensors import read_tensors
 
@@ -49,8 +50,7 @@ def test_states_alone_are_trained_saved_merged_and_used(folder):
     assert path.stat().st_size < 20_000
     assert losses(folder / "state")[-1] < losses(folder / "state")[0]
     merged = folder / "with-state.pth"
-    parts = ("--base_model", folder / "base.pth", "--state_checkpoint", path, "--output", merged)
-    assert run_script("merge/merge_state.py", *parts).returncode == 0
+    merge_files(folder / "base.pth", path, merged, methods=("state",))
     model = load_model(folder / "base.pth")
     set_states(model, path)
     tokens = torch.randint(1, 256, (1, 30))

@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from helpers.additions import flags, losses, make_folder
-from helpers.support import relative_error, run_script, rwkv_package_logits, train
+from helpers.support import relative_error, rwkv_package_logits, train
 
 from finchtune.adapters import attach
 from finchtune.files import sha256
@@ -66,6 +66,7 @@ def test_two_processes_and_shared_contexts_give_the_losses_of_one(folder, bone_r
         assert found == pytest.approx(losses(bone_run), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_chunks_train_as_the_whole_context_does(folder, bone_run):
     chunks = "--train_type infctx --chunk_ctx 16".split()
     train(*flags(folder, "chunks", *WORDS, *chunks))
@@ -77,8 +78,7 @@ def test_states_are_trained_merged_and_used(folder):
     train(*flags(folder, "state", *words))
     assert losses(folder / "state")[-1] < losses(folder / "state")[0]
     path, merged = folder / "state/rwkv-0.pth", folder / "with-state.pth"
-    parts = ("--base_model", folder / "base.pth", "--state_checkpoint", path, "--output", merged)
-    assert run_script("merge/merge_state.py", *parts).returncode == 0
+    merge_files(folder / "base.pth", path, merged, methods=("state",))
     model, plain = load_model(folder / "base.pth"), load_model(folder / "base.pth")
     set_states(model, path)
     tokens = torch.randint(1, 256, (1, 30))
