@@ -9,6 +9,7 @@ import torch
 from helpers.adapted import METHODS, make_adapter
 from helpers.support import (
     assert_one_error_line,
+    every_generation,
     relative_error,
     run_script,
     rwkv_package_logits,
@@ -29,9 +30,11 @@ from finchtune.weights.tensors import write_tensors
 PLAIN = {"quant": "none"}  # said of files without a record
 
 
+@every_generation
 @pytest.mark.parametrize("method", METHODS)
-def test_merged_file_gives_the_adapted_logits_elsewhere(tmp_path, method):
-    base, model, adapter = make_adapter(tmp_path, method, METHODS[method])
+def test_merged_file_gives_the_adapted_logits_elsewhere(tmp_path, method, generation):
+    sizes = {"generation": generation}
+    base, model, adapter = make_adapter(tmp_path, method, METHODS[method], sizes=sizes)
     merge_files(base, adapter, tmp_path / "merged.pth")
     tokens = torch.randint(1, 256, (1, 40))
     adapted, _ = model(tokens)
