@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib import import_module
 
 import pytest
 from helpers.support import REPOSITORY
@@ -61,9 +62,8 @@ def test_it_trains_in_an_empty_folder(installed, tmp_path):
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb):
-    done = subprocess.run(
-        [sys.executable, "-m", "finchtune", verb, "--help"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage:" in done.stdout
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as end:
+        import_module(f"finchtune.cli.{verb}").main(["--help"])
+    assert end.value.code == 0
+    assert "usage:" in capsys.readouterr().out
