@@ -1,4 +1,4 @@
-"""finchtune: fine-tuning RWKV-6 with Bone, Bat, LoRA and their kin.
+"""finchtune: fine-tuning RWKV models with Bone, Bat, LoRA and their kin.
 
 The public names are imported when first used, so that `import finchtune` costs nothing.
 """

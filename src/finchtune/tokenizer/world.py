@@ -1,4 +1,4 @@
-"""The World vocabulary of the released RWKV-6 models."""
+"""The World vocabulary of the released RWKV models."""
 
 import ast
 import re
@@ -20,7 +20,7 @@ PLAIN_LITERAL = re.compile(r"'[^'\\]*'")
 
 
 class WorldTokenizer(Tokenizer):
-    """The vocabulary of the released RWKV-6 models: greedy longest match over 65,529 strings.
+    """The vocabulary of the released RWKV models: greedy longest match over 65,529 strings.
 
     Single texts are encoded in Rust; arrays, which whole corpora become, in C++ at twice the speed
     where there is a compiler. Decoding joins the vocabulary's own bytes, since a token may end in

@@ -25,12 +25,12 @@ IGNORED = {
 """Taken, whatever their value."""
 
 HARMLESS = {
-    "pre_ffn": ("0", "a first block without attention is not RWKV-6"),
+    "pre_ffn": ("0", "a first block without attention is not available"),
     "head_qk": ("0", "headQK is not available"),
     "tiny_att_dim": ("0", "tiny attention is not available"),
     "tiny_att_layer": ("-999", "tiny attention is not available"),
-    "my_ffn_shift": ("1", "token shift is part of RWKV-6"),
-    "my_att_shift": ("1", "token shift is part of RWKV-6"),
+    "my_ffn_shift": ("1", "token shift is part of RWKV"),
+    "my_att_shift": ("1", "token shift is part of RWKV"),
     "my_pos_emb": ("0", "there are no position embeddings"),
     "head_size_divisor": ("8", "it is 8 in every released model"),
     "dropout": ("0", "use --lora_dropout, with --peft lora"),
