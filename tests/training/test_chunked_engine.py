@@ -60,18 +60,25 @@ def test_lora_ga_starts_from_the_gradient_of_whole_contexts():
 
 
 @cache
-def whole_steps(trained, micro=("rows", "packed")):
+def whole_steps(trained, micro=("rows", "packed"), generation=6):
     """`steps` with whole contexts, under the first stage: stages are compared in test_engine.py."""
-    running = engine(trainable(trained), accumulate_grad_batches=len(micro))
+    model = trainable(trained, generation=generation)
+    running = engine(model, accumulate_grad_batches=len(micro))
     return steps(running, len(micro), micro)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("trained", ["all", "bone", "bone+state"])
-def test_chunks_train_as_the_whole_context_does(strategy, trained):
+CASES = [(6, one, trained) for one in STRATEGIES for trained in ("all", "bone", "bone+state")]
+
+
+@pytest.mark.parametrize(
+    ("generation", "strategy", "trained"),
+    [*CASES, (7, "_1", "all"), (7, "_3", "bone+state"), (7, "_2_offload", "bone")],
+)
+def test_chunks_train_as_the_whole_context_does(generation, strategy, trained):
     common = {"strategy": f"deepspeed_stage{strategy}", "accumulate_grad_batches": 2}
-    found = steps(engine(trainable(trained), train_type="infctx", chunk_ctx=13, **common))
-    expected = whole_steps(trained)
+    model = trainable(trained, generation=generation)
+    found = steps(engine(model, train_type="infctx", chunk_ctx=13, **common))
+    expected = whole_steps(trained, generation=generation)
     for mine, plain in zip(found[0], expected[0], strict=True):
         assert mine == pytest.approx(plain, rel=1e-4)
     for name, tensor in expected[1].items():
