@@ -18,6 +18,9 @@ from finchtune.cli.main import VERBS
 def installed(tmp_path_factory):
     """A folder with the content of the wheel."""
     folder = tmp_path_factory.mktemp("wheel")
+    stale = REPOSITORY / "build" / "lib" / "finchtune" / "left_by_an_earlier_build.py"
+    stale.parent.mkdir(parents=True, exist_ok=True)
+    stale.touch()
     build = ["-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(folder)]
     subprocess.run([sys.executable, *build, str(REPOSITORY)], check=True, capture_output=True)
     (wheel,) = folder.glob("*.whl")
@@ -33,7 +36,8 @@ def test_the_wheel_has_sources_of_kernels_and_types(installed):
               if p.is_file() and p.suffix != ".md"}  # fmt: skip
     assert wanted <= packaged
     python = {p.relative_to(REPOSITORY / "src") for p in (REPOSITORY / "src").rglob("*.py")}
-    assert all((installed / path).exists() for path in python)
+    packaged_python = {p.relative_to(installed) for p in installed.rglob("*.py")}
+    assert packaged_python == python
     for name in ("py.typed", "report/report.js", "tokenizer/world_trie.cpp"):
         assert (installed / "finchtune" / name).exists(), name
     assert f"finchtune-{finchtune.__version__}" in " ".join(p.name for p in installed.iterdir())

@@ -137,7 +137,7 @@ def test_bf16_masks_parts_windows_and_epochs(folder):
     train(*flags(folder, proj, *words))
     steps = {"rwkv-6": 4, "rwkv-8": 8, "rwkv-9": 10}  # every second epoch, and the last
     files = [f"{name}.{suffix}" for name in steps for suffix in ("json", "pth")]
-    files += ["config.yaml", "data_cache", "loss.png", "metrics.jsonl", "report.html"]
+    files += "config.yaml data_cache loss.png metrics.jsonl report.html run.json".split()
     assert sorted(path.name for path in proj.iterdir()) == sorted(files)
     for name, step in steps.items():
         record = json.loads((proj / f"{name}.json").read_text())
