@@ -7,11 +7,12 @@ import sys
 import time
 
 import pytest
+import torch
 from helpers.support import children_of, is_alive
 
-from finchtune.distributed import set_parent_death_signal
+from finchtune.distributed import pick_device, processes_to_start, set_parent_death_signal
 from finchtune.distributed.launch import run_processes
-from finchtune.errors import LOST_RANK
+from finchtune.errors import LOST_RANK, UserError
 
 PROGRAM = """
 import os, signal, sys, time
@@ -190,3 +191,27 @@ def test_the_first_signal_asks_the_second_ends(number):
     process.send_signal(number)
     assert process.wait(60) == 128 + number
     assert "stopping after this step" in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RANK": "x"}, "RANK is 'x', not a whole number"),
+        ({"RANK": "-1"}, "RANK is '-1'"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK 3 of WORLD_SIZE 2"),
+        ({"RANK": "0", "WORLD_SIZE": "1e3"}, "WORLD_SIZE is '1e3'"),
+    ],
+)
+def test_a_launchers_variables_must_make_sense(values, message, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        processes_to_start(1, 1)
+
+
+def test_a_gpu_that_is_not_there_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="`accelerator` gpu: torch finds no GPU here"):
+        pick_device("gpu")

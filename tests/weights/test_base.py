@@ -138,3 +138,18 @@ def test_newest_intact_checkpoint_is_found(tmp_path):
     state, manifest = load_checkpoint(found)
     assert state["trained"]["a"] == 10
     assert (manifest["step"], manifest["k"]) == (10, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("3B", "names of released models are for `plan`"),
+        ("BlinkDL/rwkv-6-world", "nothing is downloaded here"),
+        ("https://huggingface.co/a/b", "nothing is downloaded here"),
+        ("models/base.pth", r"base\.pth: no such file$"),
+        ("nowhere", "nowhere: no such file$"),
+    ],
+)
+def test_names_that_are_no_files_are_explained(name, message):
+    with pytest.raises(UserError, match=message):
+        load_model(name)
