@@ -11,6 +11,7 @@ namespace wkv7 {
 namespace {
 
 using finchtune::aligned;
+using finchtune::device_attribute;
 using finchtune::launch;
 
 // Elements of a row in each thread, so that 256 or 512 threads hold a matrix.
@@ -28,6 +29,13 @@ cudaError_t with_form(const Wkv6Problem& p, F f) {
 int threads_for(const Wkv6Problem& p) {
   const int n = static_cast<int>(p.N);
   return p.N <= 64 ? Place<FEW>::threads_for(n) : Place<MANY>::threads_for(n);
+}
+
+// Of a backward: as many as run at the same time, so that the scratch does not grow with the number
+// of packed sequences.
+int64_t backward_blocks(const Wkv6Problem& p) {
+  const int64_t places = 4 * device_attribute(cudaDevAttrMultiProcessorCount);
+  return p.n_seq * p.H < places ? p.n_seq * p.H : places;
 }
 
 bool all_aligned(const void* const* rows) {
@@ -53,7 +61,7 @@ size_t wkv7_backward_scratch_bytes(const Wkv6Problem* p) {
   const int threads = threads_for(*p);
   const int64_t each =
       p->N <= 64 ? Scratch<FEW>::size(p->N, threads) : Scratch<MANY>::size(p->N, threads);
-  return p->n_seq * p->H * each * sizeof(float);
+  return backward_blocks(*p) * each * sizeof(float);
 }
 
 int wkv7_forward(const Wkv6Problem* p, const void* const* rows, const float* state_in, void* y,
@@ -77,15 +85,21 @@ int wkv7_backward(const Wkv6Problem* p, const void* const* rows, const void* dy,
     return cudaErrorMisalignedAddress;
   return with_form(*p, [&](auto element, auto elements) {
     using T = decltype(element);
-    BackwardArgs<T> args = {
-        *p, {}, dstate_out, checkpoints, {}, dstate_in, static_cast<float*>(scratch)};
+    BackwardArgs<T> args = {*p,
+                            {},
+                            dstate_out,
+                            checkpoints,
+                            {},
+                            dstate_in,
+                            static_cast<float*>(scratch),
+                            backward_blocks(*p)};
     for (int row = 0; row < INPUT_ROWS; row++) {
       args.rows[row] = static_cast<const T*>(rows[row]);
       args.gradients[row] = static_cast<T*>(gradients[row]);
     }
     args.rows[DY] = static_cast<const T*>(dy);
-    return launch(scan_backward_kernel<T, elements>, p->n_seq * p->H, threads_for(*p),
-                  sizeof(Tokens), stream, args);
+    return launch(scan_backward_kernel<T, elements>, args.blocks, threads_for(*p), sizeof(Tokens),
+                  stream, args);
   });
 }
 

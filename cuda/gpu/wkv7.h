@@ -22,7 +22,7 @@ extern "C" {
 int64_t wkv7_checkpoint_count(const Wkv6Problem* problem);
 size_t wkv7_checkpoint_bytes(const Wkv6Problem* problem);
 
-/* Bytes of the temporary buffer of a backward. */
+/* Bytes of the temporary buffer of a backward. They depend on the current device. */
 size_t wkv7_backward_scratch_bytes(const Wkv6Problem* problem);
 
 /* rows: r, k, v, w, a, b. state_in: NULL for zero states. state_out: NULL if not wanted.

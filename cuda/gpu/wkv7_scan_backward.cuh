@@ -17,6 +17,7 @@ struct BackwardArgs {
   const float *dstate_out, *checkpoints;
   T* gradients[INPUT_ROWS];
   float *dstate_in, *scratch;
+  int64_t blocks;  // each with a scratch of its own; heads beyond take turns
 };
 
 // The temporary memory of a thread block, in floats: the states before the steps of a chunk after
@@ -123,16 +124,13 @@ __device__ void gather(const BackwardArgs<T>& args, const Work& work, int64_t t0
   }
 }
 
+// One head of one sequence.
 template <typename T, int ELEMENTS>
-__global__ void __launch_bounds__(Place<ELEMENTS>::MOST_THREADS)
-    scan_backward_kernel(BackwardArgs<T> args) {
+__device__ void backward_head(const BackwardArgs<T>& args, const Work& work,
+                              const Place<ELEMENTS>& place, const Scratch<ELEMENTS>& scratch,
+                              Tokens& tokens) {
   const Wkv6Problem& problem = args.problem;
-  const Work work(problem, wkv6::uncut_segments(problem), blockIdx.x);
-  const Place<ELEMENTS> place(problem.N);
-  const Scratch<ELEMENTS> scratch(args.scratch, problem.N, blockDim.x);
   const int64_t matrix = problem.N * problem.N, state = work.state_index(problem) * matrix;
-  Tokens& tokens = finchtune::shared_memory<Tokens>();
-  tokens.clear();
   const float* const dstate = args.dstate_out == nullptr ? nullptr : args.dstate_out + state;
   Part<ELEMENTS> S, by_values, by_keys;  // the last two are G
   by_values.load(place, dstate);
@@ -162,6 +160,20 @@ __global__ void __launch_bounds__(Place<ELEMENTS>::MOST_THREADS)
     }
   }
   if (args.dstate_in != nullptr) by_values.store(place, args.dstate_in + state);
+}
+
+template <typename T, int ELEMENTS>
+__global__ void __launch_bounds__(Place<ELEMENTS>::MOST_THREADS)
+    scan_backward_kernel(BackwardArgs<T> args) {
+  const Wkv6Problem& problem = args.problem;
+  const Place<ELEMENTS> place(problem.N);
+  const Scratch<ELEMENTS> scratch(args.scratch, problem.N, blockDim.x);
+  Tokens& tokens = finchtune::shared_memory<Tokens>();
+  tokens.clear();
+  for (int64_t head = blockIdx.x; head < problem.n_seq * problem.H; head += args.blocks) {
+    const Work work(problem, wkv6::uncut_segments(problem), head);
+    backward_head(args, work, place, scratch, tokens);
+  }
 }
 
 }  // namespace wkv7
