@@ -5,6 +5,7 @@ import pytest
 import torch
 from helpers.adapted import make_adapter
 from helpers.support import rwkv_package_logits, save_model, small_model
+from safetensors.torch import load_file
 
 from finchtune.errors import UserError
 from finchtune.files import read_json, sha256
@@ -14,6 +15,7 @@ from finchtune.weights.exporting import export_adapter, export_model, receipt_pa
 from finchtune.weights.forms import FORMS, Settings
 from finchtune.weights.forms.base import n_layer_of
 from finchtune.weights.merging import merge_files
+from finchtune.weights.pth import read_record, write_pth
 
 LORAS = {
     "bone": {"r": 24},
@@ -34,6 +36,21 @@ def test_peft_computes_the_same(method, tmp_path):
     expected, plain = model(tokens)[0], load_model(base)(tokens)[0]
     torch.testing.assert_close(theirs(tokens)[0], expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(plain, expected, atol=1e-2)
+
+
+def test_a_record_inside_a_file_does_not_disturb_peft(tmp_path):
+    """peft reads adapter_model.bin by torch.load; a .pth of ours holds its record as well."""
+    base, model, adapter = make_adapter(tmp_path, "lora", LORAS["lora"])
+    folder = tmp_path / "peft"
+    export_adapter(base, adapter, folder, FORMS["peft"], FP32)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    record = {"format": "finchtune 1", "adapter": model.adapter_spec}
+    write_pth(tensors, tensors.values(), folder / "adapter_model.bin", record)
+    assert read_record(folder / "adapter_model.bin") == record
+    theirs = peft.PeftModel.from_pretrained(load_model(base), folder)
+    tokens = torch.tensor([[1, 2, 3, 200, 7]])
+    torch.testing.assert_close(theirs(tokens)[0], model(tokens)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_layers_may_have_hugging_faces_names(tmp_path):
