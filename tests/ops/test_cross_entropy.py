@@ -132,6 +132,14 @@ def test_the_compiled_rows_are_torchs(cpu_path, vocab_size, l2wrap):
     assert torch.allclose(logits[:6].double(), gradients[:6], rtol=1e-6, atol=1e-7)
 
 
+def test_of_equal_largest_logits_the_first_is_wrapped(cpu_path):
+    logits = torch.zeros(1, 1200)
+    logits[0, [7, 150, 900]] = 2.0
+    torch.ops.finchtune.cross_entropy_(logits, torch.tensor([3]), 0.5)
+    assert logits[0, 7] > 1 > logits[0, 150]
+    assert logits[0, 150] == logits[0, 900]
+
+
 def test_the_compiled_rows_round_bf16_once(cpu_path):
     logits = (torch.randn(9, 777) * 3).bfloat16()
     labels = torch.randint(777, (9,))
