@@ -31,8 +31,8 @@ from weights import WEIGHTS
 Makers = tuple[Callable[[random.Random, int], Iterator[Case]], ...]
 MAKERS: Makers = (*WEIGHTS, *RUNS, *DATA, *FAULTS)
 WHOLE = 6  # changes of each sort and file
-QUICK = (3, 150)  # the same, and how many cases of all
-KILLED = (1, 17)  # every so many changes of files: whole, quick
+QUICK = (3, 110)  # the same, and how many cases of all
+KILLED = (1, 29)  # every so many changes of files: whole, quick
 
 
 class Tally:

@@ -9,6 +9,6 @@ def test_a_sample_of_all_attacks_holds():
     done = run_script("scripts/reliability", "--quick", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stdout + done.stderr
     tried = [int(n) for n in re.findall(r"^\| [^|]+ \| (\d+) \| \1 \|$", done.stdout, re.MULTILINE)]
-    assert len(tried) > 40, "kinds"
-    assert sum(tried) > 150
+    assert len(tried) > 35, "kinds"
+    assert sum(tried) > 100
     assert "0 faults" in done.stdout
