@@ -75,7 +75,7 @@ def proportional():
     return int(line.split()[1]) * 1024
 
 def main():
-    import deepspeed
+    import deepspeed, torch._dynamo  # which torch imports with the first optimizer
     distributed.init_process_group(device)
     config = TrainConfig(load_model=str(folder / "base.pth"), data_file="d", **settings)
     before = proportional()
