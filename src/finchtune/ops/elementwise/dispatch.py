@@ -37,7 +37,9 @@ def mixtures(
         return compiled.Mixtures.apply(x, before, cu_seqlens, maa_x, w1, w2, *maa)
     xx = plain.previous_minus_this(x, before, cu_seqlens).flatten(0, 1)
     weights = maa_x.flatten(), torch.stack(maa).unsqueeze(1), w1, w2
-    return tuple(y.view_as(x) for y in plain.Mixtures.apply(x.flatten(0, 1), xx, *weights))
+    # Its backward, where autocast is off, takes the low-rank part in the dtype of the weights.
+    with torch.autocast(x.device.type, enabled=False):
+        return tuple(y.view_as(x) for y in plain.Mixtures.apply(x.flatten(0, 1), xx, *weights))
 
 
 def fixed_mixtures(

@@ -93,7 +93,7 @@ def removal(
     """WKV7's k, a and b: what a token writes, and what it removes for that.
 
     With s = sigmoid(rate) and kk = k k_k brought to length 1 in each head:
-    k (1 + (s - 1) k_a), -kk and kk s.
+    k (1 + (s - 1) k_a), -kk and kk s, all in the dtype of k.
 
     Args:
         k, rate: (..., C).
@@ -106,7 +106,9 @@ def removal(
         return key.view(k.shape), a.view(k.shape), b.view(k.shape)
     s = torch.sigmoid(rate)
     unit = F.normalize((k * k_k).unflatten(-1, (heads, -1)), dim=-1, eps=SHORTEST).flatten(-2)
-    return k * (1 + (s - 1) * k_a), -unit, unit * s
+    found = k * (1 + (s - 1) * k_a), -unit, unit * s
+    key, a, b = (x.to(k.dtype) for x in found)  # as k even where autocast leaves k_k and k_a wider
+    return key, a, b
 
 
 class BonusNorm(nn.Module):

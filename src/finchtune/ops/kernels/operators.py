@@ -45,10 +45,10 @@ def warn_of(failures: dict[str, BuildError]) -> None:
         if device == "cpu":
             instead = "there are no compiled CPU kernels, plain torch runs, which is slower"
         elif find_spec("fla"):
-            instead = "WKV6 runs on the GPU in flash-linear-attention's kernels, which are slower"
+            instead = "WKV runs on the GPU in flash-linear-attention's kernels, which are slower"
         else:
             instead = (
-                "WKV6 runs on the GPU in plain torch, which is far slower and needs much memory; "
+                "WKV runs on the GPU in plain torch, which is far slower and needs much memory; "
                 "`pip install flash-linear-attention` helps, more so does compiling our kernels"
             )
         warnings.warn(f"{instead}: {error}", stacklevel=4)
