@@ -39,7 +39,7 @@ def hashing(path: str | Path) -> Future[str]:
     def work() -> None:
         try:
             digest.set_result(weights_sha256(path))
-        except OSError as error:
+        except Exception as error:  # whoever waits gets it, whatever it is
             digest.set_exception(error)
 
     Thread(target=work, daemon=True).start()
