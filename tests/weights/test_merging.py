@@ -1,6 +1,7 @@
 """Merged files: loaded by the independent `rwkv` package they give the adapted model's logits."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -275,3 +276,10 @@ def test_a_wrong_base_is_named_whatever_else_is_wrong(tmp_path):
     with pytest.raises(UserError, match=r"none.pth: no such file"):
         merge_files(tmp_path / "none.pth", adapter, tmp_path / "m.pth")
     assert not (tmp_path / "m.pth").exists()
+
+
+def test_a_pipe_is_no_base_and_is_not_waited_for(tmp_path):
+    _, _, adapter = make_adapter(tmp_path, "bone", {"r": 8})
+    os.mkfifo(tmp_path / "pipe.pth")
+    with pytest.raises(UserError, match=r"pipe\.pth: no such file"):
+        merge_files(tmp_path / "pipe.pth", adapter, tmp_path / "merged.pth")

@@ -166,8 +166,8 @@ def check_base(
 
     `digest` is the base's hash, if it is being computed already.
     """
-    if not Path(base).exists():
-        raise CheckpointError(f"{base}: no such file")
+    if not (Path(base).is_file() or Path(base).is_dir()):  # a pipe or a device may never end
+        raise CheckpointError(f"{base}: no such file or folder")
     known = record.get("base", {})
     if known and (digest or hashing(base)).result() != known.get("sha256"):
         raise CheckpointError(
