@@ -1,6 +1,7 @@
 """Whether a merged file computes what the adapted model does."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ def verify(
     Both models compute in float32; only the weights' one rounding is between them.
     """
     model = adapted_model(base, tensors, spec).to(device)
-    source = Path(text).read_text() if Path(text).is_file() else text
+    source = Path(text).read_text() if os.path.isfile(text) else text  # which may be long
     ids = load_tokenizer(None, model.config.vocab_size).encode(source)[:VERIFY_TOKENS]
     if not ids:
-        raise UserError("--verify needs a text of at least one token")
+        raise UserError("`verify` needs a text of at least one token")
     tokens = torch.tensor([ids], device=device)
     expected = model(tokens)[0][0].cpu()
     rounding = load_model(merged).head.weight.dtype
