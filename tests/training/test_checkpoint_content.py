@@ -37,6 +37,7 @@ BAD = {
     "integers": lambda s: s["trained"].update({NAME: s["trained"][NAME].int()}),
     "no tensor": lambda s: s["exp_avg"].update({NAME: 3}),
     "no dict": lambda s: s.update({"exp_avg": []}),
+    "a number": lambda s: s.update({"trained": 3}),
     "no frozen": lambda s: s.pop("frozen"),
     "an odd loss scale": lambda s: s.update({"loss_scale": {"cur_scale": "x"}}),
 }

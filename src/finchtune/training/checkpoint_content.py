@@ -43,7 +43,8 @@ def check_state(state: dict[str, Any], model: LanguageModel, path: Path) -> None
     """Raise UserError unless a state is one of just these trained parameters, whole and finite."""
     named = model.named_parameters()
     trained = {name: tuple(p.shape) for name, p in named if p.requires_grad}
-    if set(state.get("trained", {})) != set(trained):
+    found = state.get("trained", {})
+    if isinstance(found, dict) and set(found) != set(trained):
         raise CheckpointError(f"`resume` {path}: it trains other parameters than this run")
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for part, shapes in {"trained": trained, **dict.fromkeys(MOMENTS, trained)}.items():
