@@ -1,8 +1,8 @@
 """A cell of a table: a training and its evaluations, each a command line of its own.
 
 A cell has a folder. Its `result.json` gets what each finished command gave, so that none is run
-again; what was interrupted goes on by the commands' own means: a training from its last checkpoint,
-an evaluation from its last group of answers.
+again; what was interrupted continues by the commands' own means: a training from its last
+checkpoint, an evaluation from its last group of answers.
 """
 
 import os

@@ -2,7 +2,7 @@
 
 The classifier is trained as well. Settings are those of LoRA's code: AdamW with weight decay 0.1,
 a warm-up of 6 % and a linear fall of the learning rate, the best epoch's score on the development
-set. An interrupted call goes on after the last finished epoch.
+set. An interrupted call continues after the last finished epoch.
 """
 
 import argparse
@@ -170,7 +170,7 @@ class Run:
             )
 
     def resume(self, path: Path) -> None:
-        """Go on from a file of `save`."""
+        """Continue from a file of `save`."""
         found = torch.load(path, weights_only=True)
         self.step, self.scores = found["step"], found["scores"]
         load_adapter_state(self.model, found["adapter"])

@@ -110,5 +110,5 @@ def best(tried: Mapping[float, float]) -> float:
 
 def stopped() -> int:
     """The exit status of an interrupted call."""
-    print("stopped; the same command goes on from here")
+    print("stopped; the same command continues from here")
     return INTERRUPTED

@@ -39,7 +39,7 @@ Change = Callable[[Path], object]
 """Changes the files in a folder."""
 
 
-GO_ON = ("train", "evaluate")  # what they had done stays, for the same command to go on from
+CONTINUING = ("train", "evaluate")  # what they had done stays: the same command continues
 
 
 class Case(NamedTuple):
@@ -209,7 +209,7 @@ def judge(case: Case, good: dict[str, str], folder: Path) -> str | None:
         changed = {name for name in before.keys() | after if before.get(name) != after.get(name)}
         if case.kind.startswith("output: "):  # was done, but could not be told
             return None
-        if case.command[0] in GO_ON:
+        if case.command[0] in CONTINUING:
             changed = {name for name in changed if not name.startswith(("new/", "run/"))}
         return f"is refused ({told}) but writes {min(changed)}" if changed else None
     if case.wanted == REFUSED:

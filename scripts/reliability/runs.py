@@ -39,7 +39,7 @@ def checkpoints(rng: random.Random, n: int) -> Iterator[Case]:
     """Every file of a checkpoint, by name and as the newest; and what is sealed but nonsense."""
     for file in ("state.pth", "manifest.json", "manifest.sha256"):
         for name, change, _ in bytes_changes(f"{STEP}/{file}", rng, n // 2):
-            # An earlier checkpoint is there: `auto` goes on from it, and ends alike.
+            # An earlier checkpoint is there: `auto` continues from it, and ends alike.
             command, wanted = rng.choice(((RESUME, READ), (NEWEST, CHECKED)))
             yield Case(f"checkpoint, {file}", name, change, command, wanted, TRAINED)
     for name, change in sealed_manifests(rng, n):
@@ -85,7 +85,7 @@ def seal(folder: Path) -> None:
 
 
 def recorded(rng: random.Random, n: int) -> Iterator[Case]:
-    """What a run tells of itself: a report shows what can be read, and a run goes on."""
+    """What a run tells of itself: a report shows what can be read, and a run continues."""
     report = ("report", "run", "--output", "page.html")
     for file in ("metrics.jsonl", "skipped.jsonl", "samples.jsonl", "config.yaml"):
         kind = file

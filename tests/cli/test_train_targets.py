@@ -1,4 +1,4 @@
-"""train.py --target: adapters on some linears, planned, resumed, and gone on from."""
+"""train.py --target: adapters on some linears, planned, resumed, and continued from."""
 
 import json
 import re

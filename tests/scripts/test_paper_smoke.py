@@ -132,7 +132,7 @@ def test_table_4_chooses_learning_rates_and_goes_on_where_it_was_stopped(inputs,
         first.send_signal(signal.SIGTERM)
         rest, _ = first.communicate(timeout=300)
     assert first.returncode == 75
-    assert "stopped; the same command goes on from here" in rest
+    assert "stopped; the same command continues from here" in rest
     finished = next(out.glob("*/result.json"))
     before = os.stat(finished.parent / "train" / "rwkv-0.pth").st_mtime_ns
     smoke("table4", *given)

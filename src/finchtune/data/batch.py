@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     cu_seqlens: Tensor | None = None
 
     def pinned(self) -> "Batch":
-        """The batch in memory that a GPU copies from by itself, while the processor goes on."""
+        """The batch in memory that a GPU copies from by itself, while the processor works."""
         bounds = None if self.cu_seqlens is None else self.cu_seqlens.pin_memory()
         return Batch(self.tokens.pin_memory(), self.labels.pin_memory(), bounds)
 

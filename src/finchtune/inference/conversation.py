@@ -100,7 +100,7 @@ class Conversation:
         return {"format": FORMAT, "messages": [dict(message) for message in self.messages]}
 
     def restore(self, record: Any, where: str) -> None:
-        """Go on from what `record` gave; UserError, beginning with `where`, if it is none."""
+        """Continue from what `record` gave; UserError, beginning with `where`, if it is none."""
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise UserError(f"{where}: not a conversation saved by finchtune chat")
         messages = record.get("messages")

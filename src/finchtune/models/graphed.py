@@ -65,7 +65,7 @@ class OneTokenStep:
             model.advance(self.tokens, self.state)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # Other threads may go on meanwhile: one reads rows ahead.
+        # Other threads may work meanwhile: one reads rows ahead.
         with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.hidden, self.after = model.advance(self.tokens, self.state)
 

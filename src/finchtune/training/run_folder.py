@@ -85,8 +85,8 @@ def _newest(proj_dir: Path) -> Path | None:
     if checkpoint is None and saved:
         raise CheckpointError(
             f"`resume` auto: {proj_dir} holds {saved[0].name} of a run without checkpoints, which "
-            "cannot be gone on with and would be written over; choose another `proj_dir`, or throw "
-            "it away with `overwrite` 1 instead"
+            "cannot be resumed and would be written over; choose another `proj_dir`, or throw it "
+            "away with `overwrite` 1 instead"
         )
     if checkpoint is None:
         distributed.print_rank_zero(f"there is no checkpoint in {folder}; starting anew")

@@ -43,8 +43,8 @@ def start_from_file(model: LanguageModel, config: TrainConfig) -> None:
     elif found:
         method = found["method"]
         raise UserError(
-            f"--peft_load {path} holds an adapter of {method}; give --peft {method}, and "
-            "--train_type state to train states beside it"
+            f"`peft_load` {path} holds an adapter of {method}; give `peft` {method}, and "
+            "`train_type` state to train states beside it"
         )
     check_parts(model, set(tensors), path)
     load_adapter(model, path, initial)
@@ -107,12 +107,12 @@ def check_parts(model: LanguageModel, found: set[str], path: str) -> None:
     states = {name for name in found if name.endswith(INITIAL_STATE)}
     if states and not model.initial_states():
         raise UserError(
-            f"--peft_load {path} also holds {len(states)} trained states; give --train_type state "
-            "to go on training them"
+            f"`peft_load` {path} also holds {len(states)} trained states; give `train_type` state "
+            "to continue training them"
         )
     if model.initial_states() and not states:
         raise UserError(
-            f"--peft_load {path} holds no trained states; drop --train_type state or --peft state"
+            f"`peft_load` {path} holds no trained states; drop `train_type` state or `peft` state"
         )
     extra = sorted((found & base) - wanted)
     if extra:
