@@ -134,9 +134,10 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS) norm_weight_kernel(NormWe
   const int channel = args.stripes.column();
   if (channel >= args.stripes.n_columns) return;
   const int64_t C = norm.groups * norm.size;
+  const float2* const moments_of = norm.moments + channel / static_cast<int>(norm.size);
   float dweight = 0.0f, dbias = 0.0f;
   for (int64_t row = args.stripes.first(); row < args.stripes.last(); row++) {
-    const float2 moments = norm.moments[row * norm.groups + channel / norm.size];
+    const float2 moments = moments_of[row * norm.groups];
     const int64_t at = row * C + channel;
     const NormGradient d(to_float(norm.y[at]), to_float(norm.gate[at]), 1.0f, 0.0f,
                          to_float(norm.dout[at]), moments.x, moments.y);
