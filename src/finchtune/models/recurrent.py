@@ -3,7 +3,7 @@
 Letters in shapes: B batch, T tokens, S sequences, C n_embd, H heads, N head_size.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -13,6 +13,7 @@ from finchtune.distributed.context import ContextGroup
 from finchtune.models.config import ModelSizes
 from finchtune.models.language_model import INITIAL_STATE, LanguageModel, last_of
 from finchtune.ops.context import shift_across
+from finchtune.ops.wkv import zero_state
 
 
 class BlockState(NamedTuple):
@@ -84,10 +85,41 @@ class WKVMix(nn.Module):
         fresh = fresh.expand(n_sequences - n_given, -1, -1, -1)
         return fresh if state is None else torch.cat([state, fresh])
 
+    def recall(
+        self,
+        operator: Callable[..., tuple[Tensor, Tensor]],
+        operator_across: Callable[..., tuple[Tensor, Tensor]],
+        inputs: tuple[Tensor, ...],
+        state: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """y and the new state by a WKV operator, or by the one across processes that share the
+        context. `inputs` are r (B, T, H, N) and what the operator takes before its state.
+        """
+        n_sequences = count(inputs[0], cu_seqlens)
+        if self.across is None:
+            return operator(*inputs, self.starting_state(state, n_sequences), cu_seqlens)
+        fresh = self.starting_state(None, n_sequences)
+        fresh = zero_state(inputs[0], cu_seqlens) if fresh is None else fresh
+        return operator_across(self.across, *inputs, fresh, state, cu_seqlens)
+
     @staticmethod
     def as_state(initial: Tensor) -> Tensor:
         """An initial state (..., N value, N key) as the generation's operator has it."""
         return initial
+
+
+class NormedBlock(nn.Module):
+    """A time mix, a channel mix, and the norms of their inputs. The first has one of its own."""
+
+    def __init__(self, att: nn.Module, ffn: nn.Module, n_embd: int, layer: int):
+        super().__init__()
+        self.ln1 = nn.LayerNorm(n_embd)
+        self.ln2 = nn.LayerNorm(n_embd)
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(n_embd)
+        self.att, self.ffn = att, ffn
+        self.is_first = layer == 0
 
 
 class RecurrentModel(LanguageModel):

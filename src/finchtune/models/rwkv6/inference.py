@@ -42,7 +42,7 @@ class CompiledBlock:
         block = self.block
         att_shift, wkv, ffn_shift = state or (None, None, None)
         att_shift, ffn_shift = filled(att_shift, rows.count), filled(ffn_shift, rows.count)
-        if block.first:
+        if block.is_first:
             x = block.ln0(x)
         normed = block.ln1(x)
         y, wkv = self.time_mix(normed, rows, att_shift, wkv)

@@ -1,30 +1,15 @@
 """How every tensor of a new RWKV-6 starts. One table, in the order of the weight file."""
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from finchtune.models.init import init_all, row
 from finchtune.models.rwkv6.model import RWKV6, ChannelMix, TimeMix
 
 
-@torch.no_grad()
 def init_weights(model: RWKV6, seed: int | None = None) -> RWKV6:
     """Initialise all tensors for training from scratch, reproducibly when `seed` is given."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    config = model.config
-    nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, TimeMix):
-            _init_time_mix(module)
-        elif isinstance(module, ChannelMix):
-            _init_channel_mix(module)
-    ratio = config.vocab_size / config.n_embd
-    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(1.0, ratio)))
+    init_all(model, {TimeMix: _init_time_mix, ChannelMix: _init_channel_mix}, seed)
     return model
 
 
@@ -35,16 +20,16 @@ def _init_time_mix(att: TimeMix) -> None:
     delta = torch.arange(C) / C
     n = torch.arange(C) / max(1, C - 1)
 
-    att.time_maa_x.copy_(_row(1 - delta**q))
-    att.time_maa_w.copy_(_row(1 - delta**q))
-    att.time_maa_k.copy_(_row(1 - delta**q))
-    att.time_maa_v.copy_(_row(1 - (delta**q + 0.3 * rho)))
-    att.time_maa_r.copy_(_row(1 - delta ** (q / 2)))
-    att.time_maa_g.copy_(_row(1 - delta ** (q / 2)))
+    att.time_maa_x.copy_(row(1 - delta**q))
+    att.time_maa_w.copy_(row(1 - delta**q))
+    att.time_maa_k.copy_(row(1 - delta**q))
+    att.time_maa_v.copy_(row(1 - (delta**q + 0.3 * rho)))
+    att.time_maa_r.copy_(row(1 - delta ** (q / 2)))
+    att.time_maa_g.copy_(row(1 - delta ** (q / 2)))
     nn.init.zeros_(att.time_maa_w1)
     nn.init.uniform_(att.time_maa_w2, -0.01, 0.01)
 
-    att.time_decay.copy_(_row(-6 + 5 * n ** (0.7 + 1.3 * rho)))
+    att.time_decay.copy_(row(-6 + 5 * n ** (0.7 + 1.3 * rho)))
     nn.init.zeros_(att.time_decay_w1)
     nn.init.uniform_(att.time_decay_w2, -0.01, 0.01)
     zigzag = ((torch.arange(C) + 1) % 3 - 1) * 0.1
@@ -62,12 +47,8 @@ def _init_time_mix(att: TimeMix) -> None:
 def _init_channel_mix(ffn: ChannelMix) -> None:
     C, L, layer = ffn.config.n_embd, ffn.config.n_layer, ffn.layer
     blend = 1 - (torch.arange(C) / C) ** (1 - layer / L)
-    ffn.time_maa_k.copy_(_row(blend))
-    ffn.time_maa_r.copy_(_row(blend))
+    ffn.time_maa_k.copy_(row(blend))
+    ffn.time_maa_r.copy_(row(blend))
     nn.init.orthogonal_(ffn.key.weight, gain=1.0)
     nn.init.zeros_(ffn.receptance.weight)
     nn.init.zeros_(ffn.value.weight)
-
-
-def _row(vector: Tensor) -> Tensor:
-    return vector.view(1, 1, -1)

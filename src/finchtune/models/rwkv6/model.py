@@ -14,10 +14,10 @@ from finchtune.distributed.context import ContextGroup
 from finchtune.models.recompute import recomputed
 from finchtune.models.recurrent import (
     BlockState,
+    NormedBlock,
     RecurrentModel,
     State,
     WKVMix,
-    count,
     token_before,
 )
 from finchtune.models.rwkv6.config import ModelConfig
@@ -30,7 +30,6 @@ from finchtune.ops.elementwise import (
     sigmoid_gate,
     squared_relu,
 )
-from finchtune.ops.wkv import zero_state
 from finchtune.ops.wkv6 import wkv6
 
 
@@ -84,7 +83,6 @@ class TimeMix(WKVMix):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, C) -> output (B, T, C), last inputs (S, C), WKV state (S, H, N, N)."""
         B, T, C = x.shape
-        n_sequences = count(x, cu_seqlens)
         before, shift = token_before(self.context, x, shift, cu_seqlens)
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, before, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
@@ -94,13 +92,7 @@ class TimeMix(WKVMix):
         heads = (B, T, self.config.n_head, self.config.head_size)
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         inputs = r, k, v, w, self.time_faaaa
-        if self.across is not None:
-            fresh = self.starting_state(None, n_sequences)
-            fresh = zero_state(r, cu_seqlens) if fresh is None else fresh
-            y, state = wkv6_across(self.across, *inputs, fresh, state, cu_seqlens)
-        else:
-            state = self.starting_state(state, n_sequences)
-            y, state = wkv6(*inputs, state, cu_seqlens)
+        y, state = self.recall(wkv6, wkv6_across, inputs, state, cu_seqlens)
         y = self.ln_x(y.reshape(B * T, C), self.gate(x_g).view(B * T, C)).view(B, T, C)
         return self.output(y), shift, state
 
@@ -131,24 +123,20 @@ class ChannelMix(nn.Module):
         return sigmoid_gate(self.receptance(x_r), k), shift
 
 
-class Block(nn.Module):
+class Block(NormedBlock):
     """x += time mix(ln1 x); x += channel mix(ln2 x). The first block normalises its input too."""
 
+    att: TimeMix
+    ffn: ChannelMix
+
     def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
-        self.first = layer == 0
+        super().__init__(TimeMix(config, layer), ChannelMix(config, layer), config.n_embd, layer)
 
     def forward(
         self, x: Tensor, state: BlockState | None, cu_seqlens: Tensor | None = None
     ) -> tuple[Tensor, BlockState]:
         att_shift, wkv, ffn_shift = state or (None, None, None)
-        if self.first:
+        if self.is_first:
             x = self.ln0(x)
         y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, cu_seqlens)
         x = x + y

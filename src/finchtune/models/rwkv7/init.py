@@ -8,26 +8,13 @@ import math
 import torch
 from torch import Tensor, nn
 
+from finchtune.models.init import init_all, row
 from finchtune.models.rwkv7.model import RWKV7, ChannelMix, TimeMix
 
 
-@torch.no_grad()
 def init_weights(model: RWKV7, seed: int | None = None) -> RWKV7:
     """Initialise all tensors for training from scratch, reproducibly when `seed` is given."""
-    if seed is not None:
-        torch.manual_seed(seed)
-    config = model.config
-    nn.init.uniform_(model.emb.weight, -1e-4, 1e-4)
-    for module in model.modules():
-        if isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, TimeMix):
-            _init_time_mix(module)
-        elif isinstance(module, ChannelMix):
-            _init_channel_mix(module)
-    ratio = config.vocab_size / config.n_embd
-    nn.init.orthogonal_(model.head.weight, gain=0.5 * math.sqrt(max(1.0, ratio)))
+    init_all(model, {TimeMix: _init_time_mix, ChannelMix: _init_channel_mix}, seed)
     return model
 
 
@@ -44,16 +31,16 @@ def _init_time_mix(att: TimeMix) -> None:
 
     for powers, names in ((0.2, "rg"), (0.9, "wa"), (0.7, "kv")):
         for name in names:
-            getattr(att, f"x_{name}").copy_(_row(1 - delta ** (powers * q)))
-    att.w0.copy_(_row(-6 + 6 * n ** (1 + rho**0.3) + 0.5 + 2.5 * zig))
-    att.a0.copy_(_row(-0.19 + 0.3 * zig + 0.4 * lin))
+            getattr(att, f"x_{name}").copy_(row(1 - delta ** (powers * q)))
+    att.w0.copy_(row(-6 + 6 * n ** (1 + rho**0.3) + 0.5 + 2.5 * zig))
+    att.a0.copy_(row(-0.19 + 0.3 * zig + 0.4 * lin))
     if hasattr(att, "v0"):
-        att.v0.copy_(_row(0.73 - 0.4 * lin))
+        att.v0.copy_(row(0.73 - 0.4 * lin))
     for name in "wavg":
         if hasattr(att, f"{name}1"):
             nn.init.zeros_(getattr(att, f"{name}1"))
             _init_orthogonal(getattr(att, f"{name}2"), 0.1)
-    att.k_k.copy_(_row(0.71 - 0.1 * lin))
+    att.k_k.copy_(row(0.71 - 0.1 * lin))
     nn.init.constant_(att.k_a, 1.02)
     nn.init.constant_(att.r_k, -0.04)
 
@@ -69,7 +56,7 @@ def _init_time_mix(att: TimeMix) -> None:
 def _init_channel_mix(ffn: ChannelMix) -> None:
     C, L, layer = ffn.config.n_embd, ffn.config.n_layer, ffn.layer
     bound = 0.5 / math.sqrt(C)
-    ffn.x_k.copy_(_row(1 - (torch.arange(C) / C) ** ((1 - layer / L) ** 4)))
+    ffn.x_k.copy_(row(1 - (torch.arange(C) / C) ** ((1 - layer / L) ** 4)))
     nn.init.uniform_(ffn.key.weight, -bound, bound)
     nn.init.zeros_(ffn.value.weight)
 
@@ -78,7 +65,3 @@ def _init_orthogonal(matrix: Tensor, gain: float) -> None:
     """Orthogonal; a matrix of more rows than columns is larger by the root of their ratio."""
     rows, columns = matrix.shape
     nn.init.orthogonal_(matrix, gain=gain * math.sqrt(max(1.0, rows / columns)))
-
-
-def _row(vector: Tensor) -> Tensor:
-    return vector.view(1, 1, -1)

@@ -15,10 +15,10 @@ from finchtune.distributed.context import ContextGroup
 from finchtune.models.recompute import recomputed
 from finchtune.models.recurrent import (
     BlockState,
+    NormedBlock,
     RecurrentModel,
     State,
     WKVMix,
-    count,
     token_before,
 )
 from finchtune.models.rwkv7.config import ModelConfig
@@ -31,7 +31,6 @@ from finchtune.ops.elementwise import (
     squared_relu,
     value_residual,
 )
-from finchtune.ops.wkv import zero_state
 from finchtune.ops.wkv7 import wkv7
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -146,13 +145,7 @@ class TimeMix(WKVMix):
         self, inputs: Inputs, state: Tensor | None, cu_seqlens: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The recurrence over r, k, v, w, a, b (B, T, H, N), from the initial or a given state."""
-        n_sequences = count(inputs[0], cu_seqlens)
-        if self.across is None:
-            state = self.starting_state(state, n_sequences)
-            return wkv7(*inputs, state, cu_seqlens)
-        fresh = self.starting_state(None, n_sequences)
-        fresh = zero_state(inputs[0], cu_seqlens) if fresh is None else fresh
-        return wkv7_across(self.across, *inputs, fresh=fresh, given=state, cu_seqlens=cu_seqlens)
+        return self.recall(wkv7, wkv7_across, inputs, state, cu_seqlens)
 
 
 class ChannelMix(nn.Module):
@@ -177,18 +170,14 @@ class ChannelMix(nn.Module):
         return self.value(squared_relu(self.key(x_k))), shift
 
 
-class Block(nn.Module):
+class Block(NormedBlock):
     """x += time mix(ln1 x); x += channel mix(ln2 x). The first block normalises its input too."""
 
+    att: TimeMix
+    ffn: ChannelMix
+
     def __init__(self, config: ModelConfig, layer: int):
-        super().__init__()
-        self.ln1 = nn.LayerNorm(config.n_embd)
-        self.ln2 = nn.LayerNorm(config.n_embd)
-        if layer == 0:
-            self.ln0 = nn.LayerNorm(config.n_embd)
-        self.att = TimeMix(config, layer)
-        self.ffn = ChannelMix(config, layer)
-        self.is_first = layer == 0
+        super().__init__(TimeMix(config, layer), ChannelMix(config, layer), config.n_embd, layer)
 
     def forward(
         self,
