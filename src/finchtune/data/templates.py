@@ -226,7 +226,7 @@ def from_record(record: Any, where: str = "template") -> Template:
             )
         if key == "blank_lines":
             if not isinstance(value, bool):
-                raise UserError(f"{where}: {key!r} must be true or false")
+                raise DataError(f"{where}: {key!r} must be true or false")
             continue
         strings = value if key == "stop" else [value]
         if not isinstance(strings, list) or not all(isinstance(text, str) for text in strings):
