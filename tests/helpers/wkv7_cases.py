@@ -3,13 +3,14 @@
 from functools import lru_cache
 
 import torch
-from helpers.wkv import evaluate
+from helpers.wkv import errors, evaluate
 from torch.nn.functional import normalize, softplus
 
 from finchtune.ops.wkv7 import wkv7_reference
 
 REGIMES = ["typical", "weak", "strong", "alike"]
 NAMES = ["y", "state", "dr", "dk", "dv", "dw", "da", "db", "dstate"]
+FP32_TOLERANCE = 3e-6  # of the largest value
 
 
 def make_inputs(regime, B, T, H, N, n_sequences=None):
@@ -40,6 +41,11 @@ def in_dtype(inputs, dtype):
     return [
         x.to(dtype if i in (0, 1, 2, 3, 4, 5, 7) else torch.float32) for i, x in enumerate(inputs)
     ]
+
+
+def assert_close(got, exact, tolerance=FP32_TOLERANCE):
+    found = errors(NAMES, got, exact)
+    assert all(error <= tolerance for error in found.values()), found
 
 
 def rms(got, exact):

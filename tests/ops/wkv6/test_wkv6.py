@@ -148,37 +148,6 @@ def test_strided_inputs_and_gradients(kernels):
         torch.testing.assert_close(got, exact, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("wanted", range(6))
-@pytest.mark.parametrize("output", [0, 1])
-def test_one_input_and_one_output_alone(kernels, wanted, output):
-    inputs, _ = oracle("typical", 1, 17, 2, 16)
-    results = []
-    for form, dtype in ((wkv6, torch.float32), (wkv6_reference, torch.float64)):
-        leaves = [x.to(dtype) for x in inputs[:6]]
-        leaves[wanted].requires_grad_()
-        out = form(*leaves)[output]
-        weight = inputs[6 + output].to(dtype)
-        results.append(
-            torch.autograd.grad((out * weight).sum(), leaves[wanted], allow_unused=True)[0]
-            if out.requires_grad
-            else None
-        )
-    got, exact = results
-    if exact is None:  # the final state depends on neither r nor u
-        assert got is None or not got.any()
-    else:
-        assert (got - exact).abs().max() <= FP32_TOLERANCE * exact.abs().max()
-
-
-def test_thread_count_changes_no_bit(kernels):
-    inputs = in_dtype(make_inputs("typical", 2, 65, 3, 32), torch.float32)
-    results = []
-    for n in (1, 2):
-        torch.set_num_threads(n)
-        results.append(evaluate(wkv6, inputs))
-    assert all(map(torch.equal, *results))
-
-
 def test_decays_beyond_fp32_range(kernels):
     """exp(w) may overflow or vanish: the state is cleared, or kept, and no gradient is NaN."""
     r, k, v, w, u, state, *gradients = in_dtype(make_inputs("weak", 1, 9, 1, 8), torch.float32)
