@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers.support import every_generation, small_model, whole_state
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from finchtune import distributed
 from finchtune.adapters import attach
@@ -276,37 +275,3 @@ def test_golden_loss_curve():
         losses.append(engine.step([Batch(rows[:, :-1], rows[:, 1:])], 1e-2 * 0.9**step).loss)
     engine.close()
     assert losses == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-5)
-
-
-class Waits(TorchDispatchMode):
-    """Counts the reads of single values, for each of which a GPU would be waited."""
-
-    def __init__(self):
-        super().__init__()
-        self.reads = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.reads.append(args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_step_reads_no_value_but_all_at_its_end(stage, monkeypatch):
-    """Its own reads are of labels, on a CPU always; DeepSpeed's two say whether to skip."""
-    model = attach(small_model(), "bone", r=8)
-    engine = Engine(model, settings(strategy=f"deepspeed_stage_{stage}"), CPU)
-    first, second = batches(2)
-    engine.step(first, 1e-2)
-    in_all, deepspeeds, step = Waits(), Waits(), engine.ds.step
-
-    def counted():
-        with deepspeeds:
-            step()
-
-    monkeypatch.setattr(engine.ds, "step", counted)
-    with in_all:
-        engine.step(second, 1e-2)
-    engine.close()
-    assert len(deepspeeds.reads) <= 2
-    assert in_all.reads == [torch.int64, *deepspeeds.reads]
