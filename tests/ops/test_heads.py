@@ -17,6 +17,10 @@ def path(request, kernels):
         yield request.param
 
 
+def value_residual_of(v, first, gate):
+    return value_residual(v, first, gate, HEADS)
+
+
 def removal_of(k, rate, k_k, k_a):
     return removal(k, rate, k_k, k_a, HEADS)
 
@@ -28,9 +32,9 @@ def bonus_norm(y, r, k, v, gate, weight, bias, r_k):
     return norm(y, r, k, v, gate, r_k)
 
 
-# A head is 20 or 24 channels: whole vectors and a rest, for every width of vector.
+# A head is 15, 20 or 24 channels: whole vectors and a rest, for every width of vector.
 CASES = {
-    "value residual": (value_residual, [(2, 7, 45)] * 3, 3),
+    "value residual": (value_residual_of, [(2, 7, 45)] * 3, 3),
     "removal": (removal_of, [(2, 7, 60)] * 2 + [(1, 1, 60)] * 2, 2),
     "bonus norm": (bonus_norm, [(9, 72)] * 5 + [(72,), (72,), (HEADS, 24)], 5),
 }

@@ -112,7 +112,7 @@ def fits_kernel(r: Tensor) -> bool:
 def by_kernel(operator: str, r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """y and the new state by a compiled operator; its last input is cu_seqlens, or None.
 
-    Rows are in one dtype, all else in fp32.
+    Rows are in one dtype, the state is in fp32.
     """
     *tensors, cu_seqlens = r, *others
     if cu_seqlens is not None:

@@ -129,7 +129,7 @@ class TimeMix(WKVMix):
         if first is None or mix is None:
             first = v
         else:
-            v = value_residual(v, first, mix)
+            v = value_residual(v, first, mix, self.config.n_head)
         k, a, b = removal(k, rate, self.k_k, self.k_a, self.config.n_head)
         heads = (*r.shape[:2], self.config.n_head, self.config.head_size)
         r, k, v, w, a, b = (x.view(heads) for x in (r, k, v, w, a, b))

@@ -79,11 +79,11 @@ def rounded(gradients: list[Tensor], weights: tuple[Tensor, ...]) -> list[Tensor
     return [d.to(x.dtype) for d, x in zip(gradients, weights, strict=True)]
 
 
-def value_residual(v: Tensor, first: Tensor, gate: Tensor) -> Tensor:
-    """v + (first - v) sigmoid(gate), of any shape (..., C)."""
+def value_residual(v: Tensor, first: Tensor, gate: Tensor, heads: int) -> Tensor:
+    """v + (first - v) sigmoid(gate), of any shape (..., C). Threads share the `heads` out."""
     if fits_cpu(v, first, gate):
         rows = (x.flatten(0, -2) for x in (v, first, gate))
-        return ValueResidual.apply(1, *rows).view(v.shape)
+        return ValueResidual.apply(heads, *rows).view(v.shape)
     return v + (first - v) * torch.sigmoid(gate)
 
 
