@@ -59,6 +59,18 @@ class Told(NamedTuple):
     rescale: int = RESCALE
 
 
+def fla_entries(told: Told, of_layer: Callable[[int], list[Entry]]) -> list[Entry]:
+    """All tensors of fla's form, `of_layer` those of a layer besides its norms."""
+    found = [Entry("model.embeddings.weight", ("emb.weight",))]
+    for layer in range(told.n_layer):
+        ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
+        pairs = {"attn_norm": "ln1", "ffn_norm": "ln2", "attn.g_norm": "att.ln_x"}
+        pairs |= {"pre_norm": "ln0"} if layer == 0 else {}
+        found += norms({f"{theirs}.{norm}": f"{ours}.{own}" for norm, own in pairs.items()})
+        found += of_layer(layer)
+    return [*found, *norms({"model.norm": "ln_out"}), Entry("lm_head.weight", ("head.weight",))]
+
+
 class Naming(NamedTuple):
     """Names of modules and tensors in a form, where every one of ours is one of theirs."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.models.layouts import Entry, Told, flat, norms, reshaped, swapped
+from finchtune.models.layouts import Entry, flat, reshaped, swapped
 from finchtune.models.rwkv6.config import ModelConfig
 
 OURS, THEIRS = "wkvrg", "rwkvg"
@@ -20,22 +20,11 @@ TO_OURS = [THEIRS.index(part) for part in OURS]
 VALUE_DIVISOR = 8  # the square root of 64e-5 / 1e-5
 
 
-def entries(told: Told) -> list[Entry]:
-    """Every tensor of this form."""
-    found = [Entry("model.embeddings.weight", ("emb.weight",))]
-    for layer in range(told.n_layer):
-        found += layer_entries(layer)
-    return [*found, *norms({"model.norm": "ln_out"}), Entry("lm_head.weight", ("head.weight",))]
-
-
 def layer_entries(layer: int) -> list[Entry]:
-    """The tensors of one layer."""
+    """The tensors of one layer, besides its norms."""
     ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
     a, t = f"{ours}.att", f"{theirs}.attn"
-    pairs = {"attn_norm": "ln1", "ffn_norm": "ln2", "attn.g_norm": "att.ln_x"}
-    pairs |= {"pre_norm": "ln0"} if layer == 0 else {}
-    found = norms({f"{theirs}.{norm}": f"{ours}.{own}" for norm, own in pairs.items()})
-    found += [
+    found = [
         flat(f"{t}.x_proj.0.mu", f"{a}.time_maa_x"),
         reshaped(f"{t}.x_proj.0.linear.weight", f"{a}.time_maa_w1", first_made, first_split),
         reshaped(f"{t}.x_proj.2.weight", f"{a}.time_maa_w2", second_made, second_split),

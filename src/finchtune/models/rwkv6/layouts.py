@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from finchtune.models.layouts import (
     Layout,
     Naming,
     Told,
+    fla_entries,
     flat,
     norms,
     reshaped,
@@ -183,7 +185,12 @@ def hf_check(sizes: ModelConfig) -> None:
 
 
 LAYOUTS = {
-    "fla": Layout(fla.entries, name="RWKV6ForCausalLM", mark="num_heads", told=fla.told),
+    "fla": Layout(
+        partial(fla_entries, of_layer=fla.layer_entries),
+        name="RWKV6ForCausalLM",
+        mark="num_heads",
+        told=fla.told,
+    ),
     "gguf": Layout(
         gguf_entries,
         name="rwkv6",

@@ -2,13 +2,23 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from finchtune.errors import CheckpointError
-from finchtune.models.layouts import Entry, Layout, Told, flat, norms, reshaped, swapped
+from finchtune.models.layouts import (
+    Entry,
+    Layout,
+    Told,
+    fla_entries,
+    flat,
+    norms,
+    reshaped,
+    swapped,
+)
 from finchtune.models.rwkv7.config import ModelConfig
 from finchtune.models.rwkv7.model import MIXED
 
@@ -101,22 +111,11 @@ def gguf_told(sizes: ModelConfig) -> dict[str, Any]:
     }
 
 
-def fla_entries(told: Told) -> list[Entry]:
-    """Source: fla 0.6, fla/models/rwkv7 and fla/layers/rwkv7.py."""
-    found = [Entry("model.embeddings.weight", ("emb.weight",))]
-    for layer in range(told.n_layer):
-        found += fla_layer(layer)
-    return [*found, *norms({"model.norm": "ln_out"}), Entry("lm_head.weight", ("head.weight",))]
-
-
 def fla_layer(layer: int) -> list[Entry]:
-    """The tensors of one layer."""
+    """The tensors of one layer, besides its norms. Source: fla 0.6, fla/layers/rwkv7.py."""
     ours, theirs = f"blocks.{layer}", f"model.layers.{layer}"
     a, t, f = f"{ours}.att", f"{theirs}.attn", f"{theirs}.ffn"
-    pairs = {"attn_norm": "ln1", "ffn_norm": "ln2", "attn.g_norm": "att.ln_x"}
-    pairs |= {"pre_norm": "ln0"} if layer == 0 else {}
-    found = norms({f"{theirs}.{norm}": f"{ours}.{own}" for norm, own in pairs.items()})
-    found += [Entry(f"{t}.x_{mixed}", (f"{a}.x_{mixed}",)) for mixed in MIXED]
+    found = [Entry(f"{t}.x_{mixed}", (f"{a}.x_{mixed}",)) for mixed in MIXED]
     found += [flat(f"{t}.{name}", f"{a}.{name}") for name in ("k_k", "k_a")]
     found.append(Entry(f"{t}.r_k", (f"{a}.r_k",)))
     for part in "wavg" if layer else "wag":
@@ -162,7 +161,11 @@ def fla_check(sizes: ModelConfig) -> None:
 
 LAYOUTS = {
     "fla": Layout(
-        fla_entries, name="RWKV7ForCausalLM", mark="head_dim", told=fla_told, check=fla_check
+        partial(fla_entries, of_layer=fla_layer),
+        name="RWKV7ForCausalLM",
+        mark="head_dim",
+        told=fla_told,
+        check=fla_check,
     ),
     "gguf": Layout(
         gguf_entries,
