@@ -4,12 +4,15 @@ Every token is a row (C) here; the rows of all sequences follow one another. A s
 does not depend on the others, to the last bit, but for adapters that run as they are (products.py).
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from finchtune.models.language_model import LanguageModel
 from finchtune.models.products import NONE, prepared, products
-from finchtune.models.recurrent import State
+from finchtune.models.recurrent import BlockState, State, filled
 from finchtune.ops.kernels import fits_cpu
 
 
@@ -47,6 +50,30 @@ class CompiledModel:
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, C) -> (rows, V)."""
         return products([hidden], [self.head], [NONE])[0]
+
+
+class CompiledBlock:
+    """One block, by the compiled forms of its time mix and its channel mix."""
+
+    def __init__(self, block: Any, time_mix: Callable[..., Any], channel_mix: Callable[..., Any]):
+        self.block, self.time_mix, self.channel_mix = block, time_mix, channel_mix
+
+    def __call__(self, x: Tensor, rows: "Rows", state: BlockState | None, *more: Any) -> Any:
+        """x (rows, C) and the states before -> the same two after the block.
+
+        `more` the time mix takes from the block before, and returns for the next one.
+        """
+        block = self.block
+        att_shift, wkv, ffn_shift = state or (None, None, None)
+        att_shift, ffn_shift = filled(att_shift, rows.count), filled(ffn_shift, rows.count)
+        if block.is_first:
+            x = block.ln0(x)
+        normed = block.ln1(x)
+        y, wkv, *more = self.time_mix(normed, rows, att_shift, wkv, *more)
+        x = x + y
+        normed_2 = block.ln2(x)
+        x = x + self.channel_mix(normed_2, rows, ffn_shift)
+        return x, BlockState(rows.last(normed), wkv, rows.last(normed_2)), *more
 
 
 class Rows:

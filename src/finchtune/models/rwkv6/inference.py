@@ -3,14 +3,15 @@
 The model's formulas are those of `model.py`.
 """
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from finchtune.models.compiled import CompiledModel, Rows
+from finchtune.models.compiled import CompiledBlock, CompiledModel, Rows
 from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
-from finchtune.models.recurrent import BlockState, State, filled
+from finchtune.models.recurrent import State
 from finchtune.models.rwkv6.model import RWKV6, Block, ChannelMix, TimeMix
 
 
@@ -19,7 +20,10 @@ class CompiledRWKV6(CompiledModel):
 
     def __init__(self, model: RWKV6):
         super().__init__(model)
-        self.blocks = [CompiledBlock(cast(Block, block)) for block in model.blocks]
+        self.blocks = [
+            CompiledBlock(block, CompiledTimeMix(block.att), CompiledChannelMix(block.ffn))
+            for block in cast(Iterable[Block], model.blocks)
+        ]
 
     def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
         new_state = []
@@ -27,29 +31,6 @@ class CompiledRWKV6(CompiledModel):
             x, block_state = block(x, rows, state[layer] if state else None)
             new_state.append(block_state)
         return x, new_state
-
-
-class CompiledBlock:
-    """One block."""
-
-    def __init__(self, block: Block):
-        self.block = block
-        self.time_mix, self.channel_mix = CompiledTimeMix(block.att), CompiledChannelMix(block.ffn)
-
-    def __call__(
-        self, x: Tensor, rows: Rows, state: BlockState | None
-    ) -> tuple[Tensor, BlockState]:
-        block = self.block
-        att_shift, wkv, ffn_shift = state or (None, None, None)
-        att_shift, ffn_shift = filled(att_shift, rows.count), filled(ffn_shift, rows.count)
-        if block.is_first:
-            x = block.ln0(x)
-        normed = block.ln1(x)
-        y, wkv = self.time_mix(normed, rows, att_shift, wkv)
-        x = x + y
-        normed_2 = block.ln2(x)
-        x = x + self.channel_mix(normed_2, rows, ffn_shift)
-        return x, BlockState(rows.last(normed), wkv, rows.last(normed_2))
 
 
 class CompiledTimeMix:

@@ -3,14 +3,15 @@
 The model's formulas are those of `model.py`, which has the element-wise ones for both.
 """
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from finchtune.models.compiled import CompiledModel, Rows
+from finchtune.models.compiled import CompiledBlock, CompiledModel, Rows
 from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
-from finchtune.models.recurrent import BlockState, State, filled
+from finchtune.models.recurrent import State
 from finchtune.models.rwkv7.model import MIXED, RWKV7, Block, ChannelMix, TimeMix
 
 
@@ -19,37 +20,17 @@ class CompiledRWKV7(CompiledModel):
 
     def __init__(self, model: RWKV7):
         super().__init__(model)
-        self.blocks = [CompiledBlock(cast(Block, block)) for block in model.blocks]
+        self.blocks = [
+            CompiledBlock(block, CompiledTimeMix(block.att), CompiledChannelMix(block.ffn))
+            for block in cast(Iterable[Block], model.blocks)
+        ]
 
     def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
         first, new_state = None, []
         for layer, block in enumerate(self.blocks):
-            x, first, block_state = block(x, first, rows, state[layer] if state else None)
+            x, block_state, first = block(x, rows, state[layer] if state else None, first)
             new_state.append(block_state)
         return x, new_state
-
-
-class CompiledBlock:
-    """One block."""
-
-    def __init__(self, block: Block):
-        self.block = block
-        self.time_mix, self.channel_mix = CompiledTimeMix(block.att), CompiledChannelMix(block.ffn)
-
-    def __call__(
-        self, x: Tensor, first: Tensor | None, rows: Rows, state: BlockState | None
-    ) -> tuple[Tensor, Tensor, BlockState]:
-        block = self.block
-        att_shift, wkv, ffn_shift = state or (None, None, None)
-        att_shift, ffn_shift = filled(att_shift, rows.count), filled(ffn_shift, rows.count)
-        if block.is_first:
-            x = block.ln0(x)
-        normed = block.ln1(x)
-        y, first, wkv = self.time_mix(normed, first, rows, att_shift, wkv)
-        x = x + y
-        normed_2 = block.ln2(x)
-        x = x + self.channel_mix(normed_2, rows, ffn_shift)
-        return x, first, BlockState(rows.last(normed), wkv, rows.last(normed_2))
 
 
 class CompiledTimeMix:
@@ -68,12 +49,14 @@ class CompiledTimeMix:
     def __call__(
         self,
         x: Tensor,
-        first: Tensor | None,
         rows: Rows,
         shift: Tensor | None,
         state: Tensor | None,
+        first: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x (rows, C), the rows before and the state of each sequence -> output, new state."""
+        """x (rows, C), the rows before and the state of each sequence, the first block's values
+        -> output, new state, these values.
+        """
         att, mixed = self.att, rows.batch(x)
         mixtures = torch.ops.finchtune.token_mix(mixed, shift, rows.cu_seqlens, self.blends)
         x_r, x_w, x_k, x_v, x_a, x_g = mixtures
@@ -92,7 +75,7 @@ class CompiledTimeMix:
         inputs, first = att.memory_inputs(r, k, v, decay, rate, mix, first)
         y, state = att.wkv(inputs, state, rows.cu_seqlens)
         y = att.read_out(y, inputs, up["g"])
-        return products([y.flatten(0, 1)], [self.output], [NONE])[0], first, state
+        return products([y.flatten(0, 1)], [self.output], [NONE])[0], state, first
 
 
 class CompiledChannelMix:
