@@ -1,4 +1,4 @@
-"""The WKV operators of all generations as torch's: single gradients, autocast, compiling."""
+"""What the WKV operators of all generations do alike: states, packing, and as torch's operators."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import wkv6_cases, wkv7_cases
-from helpers.wkv import evaluate, one_thread
+from helpers.wkv import CPU_PATHS, evaluate, named_form, one_thread
 
 from finchtune.ops.wkv6 import wkv6, wkv6_chunked, wkv6_reference
 from finchtune.ops.wkv7 import wkv7, wkv7_chunked, wkv7_reference
@@ -14,18 +14,19 @@ from finchtune.ops.wkv7 import wkv7, wkv7_chunked, wkv7_reference
 
 @dataclass
 class Operator:
-    """An operator in its forms, the number of its inputs, and cases for it."""
+    """An operator in its forms, its numbers of (B, T, H, N) and of all inputs, and cases for it."""
 
     fastest: Any
     chunked: Any
     reference: Any
+    n_rows: int
     n_inputs: int
     cases: Any
 
 
 OPERATORS = {
-    "wkv6": Operator(wkv6, wkv6_chunked, wkv6_reference, 6, wkv6_cases),
-    "wkv7": Operator(wkv7, wkv7_chunked, wkv7_reference, 7, wkv7_cases),
+    "wkv6": Operator(wkv6, wkv6_chunked, wkv6_reference, 4, 6, wkv6_cases),
+    "wkv7": Operator(wkv7, wkv7_chunked, wkv7_reference, 6, 7, wkv7_cases),
 }
 every_operator = pytest.mark.parametrize("name", OPERATORS)
 
@@ -34,6 +35,69 @@ every_operator = pytest.mark.parametrize("name", OPERATORS)
 def quiet():
     with one_thread():
         yield
+
+
+@pytest.fixture
+def form(request, name):
+    """The operator by the named form; the CPU kernel's forms where this processor has them."""
+    one = OPERATORS[name]
+    with named_form(request, one.fastest, one.chunked) as named:
+        yield named
+
+
+every_form = pytest.mark.parametrize("form", ["chunked", *CPU_PATHS], indirect=True)
+
+
+def of_tokens(name, inputs, tokens):
+    """Some tokens of the inputs, and those that every token has."""
+    n_rows = OPERATORS[name].n_rows
+    return [*(x[:, tokens] for x in inputs[:n_rows]), *inputs[n_rows:]]
+
+
+@every_operator
+@every_form
+def test_packed_sequences(form, name):
+    """Packed sequences (one of one token, one empty) equal separate ones, each with its state."""
+    one, bounds = OPERATORS[name], [0, 70, 71, 71, 200]
+    inputs = one.cases.make_inputs("typical", 1, 200, 2, 32, n_sequences=4)
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    exact = evaluate(one.reference, inputs, cu_seqlens)
+    inputs = one.cases.in_dtype(inputs, torch.float32)
+    one.cases.assert_close(evaluate(form, inputs, cu_seqlens), exact)
+    *others, state = inputs[: one.n_inputs]
+    y, new_state = form(*others, state, cu_seqlens)
+    for i in (0, 1, 3):
+        part = slice(bounds[i], bounds[i + 1])
+        own = form(*of_tokens(name, others, part), state[i : i + 1])
+        torch.testing.assert_close((y[:, part], new_state[i : i + 1]), own)
+    assert torch.equal(new_state[2], state[2])
+
+
+@every_operator
+@every_form
+def test_a_sequence_in_parts_equals_the_whole(form, name):
+    """Through the state that one call returns and the next one takes, gradients included."""
+    cases = OPERATORS[name].cases
+    inputs, exact = cases.oracle("typical", 2, 65, 2, 32)
+
+    def in_parts(*arguments):
+        *others, state, _ = arguments
+        outputs = []
+        for part in (slice(0, 1), slice(1, 40), slice(40, 65)):
+            y, state = form(*of_tokens(name, others, part), state)
+            outputs.append(y)
+        return torch.cat(outputs, dim=1), state
+
+    cases.assert_close(evaluate(in_parts, cases.in_dtype(inputs, torch.float32)), exact)
+
+
+@every_operator
+@every_form
+def test_no_state_is_the_zero_state(form, name):
+    cases = OPERATORS[name].cases
+    inputs = cases.in_dtype(cases.make_inputs("typical", 2, 9, 2, 16), torch.float32)
+    *others, state, _, _ = inputs
+    assert all(map(torch.equal, form(*others), form(*others, torch.zeros_like(state))))
 
 
 @pytest.mark.parametrize(

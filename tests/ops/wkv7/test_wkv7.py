@@ -64,45 +64,6 @@ def test_chunked_is_exact_in_float64(regime, T):
 
 
 @every_form
-def test_packed_sequences(form):
-    """Packed sequences (one of one token, one empty) equal separate ones, each with its state."""
-    bounds = [0, 70, 71, 71, 200]
-    inputs = make_inputs("typical", 1, 200, 2, 32, n_sequences=4)
-    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    exact = evaluate(wkv7_reference, inputs, cu_seqlens)
-    assert_close(evaluate(form, in_dtype(inputs, torch.float32), cu_seqlens), exact)
-    *rows, state, _, _ = in_dtype(inputs, torch.float32)
-    y, new_state = form(*rows, state, cu_seqlens)
-    for i in (0, 1, 3):
-        part = slice(bounds[i], bounds[i + 1])
-        own = form(*(x[:, part] for x in rows), state[i : i + 1])
-        torch.testing.assert_close((y[:, part], new_state[i : i + 1]), own)
-    assert torch.equal(new_state[2], state[2])
-
-
-@every_form
-def test_a_sequence_in_parts_equals_the_whole(form):
-    """Through the state that one call returns and the next one takes, gradients included."""
-    inputs, exact = oracle("typical", 2, 65, 2, 32)
-
-    def in_parts(*arguments):
-        *rows, state, _ = arguments
-        outputs = []
-        for part in (slice(0, 1), slice(1, 40), slice(40, 65)):
-            y, state = form(*(x[:, part] for x in rows), state)
-            outputs.append(y)
-        return torch.cat(outputs, dim=1), state
-
-    assert_close(evaluate(in_parts, in_dtype(inputs, torch.float32)), exact)
-
-
-@every_form
-def test_no_state_is_the_zero_state(form):
-    *rows, state, _, _ = in_dtype(make_inputs("typical", 2, 9, 2, 16), torch.float32)
-    assert all(map(torch.equal, form(*rows), form(*rows, torch.zeros_like(state))))
-
-
-@every_form
 @pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
 def test_long_sequences(form, regime):
