@@ -1,5 +1,6 @@
 """What several tests need: small models, another runtime's logits, running train.py."""
 
+import gc
 import itertools
 import json
 import os
@@ -57,9 +58,13 @@ def rwkv_package(path: Path):
     sys.modules.pop("rwkv.model", None)
     from rwkv.model import RWKV
 
-    if number == 7:
-        return RWKV(str(path.with_suffix("")), "cpu fp32")
-    return RWKV(str(path), "cpu fp32", verbose=False)
+    gc.freeze()  # it collects garbage after every tensor, and a test process has much to look at
+    try:
+        if number == 7:
+            return RWKV(str(path.with_suffix("")), "cpu fp32")
+        return RWKV(str(path), "cpu fp32", verbose=False)
+    finally:
+        gc.unfreeze()
 
 
 def rwkv_package_logits(path: Path, tokens: list[int]) -> torch.Tensor:
