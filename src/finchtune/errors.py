@@ -132,6 +132,8 @@ def from_system(error: Exception) -> UserError | None:
     if isinstance(error, OSError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename is not None else ""
         return UserError(f"{where}{error.strerror or error}")
+    if isinstance(error, UnicodeEncodeError):  # half a character, out of JSON or YAML
+        return UserError(f"{error.object[:60]!a} is no text that a file can be named")
     return None
 
 
@@ -143,13 +145,15 @@ def run_cli(
     So does what the system refuses: a file, memory, a full disk. Anything else is a fault of
     finchtune itself and keeps its traceback.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, for the process's life
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # whatever characters the terminal lacks
             stream.reconfigure(errors="backslashreplace")
     try:
         status = main()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output, such as head, has seen enough
@@ -170,5 +174,4 @@ def run_cli(
 
 def drop_output() -> None:
     """Send what standard output still holds nowhere: it cannot be written."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

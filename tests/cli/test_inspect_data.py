@@ -57,6 +57,8 @@ def test_colour_can_be_asked_for(run, corpus):
         (["--data_file", "nowhere"], "nowhere.idx: No such file"),
         (["--tokenizer", "bytes", "--vocab_size", "100"], "has 256 tokens, but the model only 100"),
         (["--ctx_len", "0"], "--ctx_len must be at least 1"),
+        (["--ctx_len", "9" * 20], "and at most 2,147,483,648"),
+        (["--vocab_size", "9" * 20], "--vocab_size must be at least 1 and at most 16,777,216"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_status_2(run, corpus, arguments, message):

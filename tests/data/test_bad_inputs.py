@@ -287,3 +287,13 @@ def test_a_damaged_parquet_is_told(tmp_path, content):
     (tmp_path / "a.parquet").write_bytes(content)
     told = message_of(prepare, [str(tmp_path / "a.parquet")], str(tmp_path / "out"), RECIPE)
     assert "a.parquet: not a readable .parquet" in told
+
+
+def test_a_parquet_whose_text_is_no_utf_8_is_told(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    place = pyarrow.py_buffer((0).to_bytes(4, "little") + (1).to_bytes(4, "little"))
+    text = pyarrow.StringArray.from_buffers(1, place, pyarrow.py_buffer(b"\xff"))
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "a.parquet")
+    told = message_of(prepare, [str(tmp_path / "a.parquet")], str(tmp_path / "out"), RECIPE)
+    assert "a.parquet: not a readable .parquet" in told

@@ -20,6 +20,8 @@ from finchtune.errors import UserError, printable
 from finchtune.tokenizer import load_tokenizer
 
 MOST_USED = 10
+MOST_TOKENS = 2**31  # of a context
+MOST_IDS = 2**24  # of a vocabulary; a count of 8 bytes for each is made
 
 
 def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
@@ -39,8 +41,12 @@ def parse_flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     flags = parse_flags(arguments)
-    if flags.ctx_len < 1 or flags.samples < 0:
-        raise UserError("--ctx_len must be at least 1, and --samples not below 0")
+    if not 1 <= flags.ctx_len <= MOST_TOKENS or flags.samples < 0:
+        raise UserError(
+            f"--ctx_len must be at least 1 and at most {MOST_TOKENS:,}, --samples not below 0"
+        )
+    if flags.vocab_size is not None and not 1 <= flags.vocab_size <= MOST_IDS:
+        raise UserError(f"--vocab_size must be at least 1 and at most {MOST_IDS:,}")
     prefix = strip_extension(flags.data_file)
     pair = BinIdx(prefix)
     made = read_provenance(prefix, len(pair), pair.n_tokens)

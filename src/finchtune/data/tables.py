@@ -72,5 +72,5 @@ def parquet_rows(path: Path) -> Rows:
         for batch in table.iter_batches(batch_size=ROWS):
             rows = tuple(batch.to_pylist())
             yield rows, size * len(rows) // max(table.metadata.num_rows, 1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a readable .parquet: {error}") from None

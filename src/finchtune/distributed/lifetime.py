@@ -167,7 +167,8 @@ def report_once(error: UserError) -> None:
     Before the processes have met, the first one of each machine prints it.
     """
     if not dist.is_initialized():
-        if os.environ.get("LOCAL_RANK", "0") in ("0", "") or not launched():
+        local = os.environ.get("LOCAL_RANK", "0")
+        if not launched() or not local.isdigit() or int(local) == 0:
             print_error(error)
         return
     store = dist.distributed_c10d._get_default_store()
