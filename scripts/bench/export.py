@@ -2,8 +2,8 @@
 
     python scripts/bench/export.py --size 3B --to gguf --dtype fp16 --repeats 3
 
-Writes random bf16 weights into a temporary folder, and there copies the file and exports it, in
-turns. Wants three times the model's size on the disk. Memory is the exporting process's own,
+Writes random bf16 weights into a temporary folder, and there copies the file and exports it,
+alternately. Wants three times the model's size on the disk. Memory is the exporting process's own,
 without the pages of mapped files. For numbers that mean something the machine has to be idle.
 """
 
