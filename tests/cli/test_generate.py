@@ -102,7 +102,8 @@ def test_an_adapter_stays_unmerged(run, model_file, tmp_path, quant):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tokens", 0], "--tokens must be at least 1, not 0"),
+        (["--tokens", 0], "--tokens must be at least 1 and at most 1,000,000, not 0"),
+        (["--tokens", 2**31], "at most 1,000,000, not 2147483648"),
         (["--temperature", -1], "temperature must be in"),
         (["--top_p", 2], "top_p must be in (0, 1]"),
         (["--seed", -3], "seed must be in"),

@@ -10,7 +10,7 @@ from finchtune.cli.writing import (
     add_adapter_flag,
     add_model_flags,
     add_sampling_flags,
-    check_positive,
+    check_counts,
     open_model,
     sampling_of,
     template_of,
@@ -30,7 +30,7 @@ COMMANDS = """/retry       answer the last question again
 
 def main(arguments: list[str] | None = None) -> None:
     given = flags().parse_args(arguments)
-    check_positive(tokens=given.tokens)
+    check_counts(tokens=given.tokens)
     sampling, template = sampling_of(given), template_of(given)
     model, tokenizer = open_model(given)
     engine = Engine(model, tokenizer, max_rows=1)

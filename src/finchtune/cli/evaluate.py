@@ -10,7 +10,7 @@ from finchtune.cli.stated import stated_of
 from finchtune.cli.writing import (
     add_adapter_flag,
     add_model_flags,
-    check_positive,
+    check_counts,
     chosen_template,
     open_model,
 )
@@ -23,7 +23,7 @@ from finchtune.weights.hashing import weights_sha256
 
 def main(arguments: list[str] | None = None) -> None:
     given = flags().parse_args(arguments)
-    check_positive(limit=given.limit, tokens=given.tokens, samples=given.samples)
+    check_counts(limit=given.limit, tokens=given.tokens, samples=given.samples)
     if given.shots < 0 or given.temperature < 0:
         raise UserError("--shots and --temperature must be at least 0")
     if (given.model is None) == (given.answers is None):

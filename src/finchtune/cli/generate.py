@@ -11,7 +11,7 @@ from finchtune.cli.writing import (
     add_adapter_flag,
     add_model_flags,
     add_sampling_flags,
-    check_positive,
+    check_counts,
     open_model,
     sampling_of,
     template_of,
@@ -24,7 +24,7 @@ from finchtune.inference.engine import Engine, Request, Row
 
 def main(arguments: list[str] | None = None) -> None:
     given = flags().parse_args(arguments)
-    check_positive(tokens=given.tokens, batch=given.batch)
+    check_counts(tokens=given.tokens, batch=given.batch)
     sampling, template = sampling_of(given), template_of(given, default="metamath")
     prompts = read_prompts(given, template)
     model, tokenizer = open_model(given)

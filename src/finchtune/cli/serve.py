@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finchtune.cli.options import Parser
-from finchtune.cli.writing import add_model_flags, check_positive, open_model, template_of
+from finchtune.cli.writing import add_model_flags, check_counts, open_model, template_of
 from finchtune.errors import UserError, printable
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
@@ -19,7 +19,7 @@ KEEP_ALIVE = 75  # seconds that a connection may idle; with few, clients meet cl
 
 def main(arguments: list[str] | None = None) -> None:
     given = flags().parse_args(arguments)
-    check_positive(
+    check_counts(
         max_rows=given.max_rows, max_tokens=given.max_tokens, max_waiting=given.max_waiting
     )
     names = adapter_names(given)

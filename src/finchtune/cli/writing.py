@@ -17,6 +17,7 @@ from finchtune.weights.state_files import set_states
 from finchtune.weights.writing import writing_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST = 1_000_000  # tokens to write, texts at once, questions
 
 
 def add_model_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -70,11 +71,11 @@ def chosen_template(given: argparse.Namespace) -> Template | None:
     return None
 
 
-def check_positive(**flags: int | None) -> None:
-    """Raise UserError for a flag below 1."""
+def check_counts(**flags: int | None) -> None:
+    """Raise UserError for a flag below 1, or beyond what anyone would wait for."""
     for name, value in flags.items():
-        if value is not None and value < 1:
-            raise UserError(f"--{name} must be at least 1, not {value}")
+        if value is not None and not 1 <= value <= MOST:
+            raise UserError(f"--{name} must be at least 1 and at most {MOST:,}, not {value}")
 
 
 def open_model(given: argparse.Namespace) -> tuple[LanguageModel, Tokenizer]:
