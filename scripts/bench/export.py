@@ -10,7 +10,6 @@ without the pages of mapped files. For numbers that mean something the machine h
 import argparse
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from finchtune.models import released_sizes
 from finchtune.weights.forms import FORMS, get_form
-from merge import shown, timed, write_weights
+from merge import copy, multiples, shown, timed, write_weights
 
 EXPORT = Path(__file__).parents[1] / "export.py"
 OWN = re.compile(r"RssAnon:\s+(\d+) kB")
@@ -35,21 +34,21 @@ def main() -> None:
     parser.add_argument("--folder", help="where to make the temporary folder")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        base, copy = Path(folder, "base.pth"), Path(folder, "copy.pth")
+        base = Path(folder, "base.pth")
         output = Path(folder, "out", f"model{get_form(given.to).suffix}")
         write_weights(given.size, base)
-        copies, exports, memory = [], [], 0
+        copies, synced, exports, memory = [], [], [], 0
         for _ in range(given.repeats):
-            copies.append(timed(lambda: shutil.copyfile(base, copy)))
-            copy.unlink()
+            copies.append(timed(lambda: copy(base, sync=False)))
+            synced.append(timed(lambda: copy(base, sync=True)))
             begin = time.perf_counter()
             memory = max(memory, export(base, output, given.to, given.dtype))
             exports.append(time.perf_counter() - begin)
             shutil.rmtree(output.parent)
         print(f"{given.size}, {base.stat().st_size / 1e9:.2f} GB, to {given.to} in {given.dtype}")
-        print(f"copy:   {shown(copies)}")
+        print(f"copy:   {shown(copies)}; until it is on the disk: {shown(synced)}")
         print(f"export: {shown(exports)}, at most {memory / 1e9:.2f} GB beside mapped files")
-        print(f"{statistics.median(exports) / statistics.median(copies):.1f} times a copy")
+        print(multiples(exports, copies, synced))
 
 
 def export(base: Path, output: Path, to: str, dtype: str) -> int:

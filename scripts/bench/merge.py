@@ -8,6 +8,7 @@ something the machine has to be otherwise idle.
 """
 
 import argparse
+import os
 import re
 import resource
 import shutil
@@ -39,16 +40,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         base, adapter = Path(folder, "base.pth"), Path(folder, "adapter.pth")
         write_files(given.size, base, adapter)
-        copies, merges = [], []
+        copies, synced, merges = [], [], []
         for _ in range(given.repeats):
-            copies.append(timed(lambda: shutil.copyfile(base, f"{folder}/copy.pth")))
-            Path(folder, "copy.pth").unlink()
+            copies.append(timed(lambda: copy(base, sync=False)))
+            synced.append(timed(lambda: copy(base, sync=True)))
             merges.append(timed(lambda: merge(base, adapter, Path(folder, "merged.pth"))))
         memory = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
         print(f"{given.size}, {base.stat().st_size / 1e9:.2f} GB")
-        print(f"copy:  {shown(copies)}")
+        print(f"copy:  {shown(copies)}; until it is on the disk: {shown(synced)}")
         print(f"merge: {shown(merges)}, at most {memory:.2f} GB resident, mapped files included")
-        print(f"{statistics.median(merges) / statistics.median(copies):.1f} times a copy")
+        print(multiples(merges, copies, synced))
 
 
 def write_files(size: str, base: Path, adapter: Path) -> None:
@@ -80,6 +81,22 @@ def merge(base: Path, adapter: Path, output: Path) -> None:
     flags = ["--base_model", base, "--peft_checkpoint", adapter, "--output", output]
     subprocess.run([sys.executable, MERGE, *flags], check=True, stdout=subprocess.DEVNULL)
     output.unlink()
+
+
+def copy(file: Path, sync: bool) -> None:
+    """Copy a file and remove the copy; `sync`: once it is on the disk."""
+    target = file.with_name("copy")
+    shutil.copyfile(file, target)
+    if sync:
+        with target.open("rb") as copied:
+            os.fsync(copied.fileno())
+    target.unlink()
+
+
+def multiples(times: list[float], copies: list[float], synced: list[float]) -> str:
+    """The median of `times` over those of copies, which a merge and an export write to the disk."""
+    plain, full = (statistics.median(times) / statistics.median(x) for x in (copies, synced))
+    return f"{plain:.1f} times a copy, {full:.1f} times one that is on the disk"
 
 
 def timed(work) -> float:
