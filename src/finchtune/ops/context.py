@@ -85,9 +85,11 @@ def passed(state: Tensor, transfer: Tensor) -> Tensor:
     return state @ transfer if is_matrix(transfer, state) else transfer.unsqueeze(-1) * state
 
 
-def begins_from(given: Tensor | None) -> bool:
-    """Whether there is a state to continue from: one of at least one sequence."""
-    return given is not None and len(given) > 0
+def continues(context: ContextGroup, given: Tensor | None) -> bool:
+    """Whether this part's first sequences began before it: in another part, or with a state of at
+    least one sequence that is given.
+    """
+    return bool(context.goes_on) if context.rank else given is not None and len(given) > 0
 
 
 def filled(given: Tensor | None, like: Tensor) -> Tensor:
@@ -104,9 +106,33 @@ def shift_across(context: ContextGroup, x: Tensor, given: Tensor | None) -> tupl
 
     `given` (B, C) precedes the whole context, if that continues a state.
     """
-    goes_on = context.goes_on if context.rank else begins_from(given)
     before, final = LastOfLeft.apply(context, x[:, -1], filled(given, x[:, 0]))
-    return before * goes_on, final
+    return before * continues(context, given), final
+
+
+def starts_of(r: Tensor, fresh: Tensor, goes_on: bool) -> Tensor:
+    """What the sequences of a part (B, T, H, N) start from: zero for the first ones if they began
+    before it, else `fresh` (S, H, N, N).
+    """
+    begins = torch.ones(len(fresh), 1, 1, 1, dtype=compute_dtype(r), device=r.device)
+    begins[: len(r)] = not goes_on
+    return fresh.to(begins.dtype) * begins
+
+
+def first_end(r: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Where the first sequence of a part (B, T, H, N) ends."""
+    return r.shape[1] if cu_seqlens is None else int(cu_seqlens[1])
+
+
+def passes_on(goes_on: bool, cu_seqlens: Tensor | None) -> bool:
+    """Whether the part's last sequence began before it, so that what precedes reaches the next."""
+    return goes_on and (cu_seqlens is None or len(cu_seqlens) == 2)
+
+
+def added_to(y: Tensor, read: Tensor) -> Tensor:
+    """y (B, T, H, N) and what its first tokens read besides (B, H, end, N)."""
+    rest = y.shape[1] - read.shape[2]
+    return (y + torch.nn.functional.pad(read.transpose(1, 2), (0, 0, 0, 0, 0, rest))).to(y.dtype)
 
 
 def wkv6_across(
@@ -127,22 +153,15 @@ def wkv6_across(
     state before adds to y comes on top. Shapes otherwise as in `wkv6`; of a packed context the
     state is that of its last sequence.
     """
-    goes_on = bool(context.goes_on if context.rank else begins_from(given))
-    n_first, wide = len(r), compute_dtype(r)
-    begins = torch.ones(len(fresh), 1, 1, 1, dtype=wide, device=r.device)
-    begins[:n_first] = not goes_on
-    y, after = wkv6(r, k, v, w, u, fresh.to(wide) * begins, cu_seqlens)
-    log_decay = -torch.exp(w.to(wide))
-    # The last sequence passes on what precedes this part only if it began before it.
-    passes_on = goes_on and (cu_seqlens is None or len(cu_seqlens) == 2)
-    decay = log_decay.sum(1).exp() * passes_on
-    local = after[-n_first:]
+    goes_on, end = continues(context, given), first_end(r, cu_seqlens)
+    y, after = wkv6(r, k, v, w, u, starts_of(r, fresh, goes_on), cu_seqlens)
+    log_decay = -torch.exp(w.to(compute_dtype(r)))
+    decay = log_decay.sum(1).exp() * passes_on(goes_on, cu_seqlens)
+    local = after[-len(r) :]
     start, final = StateBefore.apply(context, local, decay, filled(given, local))
-    end = r.shape[1] if cu_seqlens is None else int(cu_seqlens[1])
     kept = sum_before(log_decay[:, :end].transpose(1, 2)).exp()
     read = (r[:, :end].transpose(1, 2) * kept) @ (start * goes_on)
-    added = torch.nn.functional.pad(read.transpose(1, 2), (0, 0, 0, 0, 0, r.shape[1] - end))
-    return (y + added).to(y.dtype), final
+    return added_to(y, read), final
 
 
 def wkv7_across(
@@ -162,19 +181,13 @@ def wkv7_across(
     What a state before this part becomes, and what it adds to y, is the state times what the
     operator makes of the unit matrix without values.
     """
-    goes_on = bool(context.goes_on if context.rank else begins_from(given))
-    n_first, wide = len(r), compute_dtype(r)
-    begins = torch.ones(len(fresh), 1, 1, 1, dtype=wide, device=r.device)
-    begins[:n_first] = not goes_on
-    y, after = wkv7(r, k, v, w, a, b, fresh.to(wide) * begins, cu_seqlens)
-    _, T, H, N = r.shape
-    end = T if cu_seqlens is None else int(cu_seqlens[1])
-    unit = torch.eye(N, dtype=wide, device=r.device).expand(n_first, H, N, N)
+    goes_on, end = continues(context, given), first_end(r, cu_seqlens)
+    y, after = wkv7(r, k, v, w, a, b, starts_of(r, fresh, goes_on), cu_seqlens)
+    B, _, H, N = r.shape
+    unit = torch.eye(N, dtype=compute_dtype(r), device=r.device).expand(B, H, N, N)
     r, k, v, w, a, b = (x[:, :end] for x in (r, k, torch.zeros_like(v), w, a, b))
     read, transfer = wkv7(r, k, v, w, a, b, unit)
-    passes_on = goes_on and (cu_seqlens is None or len(cu_seqlens) == 2)
-    local = after[-n_first:]
-    start, final = StateBefore.apply(context, local, transfer * passes_on, filled(given, local))
-    added = read.to(wide).transpose(1, 2) @ (start * goes_on).mT
-    added = torch.nn.functional.pad(added.transpose(1, 2), (0, 0, 0, 0, 0, T - end))
-    return (y + added).to(y.dtype), final
+    transfer = transfer * passes_on(goes_on, cu_seqlens)
+    local = after[-B:]
+    start, final = StateBefore.apply(context, local, transfer, filled(given, local))
+    return added_to(y, read.to(unit.dtype).transpose(1, 2) @ (start * goes_on).mT), final

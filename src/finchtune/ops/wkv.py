@@ -80,17 +80,10 @@ def zero_state(r: Tensor, cu_seqlens: Tensor | None) -> Tensor:
 def for_each_sequence(
     form: Callable[..., tuple[Tensor, Tensor]],
     inputs: list[Tensor],
-    state: Tensor | None,
-    cu_seqlens: Tensor | None,
+    state: Tensor,
+    cu_seqlens: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Apply `form(*inputs, state=state)` to a batch, or to each packed sequence with its state.
-
-    `inputs` are r and its like (B, T, H, N), already in the dtype to compute in.
-    """
-    r = inputs[0]
-    state = zero_state(r, cu_seqlens) if state is None else state.to(r.dtype)
-    if cu_seqlens is None:
-        return form(*inputs, state=state)
+    """Apply `form(*inputs, state=state)` to each packed sequence with its state."""
     outputs, states = [], []
     bounds = cu_seqlens.tolist()
     for i, (start, end) in enumerate(itertools.pairwise(bounds)):
@@ -100,6 +93,28 @@ def for_each_sequence(
             outputs.append(y)
         states.append(own)
     return torch.cat(outputs, dim=1), torch.cat(states)
+
+
+def in_plain_torch(
+    form: Callable[..., tuple[Tensor, Tensor]],
+    inputs: tuple[Tensor, ...],
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`form(*inputs, state=state)` of a batch or of packed sequences, in fp32 (float64 for it).
+
+    `inputs` are r and its like (B, T, H, N). y comes back in r's dtype.
+    """
+    r = inputs[0]
+    wide = compute_dtype(r)
+    with torch.autocast(r.device.type, enabled=False):
+        exact = [x.to(wide) for x in inputs]
+        state = zero_state(r, cu_seqlens) if state is None else state.to(wide)
+        if cu_seqlens is None:
+            y, state = form(*exact, state=state)
+        else:
+            y, state = for_each_sequence(form, exact, state, cu_seqlens)
+    return y.to(r.dtype), state
 
 
 def fits_kernel(r: Tensor) -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from finchtune.ops.wkv import compute_dtype, for_each_sequence
+from finchtune.ops.wkv import compute_dtype, in_plain_torch
 
 CHUNK = 64  # tokens; a power of two
 
@@ -81,8 +81,5 @@ def wkv6_chunked(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`finchtune.wkv6` in plain torch, on any device, in fp32 (float64 for float64 inputs)."""
-    wide = compute_dtype(r)
-    with torch.autocast(r.device.type, enabled=False):
-        inputs = [x.to(wide) for x in (r, k, v, w)]
-        y, state = for_each_sequence(partial(chunks, u=u.to(wide)), inputs, state, cu_seqlens)
-    return y.to(r.dtype), state
+    form = partial(chunks, u=u.to(compute_dtype(r)))
+    return in_plain_torch(form, (r, k, v, w), state, cu_seqlens)

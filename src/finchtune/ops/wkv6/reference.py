@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from finchtune.ops.wkv import compute_dtype, for_each_sequence
+from finchtune.ops.wkv import compute_dtype, in_plain_torch
 
 
 def recurrence(
@@ -35,8 +35,5 @@ def wkv6_reference(
     y_t = r_t (S_t + diag(u) k_t^T v_t), S_{t+1} = diag(exp(-exp(w_t))) S_t + k_t^T v_t.
     Source: "Eagle and Finch", arXiv 2404.05892, equations 19 and 20.
     """
-    wide = compute_dtype(r)
-    with torch.autocast(r.device.type, enabled=False):
-        inputs = [x.to(wide) for x in (r, k, v, w)]
-        y, state = for_each_sequence(partial(recurrence, u=u.to(wide)), inputs, state, cu_seqlens)
-    return y.to(r.dtype), state
+    form = partial(recurrence, u=u.to(compute_dtype(r)))
+    return in_plain_torch(form, (r, k, v, w), state, cu_seqlens)

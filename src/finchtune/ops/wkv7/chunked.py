@@ -13,7 +13,7 @@ and S' = S F + G with F and G free of S, so that only this last step goes from c
 import torch
 from torch import Tensor
 
-from finchtune.ops.wkv import compute_dtype, for_each_sequence
+from finchtune.ops.wkv import in_plain_torch
 
 CHUNK = 16  # tokens, over which 1 / P stays below 2e4 for the model's decays
 
@@ -64,8 +64,4 @@ def wkv7_chunked(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`finchtune.wkv7` in plain torch, on any device, in fp32 (float64 for float64 inputs)."""
-    wide = compute_dtype(r)
-    with torch.autocast(r.device.type, enabled=False):
-        inputs = [x.to(wide) for x in (r, k, v, w, a, b)]
-        y, state = for_each_sequence(chunks, inputs, state, cu_seqlens)
-    return y.to(r.dtype), state
+    return in_plain_torch(chunks, (r, k, v, w, a, b), state, cu_seqlens)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from finchtune.ops.wkv import compute_dtype, for_each_sequence
+from finchtune.ops.wkv import in_plain_torch
 
 
 def recurrence(
@@ -35,8 +35,4 @@ def wkv7_reference(
     S_t = S_{t-1} diag(exp(-exp(w_t))) + (S_{t-1} a_t) b_t^T + v_t k_t^T, y_t = S_t r_t.
     Source: "RWKV-7 Goose", arXiv 2503.14456, section 4.
     """
-    wide = compute_dtype(r)
-    with torch.autocast(r.device.type, enabled=False):
-        inputs = [x.to(wide) for x in (r, k, v, w, a, b)]
-        y, state = for_each_sequence(recurrence, inputs, state, cu_seqlens)
-    return y.to(r.dtype), state
+    return in_plain_torch(recurrence, (r, k, v, w, a, b), state, cu_seqlens)
