@@ -24,10 +24,20 @@ def fits(model: LanguageModel) -> bool:
 
 
 class CompiledModel:
-    """A model as it is now: small matrices are copied, so build it anew when they change."""
+    """A model as it is now: small matrices are copied, so build it anew when they change.
+
+    `time_mix` and `channel_mix` make the compiled forms of a block's parts.
+    """
+
+    time_mix: type
+    channel_mix: type
 
     def __init__(self, model: LanguageModel):
         self.model, self.head = model, prepared(model.head, model.emb.weight.dtype)
+        self.blocks = [
+            CompiledBlock(block, self.time_mix(block.att), self.channel_mix(block.ffn))
+            for block in model.blocks
+        ]
 
     def through_blocks(self, x: Tensor, rows: "Rows", state: State | None) -> tuple[Tensor, State]:
         """Embedded tokens (rows, C) and the states before them -> the same after all blocks."""

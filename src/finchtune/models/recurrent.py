@@ -130,6 +130,16 @@ class RecurrentModel(LanguageModel):
             for part in (block.att, block.ffn):
                 cast(Any, part).context = context
 
+    def inference_form(self) -> Any:
+        """As in the base class: compiled where that fits."""
+        from finchtune.models.compiled import fits
+
+        return self.compiled_form() if fits(self) else super().inference_form()
+
+    def compiled_form(self) -> Any:
+        """The same model by compiled CPU operators (`CompiledModel`)."""
+        raise NotImplementedError
+
     def state_from(self, initial: Mapping[str, Tensor]) -> State:
         weight = self.emb.weight
         none = weight.new_zeros(1, self.config.n_embd)

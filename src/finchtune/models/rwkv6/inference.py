@@ -3,34 +3,13 @@
 The model's formulas are those of `model.py`.
 """
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from finchtune.models.compiled import CompiledBlock, CompiledModel, Rows
+from finchtune.models.compiled import CompiledModel, Rows
 from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
 from finchtune.models.recurrent import State
-from finchtune.models.rwkv6.model import RWKV6, Block, ChannelMix, TimeMix
-
-
-class CompiledRWKV6(CompiledModel):
-    """The whole model."""
-
-    def __init__(self, model: RWKV6):
-        super().__init__(model)
-        self.blocks = [
-            CompiledBlock(block, CompiledTimeMix(block.att), CompiledChannelMix(block.ffn))
-            for block in cast(Iterable[Block], model.blocks)
-        ]
-
-    def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
-        new_state = []
-        for layer, block in enumerate(self.blocks):
-            x, block_state = block(x, rows, state[layer] if state else None)
-            new_state.append(block_state)
-        return x, new_state
+from finchtune.models.rwkv6.model import ChannelMix, TimeMix
 
 
 class CompiledTimeMix:
@@ -110,3 +89,16 @@ class CompiledChannelMix:
         x_k, x_r = ops.token_mix(rows.batch(x), shift, rows.cu_seqlens, self.maa)
         k, r = products([x_k, x_r], [self.key, self.receptance], [SQUARED_RELU, NONE])
         return ops.sigmoid_gate(r, products([k], [self.value], [NONE])[0])
+
+
+class CompiledRWKV6(CompiledModel):
+    """The whole model."""
+
+    time_mix, channel_mix = CompiledTimeMix, CompiledChannelMix
+
+    def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
+        new_state = []
+        for layer, block in enumerate(self.blocks):
+            x, block_state = block(x, rows, state[layer] if state else None)
+            new_state.append(block_state)
+        return x, new_state

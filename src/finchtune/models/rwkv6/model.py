@@ -163,9 +163,7 @@ class RWKV6(RecurrentModel):
             new_state.append(block_state)
         return self.ln_out(x), new_state
 
-    def inference_form(self) -> Any:
-        """As in the base class: compiled where that fits."""
-        from finchtune.models.compiled import fits
+    def compiled_form(self) -> Any:
         from finchtune.models.rwkv6.inference import CompiledRWKV6
 
-        return CompiledRWKV6(self) if fits(self) else super().inference_form()
+        return CompiledRWKV6(self)

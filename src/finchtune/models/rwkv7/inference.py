@@ -3,34 +3,13 @@
 The model's formulas are those of `model.py`, which has the element-wise ones for both.
 """
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 from torch import Tensor
 
-from finchtune.models.compiled import CompiledBlock, CompiledModel, Rows
+from finchtune.models.compiled import CompiledModel, Rows
 from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
 from finchtune.models.recurrent import State
-from finchtune.models.rwkv7.model import MIXED, RWKV7, Block, ChannelMix, TimeMix
-
-
-class CompiledRWKV7(CompiledModel):
-    """The whole model."""
-
-    def __init__(self, model: RWKV7):
-        super().__init__(model)
-        self.blocks = [
-            CompiledBlock(block, CompiledTimeMix(block.att), CompiledChannelMix(block.ffn))
-            for block in cast(Iterable[Block], model.blocks)
-        ]
-
-    def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
-        first, new_state = None, []
-        for layer, block in enumerate(self.blocks):
-            x, block_state, first = block(x, rows, state[layer] if state else None, first)
-            new_state.append(block_state)
-        return x, new_state
+from finchtune.models.rwkv7.model import MIXED, ChannelMix, TimeMix
 
 
 class CompiledTimeMix:
@@ -91,3 +70,16 @@ class CompiledChannelMix:
         (x_k,) = mix(rows.batch(x), shift, rows.cu_seqlens, self.blend)
         (k,) = products([x_k], [self.key], [SQUARED_RELU])
         return products([k], [self.value], [NONE])[0]
+
+
+class CompiledRWKV7(CompiledModel):
+    """The whole model."""
+
+    time_mix, channel_mix = CompiledTimeMix, CompiledChannelMix
+
+    def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
+        first, new_state = None, []
+        for layer, block in enumerate(self.blocks):
+            x, block_state, first = block(x, rows, state[layer] if state else None, first)
+            new_state.append(block_state)
+        return x, new_state
