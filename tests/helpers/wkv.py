@@ -42,3 +42,11 @@ def errors(names, got, exact):
     scales = [b.abs().max() if b.any() else 1 for b in exact]
     pairs = zip(names, got, exact, scales, strict=True)
     return {name: ((a - b).abs().max() / scale).item() for name, a, b, scale in pairs}
+
+
+def rms(names, got, exact):
+    """Root mean square of the error of each output, over that of the output."""
+    pairs = zip(names, got, exact, strict=True)
+    return {
+        name: ((a - b).square().mean() / b.square().mean()).sqrt().item() for name, a, b in pairs
+    }

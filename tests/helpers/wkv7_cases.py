@@ -46,11 +46,3 @@ def in_dtype(inputs, dtype):
 def assert_close(got, exact, tolerance=FP32_TOLERANCE):
     found = errors(NAMES, got, exact)
     assert all(error <= tolerance for error in found.values()), found
-
-
-def rms(got, exact):
-    """Root mean square of the error of each output, over that of the output."""
-    pairs = zip(NAMES, got, exact, strict=True)
-    return {
-        name: ((a - b).square().mean() / b.square().mean()).sqrt().item() for name, a, b in pairs
-    }

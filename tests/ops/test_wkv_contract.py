@@ -1,51 +1,11 @@
 """What the WKV operators of all generations do alike: states, packing, and as torch's operators."""
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
-from helpers import wkv6_cases, wkv7_cases
-from helpers.wkv import CPU_PATHS, evaluate, named_form, one_thread
+from helpers.wkv import evaluate
+from helpers.wkv_operators import OPERATORS, every_form, every_operator
 
-from finchtune.ops.wkv6 import wkv6, wkv6_chunked, wkv6_reference
-from finchtune.ops.wkv7 import wkv7, wkv7_chunked, wkv7_reference
-
-
-@dataclass
-class Operator:
-    """An operator in its forms, its numbers of (B, T, H, N) and of all inputs, and cases for it."""
-
-    fastest: Any
-    chunked: Any
-    reference: Any
-    n_rows: int
-    n_inputs: int
-    cases: Any
-
-
-OPERATORS = {
-    "wkv6": Operator(wkv6, wkv6_chunked, wkv6_reference, 4, 6, wkv6_cases),
-    "wkv7": Operator(wkv7, wkv7_chunked, wkv7_reference, 6, 7, wkv7_cases),
-}
-every_operator = pytest.mark.parametrize("name", OPERATORS)
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    with one_thread():
-        yield
-
-
-@pytest.fixture
-def form(request, name):
-    """The operator by the named form; the CPU kernel's forms where this processor has them."""
-    one = OPERATORS[name]
-    with named_form(request, one.fastest, one.chunked) as named:
-        yield named
-
-
-every_form = pytest.mark.parametrize("form", ["chunked", *CPU_PATHS], indirect=True)
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 def of_tokens(name, inputs, tokens):
