@@ -65,3 +65,17 @@ def outputs_and_gradients(function, inputs, seed=1):
 
 def random_inputs(shapes, dtype):
     return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def assert_threads_change_no_bit(function, inputs):
+    """One, two and three threads give the same outputs and gradients."""
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(outputs_and_gradients(function, inputs))
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))

@@ -2,7 +2,12 @@
 
 import pytest
 import torch
-from helpers.elementwise_cases import CASES, outputs_and_gradients, random_inputs
+from helpers.elementwise_cases import (
+    CASES,
+    assert_threads_change_no_bit,
+    outputs_and_gradients,
+    random_inputs,
+)
 from helpers.elementwise_emulator import EMULATED, kernels_in_use
 from helpers.support import relative_error
 
@@ -64,16 +69,7 @@ def test_any_number_of_threads_gives_the_same_bits(case, kernels):
     else:
         shapes = [(300, *s[1:]) for s in shapes]
     inputs = random_inputs(shapes, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(outputs_and_gradients(function, inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert_threads_change_no_bit(function, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,6 +2,11 @@
 
 import pytest
 import torch
+from helpers.elementwise_cases import (
+    assert_threads_change_no_bit,
+    outputs_and_gradients,
+    random_inputs,
+)
 from helpers.support import cpu_path_in_use, relative_error
 from helpers.wkv import CPU_PATHS
 
@@ -40,20 +45,6 @@ CASES = {
 }
 
 
-def outputs_and_gradients(function, inputs):
-    """All outputs, then the gradients of all inputs that want one."""
-    found = function(*inputs)
-    outputs = found if isinstance(found, tuple) else (found,)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
-    wanted = [x for x in inputs if x.requires_grad]
-    return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
-
-
-def random_inputs(shapes, dtype):
-    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES)
 def test_as_near_to_the_truth_as_torch(case, dtype, path, monkeypatch):
@@ -85,16 +76,7 @@ def test_any_number_of_threads_gives_the_same_bits(case, kernels):
     function, shapes, n_rows = CASES[case]
     many = [(600, s[-1]) if i < n_rows else s for i, s in enumerate(shapes)]
     inputs = random_inputs(many, torch.float32)
-    threads = torch.get_num_threads()
-    try:
-        found = []
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append(outputs_and_gradients(function, inputs))
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    assert_threads_change_no_bit(function, inputs)
 
 
 def test_a_key_of_zeros_removes_nothing(path):
