@@ -1,6 +1,7 @@
 """A model, or an adapter by itself, in the form that another runtime loads."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ def export_model(
         weights = merge.weights if merge else read_checked(model)
         temporary = files.add(output, folder=not form.suffix)
         digest = form.write(weights, temporary, settings) or weights_sha256(temporary)
-        own = {"file": Path(model).name, "sha256": model_hash.result()}
-        made_of = merge.receipt() if merge else {"model": own}
+        made_of = merge.receipt() if merge else {"model": file_and_hash(model, model_hash)}
         return write_beside(files, output, form, settings, digest, made_of)
 
 
@@ -68,13 +68,14 @@ def export_adapter(
     told. Raises UserError for methods that are no LoRA, and for trained tensors of the model.
     """
     assert form.write_adapter is not None
+    base_hash = hashing(base)
     record, tensors = adapter_record(adapter), read_adapter(adapter)
     if record and not other_base:
-        check_base(record, base, adapter)
+        check_base(record, base, adapter, base_hash)
     spec = spec_of(record, tensors, stated or {}, adapter)
     keep_beside(output, form, settings, is_adapter=True)
     low_rank = as_low_rank(tensors, spec, layout_of(read_checked(base)), adapter)
-    made_of = {"base": file_and_hash(base), "adapter": file_and_hash(adapter)}
+    made_of = {"base": file_and_hash(base, base_hash), "adapter": file_and_hash(adapter)}
     told = {"method": spec["method"], "alpha": low_rank.alpha, "layers": len(low_rank.layers)}
     with FileSet() as files:
         temporary = files.add(output, folder=not form.suffix)
@@ -95,13 +96,14 @@ def export_states(
     `states` may be a merged model too. Raises UserError for states of another model.
     """
     assert form.write_states is not None
+    base_hash = hashing(base)
     record = adapter_record(states)
     if record and not other_base:
-        check_base(record, base, states)
+        check_base(record, base, states, base_hash)
     tensors = read_states(states, fitting_model(read_base(base), base))
     with FileSet() as files:
         digest = form.write_states(tensors, files.add(output), settings)
-        made_of = {"base": file_and_hash(base), "states": file_and_hash(states)}
+        made_of = {"base": file_and_hash(base, base_hash), "states": file_and_hash(states)}
         return write_beside(files, output, form, settings, digest, made_of)
 
 
@@ -146,9 +148,9 @@ def chosen_dtype(form: Form, dtype: str | None, weights: Mapping[str, Tensor]) -
     return dtype
 
 
-def file_and_hash(path: str | Path) -> dict[str, str]:
-    """How a receipt names a file or folder."""
-    return {"file": Path(path).name, "sha256": weights_sha256(path)}
+def file_and_hash(path: str | Path, digest: Future[str] | None = None) -> dict[str, str]:
+    """How a receipt names a file or folder; `digest` is its hash, if it is being computed."""
+    return {"file": Path(path).name, "sha256": (digest or hashing(path)).result()}
 
 
 def receipt_path(output: str | Path) -> Path:
