@@ -15,10 +15,16 @@ GUARD = 64  # elements of NaN around every tensor
 
 
 def compile_emulated(source: str, library: Path) -> ctypes.CDLL:
-    """A file of cuda/gpu as a plain shared library of the launchers that it exports."""
-    command = ["g++", "-O2", "-std=c++17", "-shared", "-fPIC", "-fno-strict-aliasing"]
-    command += [f"-I{EMULATION}", f"-I{CUDA}", f'-DSOURCE="{source}"', "-o", str(library)]
-    subprocess.run([*command, str(EMULATION / "host.cpp")], check=True)
+    """A file of cuda/gpu, or of this path, as a plain shared library of what it exports.
+
+    Instrumented for a thread sanitizer, whose part races.cpp plays.
+    """
+    command = ["g++", "-O2", "-std=c++17", "-fPIC", "-fno-strict-aliasing", f"-I{EMULATION}"]
+    instrumented = ["-fsanitize=thread", "-Wno-tsan", f"-I{CUDA}", f'-DSOURCE="{source}"', "-c"]
+    compiled = library.with_suffix(".o")
+    subprocess.run([*command, *instrumented, EMULATION / "host.cpp", "-o", compiled], check=True)
+    races = EMULATION / "races.cpp"
+    subprocess.run([*command, "-shared", compiled, races, "-o", library], check=True)
     return ctypes.CDLL(str(library))
 
 

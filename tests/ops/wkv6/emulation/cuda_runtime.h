@@ -33,7 +33,7 @@ inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
     static const char* const place = EMULATION_PLACE(__FILE__, __LINE__); \
     emulation::barrier(place);                                            \
   } while (false)
-#define __syncwarp() ((void)emulation::collect({__LINE__}))
+#define __syncwarp() emulation::warp_barrier(__LINE__)
 
 namespace emulation {
 
@@ -94,6 +94,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   try {
     for (unsigned x = 0; x < config->gridDim.x; x++) {
       blockIdx.x = x;
+      current = nullptr;
       std::fill(std::begin(finchtune::dynamic_shared), std::end(finchtune::dynamic_shared), 0xff);
       run_block();
       if (std::any_of(finchtune::dynamic_shared + config->dynamicSmemBytes,

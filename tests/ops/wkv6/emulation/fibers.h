@@ -16,6 +16,8 @@
 #include <string>
 #include <vector>
 
+#include "races.h"
+
 struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -28,17 +30,6 @@ namespace emulation {
 
 enum class Order { forward, reverse, random, warp_by_warp, warp_by_warp_reverse };
 enum class State { ready, at_barrier, at_collective, done };
-
-struct Copy {
-  void* target;
-  const void* source;  // NULL: zeros
-  void perform() const {
-    if (source != nullptr)
-      std::memcpy(target, source, 16);
-    else
-      std::memset(target, 0, 16);
-  }
-};
 
 // What a lane brings to a collective; `kind` tells whether all lanes are in the same one.
 struct Contribution {
@@ -58,6 +49,7 @@ struct Fiber {
   const char* barrier = nullptr;  // "file:line"
   unsigned index = 0;             // thread of the block
   unsigned collectives = 0;       // counted, to alternate between two buffers
+  unsigned warp_barriers = 0;     // that it has passed
   std::vector<Copy> open_copies;
   std::vector<std::vector<Copy>> copy_groups;
 };
@@ -69,7 +61,7 @@ struct Warp {
 
 // Settings.
 inline Order order = Order::forward;
-inline bool eager_copies = false;  // cp.async copies at once, instead of when it is waited for
+inline bool eager_copies = false;  // cp.async copies at once, and again when it is waited for
 inline int multiprocessors = 1;
 inline int capability = 8;  // its major number
 inline std::string last_error;
@@ -78,6 +70,8 @@ inline std::string last_error;
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline Fiber* current = nullptr;
+inline unsigned blocks = 0;          // so far
+inline unsigned block_barriers = 0;  // of all of them, their starts too
 inline std::function<void()> kernel_body;
 inline jmp_buf scheduler;
 
@@ -89,6 +83,8 @@ inline jmp_buf scheduler;
 
 inline void fiber_main() {
   kernel_body();
+  for (const std::vector<Copy>& group : current->copy_groups)
+    if (!group.empty()) last_error = "a thread ends before it has waited for its copies";
   current->state = State::done;
   pause();
 }
@@ -129,11 +125,17 @@ inline const Contribution* collect(const Contribution& mine) {
   return lanes;
 }
 
+inline void warp_barrier(int place) {
+  collect({place});
+  current->warp_barriers++;
+}
+
 inline void prepare(Fiber& fiber, unsigned index) {
   fiber.index = index;
   fiber.started = false;
   fiber.state = State::ready;
-  fiber.collectives = 0;
+  fiber.collectives = fiber.warp_barriers = 0;
+  fiber.barrier = nullptr;
   fiber.open_copies.clear();
   fiber.copy_groups.clear();
   getcontext(&fiber.start);
@@ -181,6 +183,7 @@ inline bool release_barrier(unsigned threads) {
     if (fibers[i].barrier != fibers[0].barrier) last_error = "threads wait at different barriers";
   }
   for (unsigned i = 0; i < threads; i++) fibers[i].state = State::ready;
+  block_barriers++;
   return true;
 }
 
@@ -190,6 +193,7 @@ inline void run_block() {
   if (fibers.size() < threads) fibers.resize(threads);
   warps.assign(threads / 32, Warp());
   for (unsigned i = 0; i < threads; i++) prepare(fibers[i], i);
+  blocks++, block_barriers++;
   while (last_error.empty()) {
     const bool any = run_round(threads);
     unsigned done = 0;

@@ -15,10 +15,8 @@ inline float exp2_approx(float x) {
 
 inline void async_copy_16(void* shared, const void* global, bool valid) {
   const emulation::Copy copy{shared, valid ? global : nullptr};
-  if (emulation::eager_copies)
-    copy.perform();
-  else
-    emulation::current->open_copies.push_back(copy);
+  copy.begin(emulation::eager_copies);
+  emulation::current->open_copies.push_back(copy);
 }
 
 inline void async_commit() {
@@ -31,7 +29,7 @@ template <int PENDING>
 void async_wait() {
   auto& groups = emulation::current->copy_groups;
   while (groups.size() > PENDING) {
-    for (const emulation::Copy& copy : groups.front()) copy.perform();
+    for (const emulation::Copy& copy : groups.front()) copy.end();
     groups.erase(groups.begin());
   }
 }
