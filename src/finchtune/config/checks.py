@@ -84,6 +84,7 @@ def out_of_range(config: TrainConfig) -> Iterator[str]:
 def contradictions(config: TrainConfig) -> Iterator[str]:
     yield from contradictions_of_method(config)
     yield from contradictions_of_contexts(config)
+    yield from contradictions_of_graphs(config)
     if config.lr_schedule == "exp" and config.lr_final == 0:
         yield "`lr_schedule` exp cannot reach `lr_final` 0; give a small number"
     if config.lr_schedule == "constant" and config.lr_final not in (None, config.lr_init):
@@ -143,3 +144,16 @@ def contradictions_of_contexts(config: TrainConfig) -> Iterator[str]:
             f"`context_parallel` {config.context_parallel} must divide `chunk_ctx` "
             f"{config.chunk_ctx}"
         )
+
+
+def contradictions_of_graphs(config: TrainConfig) -> Iterator[str]:
+    if not config.cuda_graphs:
+        return
+    if config.stage == 3:
+        yield "`cuda_graphs` needs whole weights on each GPU: deepspeed_stage_1 or 2, not 3"
+    if config.grad_cp != 1:
+        yield f"`cuda_graphs` recomputes whole blocks: give `grad_cp` 1, not {config.grad_cp}"
+    if config.chunked or config.context_parallel > 1:
+        yield "`cuda_graphs` is for contexts read at once: not for infctx or `context_parallel`"
+    if config.dataload == "pack":
+        yield "`cuda_graphs` needs rows of one shape: not `dataload` pack, whose boundaries change"

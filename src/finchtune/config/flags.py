@@ -190,6 +190,9 @@ class MachineFlags:
     grad_cp: int = flag(
         1, "recompute in backward: 0 nothing, 1 whole blocks, 2 their cheap parts only", free=True
     )
+    cuda_graphs: bool = flag(
+        False, "launch each block as CUDA graphs where shapes stay the same", free=True
+    )
 
 
 @dataclass

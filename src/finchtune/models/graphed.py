@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from finchtune.models.cuda_graph import CudaRecorder
+
 MOST_SIZES = 8  # numbers of rows that have a graph, each with states of its own
 
 
@@ -55,23 +57,18 @@ class GraphedModel:
 class OneTokenStep:
     """One graph: it reads tokens and states from its own memory, and writes to its own."""
 
-    @torch.no_grad()
     def __init__(self, model: Any, tokens: Tensor, state: Any):
         self.tokens, self.state = tokens.clone(), tree_map(torch.clone, state)
-        # Libraries choose their kernels and memory in a first call, which no graph may record.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            model.advance(self.tokens, self.state)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        # Other threads may work meanwhile: one reads rows ahead.
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+
+        def work() -> None:
             self.hidden, self.after = model.advance(self.tokens, self.state)
+
+        with torch.no_grad():
+            self.replay = CudaRecorder()(work)
 
     def __call__(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         self.tokens.copy_(tokens)
         for own, given in zip(tree_leaves(self.state), tree_leaves(state), strict=True):
             own.copy_(given)
-        self.graph.replay()
+        self.replay()
         return self.hidden.clone(), tree_map(torch.clone, self.after)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from finchtune.distributed.context import ContextGroup
 from finchtune.errors import UserError
 from finchtune.models.config import ModelSizes
+from finchtune.models.graphed_blocks import GraphedBlocks
+from finchtune.models.recompute import recomputed
 from finchtune.ops.cross_entropy import cross_entropy_sum
 
 INITIAL_STATE = ".att.time_state"
@@ -54,6 +56,8 @@ class LanguageModel(nn.Module):
     blocks: nn.ModuleList
     ln_out: nn.LayerNorm
     head: Head
+    graphs: GraphedBlocks | None = None
+    """What runs the blocks in training in place of `recomputed`, if anything does."""
 
     def __init__(self, config: ModelSizes, block: type[nn.Module], grad_checkpoint: int = 0):
         super().__init__()
@@ -64,6 +68,12 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(block(config, layer) for layer in range(config.n_layer))
         self.ln_out = nn.LayerNorm(config.n_embd)
         self.head = Head(config.n_embd, config.vocab_size, bias=False)
+
+    def through(self, block: nn.Module, *inputs: Any) -> Any:
+        """block(*inputs): rows, a state and cu_seqlens. Recomputed as `grad_checkpoint` says."""
+        if self.graphs is not None:
+            return self.graphs(block, *inputs)
+        return recomputed(self.grad_checkpoint, block, *inputs)
 
     def hidden(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None

@@ -17,6 +17,7 @@ from finchtune.config import TrainConfig
 from finchtune.data import Batch, Data
 from finchtune.memory.zero import REDUCE_BUCKET, effective_stage
 from finchtune.models import LanguageModel
+from finchtune.models.graphed_blocks import cuda_graphs
 from finchtune.ops.cross_entropy import IGNORE
 from finchtune.training.deepspeed import start_deepspeed
 from finchtune.training.metrics import peak_memory_mb
@@ -79,6 +80,7 @@ class Engine:
         timeout = timedelta(minutes=config.timeout_minutes)
         self.ds = start_deepspeed(module, optimizer, self._ds_config(config), device, timeout)
         self.passes = make_passes(self.ds, model, config, device)
+        model.graphs = cuda_graphs() if config.cuda_graphs else None
         self.readers = config.readers(distributed.world_size())
         self._make_moments()
 
@@ -175,6 +177,7 @@ class Engine:
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers; the model is a plain module again."""
+        self.model.graphs = None
         self.ds.destroy()
 
     def full_parameter(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:

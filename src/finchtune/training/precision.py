@@ -27,6 +27,8 @@ def choose_precision(config: TrainConfig, device_type: str) -> torch.dtype:
     name = config.precision or ("bf16" if on_gpu else "fp32")
     if name in ("fp16", "tf32") and not on_gpu:
         raise UserError(f"`precision` {name} needs a GPU; use bf16 or fp32 on a CPU")
+    if config.cuda_graphs and not on_gpu:
+        raise UserError("`cuda_graphs` needs a GPU; drop it on a CPU")
     return DTYPES[name]
 
 

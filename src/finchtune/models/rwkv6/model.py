@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.distributed.context import ContextGroup
-from finchtune.models.recompute import recomputed
 from finchtune.models.recurrent import (
     BlockState,
     NormedBlock,
@@ -159,7 +158,7 @@ class RWKV6(RecurrentModel):
         new_state = []
         for layer, block in enumerate(self.blocks):
             block_state = state[layer] if state else None
-            x, block_state = recomputed(self.grad_checkpoint, block, x, block_state, cu_seqlens)
+            x, block_state = self.through(block, x, block_state, cu_seqlens)
             new_state.append(block_state)
         return self.ln_out(x), new_state
 

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.distributed.context import ContextGroup
-from finchtune.models.recompute import recomputed
 from finchtune.models.recurrent import (
     BlockState,
     NormedBlock,
@@ -211,7 +210,7 @@ class RWKV7(RecurrentModel):
         new_state = []
         for layer, block in enumerate(self.blocks):
             inputs = x, first, state[layer] if state else None, cu_seqlens
-            x, first, block_state = recomputed(self.grad_checkpoint, block, *inputs)
+            x, first, block_state = self.through(block, *inputs)
             new_state.append(block_state)
         return self.ln_out(x), new_state
 
