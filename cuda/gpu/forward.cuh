@@ -10,6 +10,7 @@
 #pragma once
 
 #include "block.cuh"
+#include "slices.cuh"
 
 namespace wkv6 {
 
@@ -68,24 +69,6 @@ struct ForwardShared {
   Tile r, k, v, w;  // r and k become rt and kt, v becomes y
   SharedOperand scores[BLOCKS];
   float total[BLOCKS][HEAD_SIZE];
-};
-
-// The 16 values x 64 keys of the state that a warp owns.
-struct ValueSlice {
-  Accumulator x[SLICES];
-
-  // Calls f(element, value channel, key channel) for all that the lane holds.
-  template <typename F>
-  __device__ __forceinline__ void each(const Lane& lane, F f) {
-#pragma unroll
-    for (int j = 0; j < SLICES; j++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int value = 16 * lane.warp + lane.row + i / 2 % 2 * 8;
-        f(x[j].x[i], value, 16 * j + i / 4 * 8 + 2 * lane.quad + i % 2);
-      }
-    }
-  }
 };
 
 // y and the new state for the block whose first tile row is `row`; y replaces the warp's columns of

@@ -188,10 +188,11 @@ struct Pieces {
   int step;          // elements from each to the next in a tensor
   int64_t offset;    // of the first one of the segment
 
-  __device__ Pieces(const Wkv6Problem& problem, const Work& work) {
+  // `in_leaves`: the tile's rows are in the interleaved order, not in that of the tokens.
+  __device__ Pieces(const Wkv6Problem& problem, const Work& work, bool in_leaves = true) {
     token = threadIdx.x / 8;
     const int piece = threadIdx.x % 8;
-    place = Lane::tile_place(tile_row(token), piece);
+    place = Lane::tile_place(in_leaves ? tile_row(token) : token, piece);
     step = static_cast<int>(BLOCK * HEAD_SIZE * problem.H);
     offset = work.token_offset(problem, token) + piece * 8;
   }

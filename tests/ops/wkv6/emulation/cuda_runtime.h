@@ -24,6 +24,10 @@ struct alignas(8) float2 {
   float x, y;
 };
 
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 #define EMULATION_TEXT(x) #x
