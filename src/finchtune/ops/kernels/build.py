@@ -72,10 +72,12 @@ GPU = Part(
         "operators/wkv7_gpu.cpp",
         "operators/block_gpu.cpp",
         "operators/adapters_gpu.cpp",
+        "operators/quantised_gpu.cpp",
         "operators/composite.cpp",
         "gpu/wkv6.cu",
         "gpu/wkv7.cu",
         "gpu/elementwise.cu",
+        "gpu/quantised.cu",
     ),
     ("operators", "gpu"),
 )
