@@ -69,6 +69,12 @@ struct KeyColumns {
   }
 };
 
+// Has a checkpoint brought to the level-2 cache: a line of 128 bytes by each of 64 threads.
+__device__ __forceinline__ void prefetch_checkpoint(const uint4* checkpoint) {
+  constexpr int LINE = 8;
+  if (threadIdx.x < CHECKPOINT_PIECES / LINE) prefetch_to_level_2(checkpoint + LINE * threadIdx.x);
+}
+
 // The checkpoint before the chunk, advanced to the block whose first tile row is `row`.
 __device__ __forceinline__ KeySlice state_before(BackwardShared& shared, const uint4* checkpoint,
                                                  int row, const Lane& lane) {
