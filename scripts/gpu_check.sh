@@ -50,8 +50,7 @@ print(*(f'{device}: {error or \"loaded\"}' for device, error in outcome.items())
 assert outcome.get('$device', 'no CUDA device') is None"
 stage tests 90 "$python" -m pytest -q -p no:cacheprovider --noconftest -o addopts= \
   --import-mode=importlib --maxfail=8 -m "not slow" tests/ops/wkv6/test_cuda_gpu.py \
-  tests/ops/wkv7/test_cuda_gpu.py tests/ops/test_elementwise_gpu.py tests/ops/test_quantised_gpu.py \
-  tests/models/test_graphed_gpu.py
+  tests/ops/wkv7/test_cuda_gpu.py tests/ops/test_elementwise_gpu.py tests/models/test_graphed_gpu.py
 LINES_OF=40 stage wkv 60 "$python" scripts/bench/wkv.py --device $device --dtypes bf16 \
   --seconds $seconds --shapes $wkv_shapes --json "$out/wkv.json"
 steps steps 90 --methods bone bat lora bat_col --shapes $small --repeats $repeats
@@ -64,7 +63,6 @@ stage racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 --print
 steps generation 40 --sizes 1.6b --methods bone --shapes $small --repeats 2 --generate
 steps settings 60 --methods bone --grad_cp 0 2 --shapes $small --repeats 3
 steps quantised 60 --methods bone --quant nf4 fp8 --shapes $small --repeats 3
-steps fp8 40 --methods bone --quant fp8_compute --shapes $small $large --repeats 3
 LINES_OF=40 stage counters 45 ncu --clock-control none -k 'regex:^(forward|backward)_kernel' -c 2 \
   --section SpeedOfLight --section Occupancy --section WarpStateStats --section SchedulerStats \
   "$python" scripts/bench/wkv.py --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64

@@ -22,7 +22,7 @@ struct HeadPart {
   template <typename Count>
   void add(int which, int64_t i, Vec x, Count count) const {
     if (!parts.of_weights) return;
-    float* sum = parts.of_weights[which] + column;
+    float* sum = parts.of_weights + which * parts.n_heads * parts.head_size + column;
     store<Float32>(sum, i, load<Float32>(sum, i, count) + x, count);
   }
   // f(i, count) for all channels; its lanes beyond count hold zeros in rows and weights.
@@ -45,31 +45,24 @@ static inline __attribute__((always_inline)) void for_heads(const HeadParts& par
 }
 
 static void clear_weight_gradients(const HeadParts& parts, int count, int64_t first, int64_t last) {
-  const int64_t n = parts.head_size;
-  for (int i = 0; parts.of_weights && i < count; ++i)
-    std::fill(parts.of_weights[i] + first * n, parts.of_weights[i] + last * n, 0.0f);
+  const int64_t n = parts.head_size, n_channels = parts.n_heads * n;
+  for (int i = 0; parts.of_weights && i < count; ++i) {
+    float* sums = parts.of_weights + i * n_channels;
+    std::fill(sums + first * n, sums + last * n, 0.0f);
+  }
 }
 
-// Rows v, first, gate: v + (first - v) sigmoid(gate).
-static void value_residual(const HeadParts& parts, int64_t first, int64_t last) {
-  for_heads(parts, first, last, [&](auto x) __attribute__((always_inline)) {
-    x.each([&](int64_t i, auto count) __attribute__((always_inline)) {
-      const Vec v = x.row(0, i, count);
-      x.set(0, i, v + (x.row(1, i, count) - v) * sigmoid(x.row(2, i, count)), count);
-    });
-  });
-}
-
-// Rows as above and the gradient of the result: the gradients of the three.
-static void value_residual_backward(const HeadParts& parts, int64_t first, int64_t last) {
-  for_heads(parts, first, last, [&](auto x) __attribute__((always_inline)) {
-    x.each([&](int64_t i, auto count) __attribute__((always_inline)) {
-      const Vec open = sigmoid(x.row(2, i, count)), d = x.row(3, i, count);
-      x.set(0, i, d * (1.0f - open), count);
-      x.set(1, i, d * open, count);
-      x.set(2, i, d * (x.row(1, i, count) - x.row(0, i, count)) * open * (1.0f - open), count);
-    });
-  });
+// log sigmoid(x) = min(x, 0) - log(1 + e), with e = exp(-|x|).
+static inline Vec log_sigmoid(Vec x) {
+  const Vec e = exponential(x < -x ? x : -x).value();
+  // log(1 + e) = 2 artanh(e / (2 + e)): artanh(s) / s by a Chebyshev fit of degree 4 in s^2, which
+  // is at most 1/9, off by 4e-9 of itself.
+  const Vec s = e / (2.0f + e), square = s * s;
+  Vec series = 0.140873283f * square + 0.13980709f;
+  series = series * square + 0.200124264f;
+  series = series * square + 0.333331585f;
+  series = series * square + 1.0f;
+  return at_most(0.0f, x) - 2.0f * s * series;
 }
 
 // 1 / the length of k k_k, of which no less than eps is taken; `long_enough`: it was more.
@@ -85,9 +78,11 @@ static inline float inverse_length(const Part& x, bool* long_enough) {
   return 1.0f / std::max(length, x.parts.eps);
 }
 
-// Rows k, rate (before its sigmoid), weights k_k, k_a: with kk the unit vector along k k_k and s the
-// rate, k (1 + (s - 1) k_a), -kk and kk s.
-static void removal(const HeadParts& parts, int64_t first, int64_t last) {
+// What WKV7 takes. Rows k, rate, decay and, unless v stays as it is, v, first, mix; weights k_k, k_a.
+// With kk the unit vector along k k_k and s = sigmoid(rate): k (1 + (s - 1) k_a),
+// w = log sigmoid(decay) - 1/2, -kk, kk s, and v + (first - v) sigmoid(mix).
+static void wkv7_inputs(const HeadParts& parts, int64_t first, int64_t last) {
+  const bool mixed = parts.n_rows > 3;
   for_heads(parts, first, last, [&](auto x) __attribute__((always_inline)) {
     bool long_enough;
     const float scale = inverse_length(x, &long_enough);
@@ -95,15 +90,21 @@ static void removal(const HeadParts& parts, int64_t first, int64_t last) {
       const Vec k = x.row(0, i, count), rate = sigmoid(x.row(1, i, count));
       const Vec unit = k * x.weight(0, i, count) * scale;
       x.set(0, i, k * (1.0f + (rate - 1.0f) * x.weight(1, i, count)), count);
-      x.set(1, i, -unit, count);
-      x.set(2, i, unit * rate, count);
+      x.set(1, i, log_sigmoid(x.row(2, i, count)) - 0.5f, count);
+      x.set(2, i, -unit, count);
+      x.set(3, i, unit * rate, count);
+      if (!mixed) return;
+      const Vec v = x.row(3, i, count);
+      x.set(4, i, v + (x.row(4, i, count) - v) * sigmoid(x.row(5, i, count)), count);
     });
   });
 }
 
-// Rows as above and the gradients of the three results: those of k and rate, of k_k and k_a.
-static void removal_backward(const HeadParts& parts, int64_t first, int64_t last) {
+// Rows k, rate, decay, the gradients of the first four results and, unless v stays as it is, v, first,
+// mix and the gradient of the last: the gradients of k, rate, decay, v, first, mix, of k_k and k_a.
+static void wkv7_inputs_backward(const HeadParts& parts, int64_t first, int64_t last) {
   clear_weight_gradients(parts, 2, first, last);
+  const bool mixed = parts.n_rows > 7;
   Scratch through(parts.head_size);  // the gradient of kk
   for_heads(parts, first, last, [&](auto x) __attribute__((always_inline)) {
     bool long_enough;
@@ -111,7 +112,7 @@ static void removal_backward(const HeadParts& parts, int64_t first, int64_t last
     Vec along = {};
     x.each([&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vec rate = sigmoid(x.row(1, i, count));
-      const Vec d = x.row(4, i, count) * rate - x.row(3, i, count);
+      const Vec d = x.row(6, i, count) * rate - x.row(5, i, count);
       along += d * (x.row(0, i, count) * x.weight(0, i, count) * scale);
       store<Float32>(through.data, i, d, count);
     });
@@ -119,13 +120,20 @@ static void removal_backward(const HeadParts& parts, int64_t first, int64_t last
     x.each([&](int64_t i, auto count) __attribute__((always_inline)) {
       const Vec k = x.row(0, i, count), rate = sigmoid(x.row(1, i, count));
       const Vec k_k = x.weight(0, i, count), k_a = x.weight(1, i, count);
-      const Vec unit = k * k_k * scale, d = x.row(2, i, count);
+      const Vec unit = k * k_k * scale, d = x.row(3, i, count);
       const Vec dscaled = (load<Float32>(through.data, i, count) - unit * parallel) * scale;
-      const Vec drate = unit * x.row(4, i, count) + d * k * k_a;
+      const Vec drate = unit * x.row(6, i, count) + d * k * k_a;
       x.set(0, i, d * (1.0f + (rate - 1.0f) * k_a) + dscaled * k_k, count);
       x.set(1, i, drate * rate * (1.0f - rate), count);
+      x.set(2, i, x.row(4, i, count) * sigmoid(-x.row(2, i, count)), count);
       x.add(0, i, dscaled * k, count);
       x.add(1, i, d * k * (rate - 1.0f), count);
+      if (!mixed) return;
+      const Vec open = sigmoid(x.row(9, i, count)), dv = x.row(10, i, count);
+      const Vec apart = x.row(8, i, count) - x.row(7, i, count);
+      x.set(3, i, dv * (1.0f - open), count);
+      x.set(4, i, dv * open, count);
+      x.set(5, i, dv * apart * open * (1.0f - open), count);
     });
   });
 }

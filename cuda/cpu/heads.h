@@ -7,13 +7,13 @@ namespace finchtune {
 
 // Rows are tokens of n_heads * head_size channels; weights have a value for each channel.
 struct HeadParts {
-  int64_t n_tokens, n_heads, head_size;
+  int64_t n_tokens, n_heads, head_size, n_rows;
   float eps;
   Element element;          // of rows, weights and results
-  const void* const* rows;  // in the order that a kernel names them in
+  const void* const* rows;  // n_rows, in the order that a kernel names them in
   const void* const* weights;
   void* const* out;
-  float* const* of_weights;  // gradients of the weights; null for none
+  float* of_weights;  // their gradients (weights, channels); null for none
 };
 
 }  // namespace finchtune

@@ -66,10 +66,8 @@ struct CpuKernels {
   void (*sigmoid_gate_backward)(Element, const void* gate, const void* y, const void* dout,
                                 void* dgate, void* dy, int64_t first, int64_t last);
   // Heads, in all tokens; head_parts.h says which rows and weights each takes.
-  void (*value_residual)(const HeadParts&, int64_t first, int64_t last);
-  void (*value_residual_backward)(const HeadParts&, int64_t first, int64_t last);
-  void (*removal)(const HeadParts&, int64_t first, int64_t last);
-  void (*removal_backward)(const HeadParts&, int64_t first, int64_t last);
+  void (*wkv7_inputs)(const HeadParts&, int64_t first, int64_t last);
+  void (*wkv7_inputs_backward)(const HeadParts&, int64_t first, int64_t last);
   void (*bonus_norm)(const HeadParts&, int64_t first, int64_t last);
   void (*bonus_norm_backward)(const HeadParts&, int64_t first, int64_t last);
   // Pieces of kProductOuts columns of y; heads, numbered as row * n_heads + head.

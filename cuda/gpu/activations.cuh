@@ -5,8 +5,7 @@
 
 namespace finchtune {
 
-constexpr int NORM_LANES = 8;  // that share a group of channels
-constexpr int NORM_UNITS = ELEMENTWISE_THREADS / NORM_LANES;
+constexpr int NORM_UNITS = ELEMENTWISE_THREADS / GROUP_LANES;
 constexpr int64_t NORM_STRIPE = 64;  // rows whose gradients of weight and bias one thread adds up
 
 template <typename T>
@@ -18,13 +17,7 @@ struct GatedNormArgs {
   float2* moments;  // (rows, groups): mean and 1 / standard deviation; NULL if not wanted
 };
 
-__device__ __forceinline__ float lanes_sum(float x) {
-#pragma unroll
-  for (int mask = 1; mask < NORM_LANES; mask *= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  return x;
-}
-
-// One group of one token, shared by NORM_LANES lanes. Those beyond the last group do nothing but
+// One group of one token, shared by GROUP_LANES lanes. Those beyond the last group do nothing but
 // take part in the sums.
 template <typename T, int V>
 struct GroupOfToken {
@@ -35,7 +28,7 @@ struct GroupOfToken {
   float mean, scale;
 
   __device__ __forceinline__ explicit GroupOfToken(const GatedNormArgs<T>& args) {
-    unit = static_cast<int64_t>(blockIdx.x) * NORM_UNITS + threadIdx.x / NORM_LANES;
+    unit = static_cast<int64_t>(blockIdx.x) * NORM_UNITS + threadIdx.x / GROUP_LANES;
     size = unit < args.rows * args.groups ? static_cast<int>(args.size) : 0;
     begin = unit * args.size;
     channel = static_cast<int>(unit % args.groups * args.size);
@@ -51,7 +44,7 @@ struct GroupOfToken {
   // f(first element), for all that the lane has.
   template <typename F>
   __device__ __forceinline__ void each(F f) const {
-    for (int i = threadIdx.x % NORM_LANES * V; i < size; i += NORM_LANES * V) f(i);
+    for (int i = threadIdx.x % GROUP_LANES * V; i < size; i += GROUP_LANES * V) f(i);
   }
 };
 
@@ -117,7 +110,7 @@ __global__ void __launch_bounds__(ELEMENTWISE_THREADS)
     store<V>(args.dy + group.begin + i, dy);
     store<V>(args.dgate + group.begin + i, dgate);
   });
-  if (args.moments != nullptr && group.size > 0 && threadIdx.x % NORM_LANES == 0)
+  if (args.moments != nullptr && group.size > 0 && threadIdx.x % GROUP_LANES == 0)
     args.moments[group.unit] = {group.mean, group.scale};
 }
 

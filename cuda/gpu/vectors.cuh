@@ -48,6 +48,15 @@ __device__ __forceinline__ void store(T* to, const Floats<V>& floats) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
+constexpr int GROUP_LANES = 8;  // that share a token's group of channels, or head
+
+// Over the lanes of a group.
+__device__ __forceinline__ float lanes_sum(float x) {
+#pragma unroll
+  for (int mask = 1; mask < GROUP_LANES; mask *= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
 // Thread blocks that each take a stripe of rows and as many columns as they have threads, V wide.
 struct Stripes {
   int64_t rows, tall;          // tall: rows of a stripe

@@ -1,4 +1,4 @@
-// The operators of composite.h: Bone's and Bat's linears, token shift's low-rank blends, the decay.
+// The operators of composite.h: Bone's and Bat's linears, token shift's blends.
 // Their rows are tokens. Gradients that are not wanted are empty tensors.
 
 #include "composite.h"
@@ -36,8 +36,6 @@ Result call(const char* name, Arguments... arguments) {
       .typed<Result(Arguments...)>()
       .call(arguments...);
 }
-
-Tensor none(const Tensor& like) { return at::empty({0}, like.options()); }
 
 void add_to_shards(Tensor& x, const Tensor& s) {
   call<void, Tensor&, const Tensor&>("finchtune::add_to_shards_", x, s);
@@ -189,22 +187,6 @@ tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> mixtures_backward(
   return {dx, dbefore, dmaa_x, from.maa, dw1, of_w2 ? at::bmm(parts.mT(), d_blends) : none(x)};
 }
 
-// w = decay + tanh(x w1) w2 and its low-rank part; x (T, C), w1 (C, M), w2 (M, C), decay (C).
-tuple<Tensor, Tensor> low_rank_decay(const Tensor& x, const Tensor& w1, const Tensor& w2,
-                                     const Tensor& decay) {
-  const Tensor low = at::mm(x, w1).tanh_();
-  return {at::addmm(decay, low, w2), low};
-}
-
-tuple<Tensor, Tensor, Tensor, Tensor> low_rank_decay_backward(const Tensor& dw, const Tensor& x,
-                                                              const Tensor& low, const Tensor& w1,
-                                                              const Tensor& w2, bool of_w1,
-                                                              bool of_w2, bool of_decay) {
-  const Tensor d_low = at::tanh_backward(at::mm(dw, w2.t()), low);
-  return {at::mm(d_low, w1.t()), of_w1 ? at::mm(x.t(), d_low) : none(x),
-          of_w2 ? at::mm(low.t(), dw) : none(x), of_decay ? dw.sum(0) : none(x)};
-}
-
 }  // namespace
 
 void add_composites(torch::Library& library) {
@@ -216,8 +198,6 @@ void add_composites(torch::Library& library) {
   library.impl("fixed_mixtures_backward", &fixed_mixtures_backward);
   library.impl("mixtures", &mixtures);
   library.impl("mixtures_backward", &mixtures_backward);
-  library.impl("low_rank_decay", &low_rank_decay);
-  library.impl("low_rank_decay_backward", &low_rank_decay_backward);
 }
 
 }  // namespace finchtune

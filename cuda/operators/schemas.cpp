@@ -42,9 +42,10 @@ constexpr const char* kSchemas[] = {
     "Tensor maa_x, Tensor[] maa, Tensor w1, Tensor w2, bool of_before, bool of_maa_x, bool of_maa, "
     "bool of_w1, bool of_w2) "
     "-> (Tensor x, Tensor before, Tensor maa_x, Tensor maa, Tensor w1, Tensor w2)",
-    "low_rank_decay(Tensor x, Tensor w1, Tensor w2, Tensor decay) -> (Tensor w, Tensor low)",
-    "low_rank_decay_backward(Tensor dw, Tensor x, Tensor low, Tensor w1, Tensor w2, bool of_w1, "
-    "bool of_w2, bool of_decay) -> (Tensor x, Tensor w1, Tensor w2, Tensor decay)",
+    "low_ranks(Tensor[] x, Tensor[] one, Tensor[] two, Tensor?[] zero, int[] activations) "
+    "-> (Tensor[] y, Tensor[] low)",
+    "low_ranks_backward(Tensor[] dy, Tensor[] x, Tensor[] low, Tensor[] one, Tensor[] two, "
+    "int[] activations, bool[] of_one, bool[] of_two, bool[] of_zero) -> Tensor[]",
     "token_mix(Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) -> Tensor[]",
     "token_mix_(Tensor(a!)[] blends, Tensor x, Tensor? before, Tensor? cu_seqlens, Tensor maa) "
     "-> ()",
@@ -63,20 +64,16 @@ constexpr const char* kSchemas[] = {
     "sigmoid_gate(Tensor gate, Tensor y) -> Tensor",
     "sigmoid_gate_backward(Tensor dout, Tensor gate, Tensor y) "
     "-> (Tensor gate, Tensor y)",
-    "value_residual(Tensor v, Tensor first, Tensor gate, int heads) -> Tensor",
-    "value_residual_backward(Tensor v, Tensor first, Tensor gate, Tensor dout, int heads) "
+    "wkv7_inputs(Tensor[] rows, Tensor[] values, Tensor[] weights, int heads, float eps) "
     "-> Tensor[]",
-    "removal(Tensor k, Tensor rate, Tensor k_k, Tensor k_a, int heads, float eps) -> Tensor[]",
-    "removal_backward(Tensor[] douts, Tensor k, Tensor rate, Tensor k_k, Tensor k_a, int heads, "
-    "float eps, bool of_weights) -> Tensor[]",
+    "wkv7_inputs_backward(Tensor[] douts, Tensor[] rows, Tensor[] values, Tensor[] weights, "
+    "int heads, float eps, bool of_weights) -> Tensor[]",
     "bonus_norm(Tensor[] rows, Tensor[] weights, int heads, float eps) -> Tensor",
     "bonus_norm_backward(Tensor dout, Tensor[] rows, Tensor[] weights, int heads, float eps, "
     "bool of_weights) -> Tensor[]",
     "products(Tensor[] x, Tensor[] W, int[] activations) -> Tensor[] y",
     "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? table, int n_out, "
     "int activation) -> Tensor y",
-    "fp8_rows(Tensor x, Tensor? factors) -> (Tensor codes, Tensor scales)",
-    "turn_bytes(Tensor codes) -> Tensor",
     "wkv6_step_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor y",
 };
 

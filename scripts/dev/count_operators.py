@@ -1,7 +1,7 @@
 """Operator calls of a training step for each model block, counted on fake tensors.
 
     python scripts/dev/count_operators.py
-    python scripts/dev/count_operators.py --methods bone --grad_cp 1 --list
+    python scripts/dev/count_operators.py --generations 7 --methods bone --grad_cp 1 --list
 
 A call is one that Python or autograd makes of a torch operator which is neither a view nor an
 allocation; each costs the processor some 5 to 20 microseconds, whatever its size. "launches" are
@@ -13,6 +13,7 @@ GPU's: bf16, 4 x 512 tokens of a 3B model.
 
 import argparse
 import contextlib
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,7 +28,7 @@ from finchtune.adapters import attach
 from finchtune.errors import run_cli
 from finchtune.files import write_json
 from finchtune.memory.estimate import materialise
-from finchtune.models.rwkv6 import RWKV6, ModelConfig
+from finchtune.models.generations import generations, meta_model
 from finchtune.ops.kernels import cpu_standing_for, kernels_set_aside
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -48,9 +49,16 @@ LAUNCHES = {
     "mixtures_backward": 7,
     "fixed_mixtures": 2,
     "fixed_mixtures_backward": 3,
-    "low_rank_decay": 3,
-    "low_rank_decay_backward": 3,
 }
+GENERATIONS = {one.number: one for one in generations().values()}
+
+
+def launches_of(name: str, inputs: tuple[Any, ...]) -> int:
+    """The kernels that a call starts."""
+    if name.startswith("low_ranks"):  # two products for each part, and an activation but for some
+        activations = inputs[5 if name.endswith("backward") else 4]
+        return sum(3 if activation else 2 for activation in activations)
+    return LAUNCHES.get(name, 1)
 
 
 @dataclass
@@ -71,14 +79,15 @@ class Calls(TorchDispatchMode):
         makes = func._schema.is_mutable or any(isinstance(x, Tensor) for x in tree_leaves(result))
         if makes and not func.is_view and name not in ALLOCATIONS:
             self.names[name] += 1
-            self.launches += LAUNCHES.get(name, 1)
+            self.launches += launches_of(name, args)
         return result
 
 
-def step(method: str, grad_cp: int, n_layer: int, compiled: bool) -> Calls:
+def step(generation: int, method: str, grad_cp: int, n_layer: int, compiled: bool) -> Calls:
     """The calls of a forward and a backward with an adapter on every linear, all else frozen."""
+    sizes = GENERATIONS[generation].sizes(n_layer=n_layer, n_embd=C, vocab_size=65536)
+    model = meta_model(sizes, grad_cp)
     with torch.device("meta"):
-        model = RWKV6(ModelConfig(n_layer=n_layer, n_embd=C, vocab_size=65536), grad_cp)
         attach(model, **METHODS[method])
     model.to(torch.bfloat16)
     aside = contextlib.nullcontext() if compiled else kernels_set_aside()
@@ -91,9 +100,9 @@ def step(method: str, grad_cp: int, n_layer: int, compiled: bool) -> Calls:
     return calls
 
 
-def per_block(method: str, grad_cp: int, compiled: bool) -> dict[str, Any]:
+def per_block(generation: int, method: str, grad_cp: int, compiled: bool) -> dict[str, Any]:
     """What each block adds to a step: the number of calls, of each operator, and of launches."""
-    two, three = (step(method, grad_cp, n, compiled) for n in (2, 3))
+    two, three = (step(generation, method, grad_cp, n, compiled) for n in (2, 3))
     names = three.names - two.names
     return {
         "calls": names.total(),
@@ -106,22 +115,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    numbers = list(GENERATIONS)
+    parser.add_argument("--generations", nargs="+", type=int, default=numbers, choices=numbers)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--grad_cp", nargs="+", type=int, default=[0, 1], choices=[0, 1, 2])
     parser.add_argument("--list", action="store_true", help="name the operators too")
     parser.add_argument("--json", help="also write the counts to this file")
     given = parser.parse_args()
     rows = []
-    print(f"{'method':10}{'grad_cp':>8}{'form':>9}{'calls':>8}{'launches':>10}")
-    for method in given.methods:
-        for grad_cp in given.grad_cp:
-            for form in ("before", "now"):
-                found = per_block(method, grad_cp, form == "now")
-                rows.append({"method": method, "grad_cp": grad_cp, "form": form, **found})
-                numbers = f"{found['calls']:8}{found['launches']:10}"
-                print(f"{method:10}{grad_cp:8}{form:>9}{numbers}")
-                if given.list:
-                    print("  " + ", ".join(f"{name} {n}" for name, n in found["names"].items()))
+    print(f"{'model':8}{'method':10}{'grad_cp':>8}{'form':>9}{'calls':>8}{'launches':>10}")
+    for case in itertools.product(given.generations, given.methods, given.grad_cp):
+        generation, method, grad_cp = case
+        for form in ("before", "now"):
+            found = per_block(*case, form == "now")
+            named = {"generation": generation, "method": method, "grad_cp": grad_cp, "form": form}
+            rows.append({**named, **found})
+            counts = f"{found['calls']:8}{found['launches']:10}"
+            print(f"RWKV-{generation:<3}{method:10}{grad_cp:8}{form:>9}{counts}")
+            if given.list:
+                print("  " + ", ".join(f"{name} {n}" for name, n in found["names"].items()))
     if given.json:
         write_json(given.json, rows)
 

@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.emulation import GUARD, Guarded, compile_emulated
+from helpers.emulation import (
+    DTYPE_CODES,
+    GUARD,
+    Call,
+    Pointer,
+    array,
+    compile_emulated,
+    integers,
+)
+from helpers.heads_emulator import HeadOperators
 from helpers.support import cpu_path_in_use
 from torch import Tensor
-
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-Pointer = ctypes.c_void_p
 
 
 class Shift(ctypes.Structure):
@@ -33,46 +39,6 @@ class GatedNorm(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         *((name, Pointer) for name in ("y", "gate", "weight", "bias")),
     ]
-
-
-class Call:
-    """The guarded memory of one call of a launcher; after it the guards are looked at."""
-
-    def __init__(self, library: ctypes.CDLL):
-        self.library = library
-        self.guarded: list[Guarded] = []
-
-    def given(self, x: Tensor | None) -> Pointer | None:
-        """A copy of an input."""
-        return None if x is None else self._keep(Guarded(x.shape, x.dtype, x))
-
-    def made(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Pointer]:
-        """Memory for an output."""
-        pointer = self._keep(Guarded(tuple(shape), dtype))
-        return self.guarded[-1].tensor, pointer
-
-    def scratch(self, name: str, *arguments: Any) -> Pointer:
-        bytes_of = getattr(self.library, f"finchtune_{name}_scratch_bytes")
-        bytes_of.restype = ctypes.c_size_t
-        return self.made((bytes_of(*arguments) // 4,), torch.float32)[1]
-
-    def _keep(self, guarded: Guarded) -> Pointer:
-        self.guarded.append(guarded)
-        return guarded.pointer
-
-    def launch(self, name: str, *arguments: Any) -> None:
-        error = getattr(self.library, f"finchtune_{name}")(*arguments, None)
-        assert error == 0, f"{name}: error {error}"
-        for guarded in self.guarded:
-            guarded.check(name)
-
-
-def array(pointers: list[Pointer]) -> Any:
-    return (Pointer * len(pointers))(*pointers) if pointers else None
-
-
-def integers(*values: int) -> list[ctypes.c_int64]:
-    return [ctypes.c_int64(value) for value in values]
 
 
 class Operators:
@@ -239,25 +205,33 @@ class Operators:
         return losses
 
 
-HELPERS = ("shift", "mix", "norm", "elements")
-LEAVES = [name for name in vars(Operators) if name not in HELPERS and not name.startswith("__")]
+HELPERS = ("shift", "mix", "norm", "elements", "heads")
+SOURCES = {"elementwise.cu": Operators, "heads.cu": HeadOperators}
 
 
 @functools.cache
-def emulated_library() -> ctypes.CDLL:
+def emulated_library(source: str) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp("elementwise"))
-    return compile_emulated("elementwise.cu", folder / "libelementwise_emulated.so")
+    return compile_emulated(source, folder / f"{source}.so")
+
+
+def emulation_configure(*settings: int) -> None:
+    """For all libraries, what tests/ops/wkv6/emulation/host.cpp names."""
+    for source in SOURCES:
+        emulated_library(source).emulation_configure(*settings)
 
 
 @contextlib.contextmanager
 def cuda_kernels_in_place() -> Iterator[None]:
     """Within, CPU tensors go through the CUDA kernels, by way of the same operators."""
-    operators = Operators(emulated_library())
     library = torch.library.Library("finchtune", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that others are overridden
-        for name in LEAVES:
-            library.impl(name, getattr(operators, name), "CPU")
+        for source, kind in SOURCES.items():
+            operators = kind(emulated_library(source))
+            for name in vars(kind):
+                if name not in HELPERS and not name.startswith("__"):
+                    library.impl(name, getattr(operators, name), "CPU")
     try:
         yield
     finally:

@@ -2,7 +2,9 @@
 
 import ctypes
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +13,9 @@ ROOT = Path(__file__).parents[2]
 EMULATION = ROOT / "tests" / "ops" / "wkv6" / "emulation"
 CUDA = ROOT / "cuda" / "gpu"
 ORDERS = ("forward", "reverse", "random", "warp by warp", "warp by warp, reversed")
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 GUARD = 64  # elements of NaN around every tensor
+Pointer = ctypes.c_void_p
 
 
 def compile_emulated(source: str, library: Path) -> ctypes.CDLL:
@@ -47,3 +51,43 @@ class Guarded:
         guards = torch.cat([self.buffer[:GUARD], self.buffer[-GUARD:]])
         whole = guards.isnan() if guards.is_floating_point() else guards == 99
         assert whole.all(), f"the kernel wrote beyond {name}"
+
+
+class Call:
+    """The guarded memory of one call of a launcher; after it the guards are looked at."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        self.guarded: list[Guarded] = []
+
+    def given(self, x: Tensor | None) -> Pointer | None:
+        """A copy of an input."""
+        return None if x is None else self._keep(Guarded(x.shape, x.dtype, x))
+
+    def made(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Pointer]:
+        """Memory for an output."""
+        pointer = self._keep(Guarded(tuple(shape), dtype))
+        return self.guarded[-1].tensor, pointer
+
+    def scratch(self, name: str, *arguments: Any) -> Pointer:
+        bytes_of = getattr(self.library, f"finchtune_{name}_scratch_bytes")
+        bytes_of.restype = ctypes.c_size_t
+        return self.made((bytes_of(*arguments) // 4,), torch.float32)[1]
+
+    def _keep(self, guarded: Guarded) -> Pointer:
+        self.guarded.append(guarded)
+        return guarded.pointer
+
+    def launch(self, name: str, *arguments: Any) -> None:
+        error = getattr(self.library, f"finchtune_{name}")(*arguments, None)
+        assert error == 0, f"{name}: error {error}"
+        for guarded in self.guarded:
+            guarded.check(name)
+
+
+def array(pointers: list[Pointer]) -> Any:
+    return (Pointer * len(pointers))(*pointers) if pointers else None
+
+
+def integers(*values: int) -> list[ctypes.c_int64]:
+    return [ctypes.c_int64(value) for value in values]

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers.elementwise_emulator import cuda_kernels_in_place, emulated_library
+from helpers.elementwise_emulator import cuda_kernels_in_place, emulation_configure
 from helpers.emulation import ORDERS
 
 
@@ -21,6 +21,10 @@ def results() -> list[torch.Tensor]:
     return [
         *ops.token_mix_backward(douts, x, None, None, maa, [], True),
         *ops.gated_norm_backward(torch.randn(70, 48), *norm, True),
+        *ops.wkv7_inputs_backward(
+            [y] * 5, [y, gate, y], [gate, y, gate], list(maa[:2]), 3, 1e-12, True
+        ),
+        *ops.bonus_norm_backward(y, [y, gate, y, gate, y], list(maa), 3, 1e-5, True),
         ops.shard_sums(y, 7, torch.float32),
         *ops.bat_row_forward(y, D),
         ops.cross_entropy_(logits, labels, 0.1),
@@ -30,17 +34,16 @@ def results() -> list[torch.Tensor]:
 
 @pytest.fixture
 def emulation(kernels):
-    library = emulated_library()
     with cuda_kernels_in_place():
-        yield library
-    library.emulation_configure(0, False, 1, 8)
+        yield
+    emulation_configure(0, False, 1, 8)
 
 
 def test_every_thread_schedule_gives_the_same_bits(emulation):
     """A missing barrier shows as a difference, or as NaN, in at least one of them."""
     runs = []
     for order, eager in itertools.product(range(len(ORDERS)), (False, True)):
-        emulation.emulation_configure(order, eager, 1, 8)
+        emulation_configure(order, eager, 1, 8)
         runs.append(results())
     for run in runs:
         assert all(x.isfinite().all() for x in run)

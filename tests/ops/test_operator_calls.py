@@ -2,15 +2,18 @@
 
 import json
 
+import pytest
 from helpers.support import REPOSITORY, run_script
 
 MOST_CALLS = {"bone": 60, "bat_row": 75}
 
 
-def test_calls_of_a_block_that_is_recomputed(kernels, tmp_path):
+@pytest.mark.parametrize("generation", [6, 7])
+def test_calls_of_a_block_that_is_recomputed(generation, kernels, tmp_path):
     json_file = tmp_path / "counts.json"
     count = REPOSITORY / "scripts" / "dev" / "count_operators.py"
-    done = run_script(count, "--methods", *MOST_CALLS, "--grad_cp", 1, "--json", json_file)
+    chosen = "--generations", generation, "--methods", *MOST_CALLS, "--grad_cp", 1
+    done = run_script(count, *chosen, "--json", json_file)
     assert done.returncode == 0, done.stderr
     found = {(row["method"], row["form"]): row for row in json.loads(json_file.read_text())}
     for method, most in MOST_CALLS.items():

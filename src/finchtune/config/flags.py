@@ -9,7 +9,7 @@ from finchtune.methods import flag_methods, method_files, method_flags
 METHODS = ("none", "state", *method_files())
 LR, STATE_LR = 2e-5, 1.0
 """Default learning rates: of weights and adapters, and of states."""
-QUANT = ("none", "nf4", "fp4", "int8", "fp8", "fp8_compute")
+QUANT = ("none", "nf4", "fp4", "int8", "fp8")
 STAGES = {
     "auto": 1,
     "ddp": 1,
@@ -62,11 +62,7 @@ class MethodFlags:
     peft: str = flag("none", "what is trained; none = every parameter", METHODS)
     target: list[str] = flag([], "linears that get an adapter, such as att ffn.key; default all")
     train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
-    quant: str = flag(
-        "none",
-        "keep the adapted layers' frozen weights in few bits; fp8_compute also multiplies in fp8",
-        QUANT,
-    )
+    quant: str = flag("none", "keep the adapted layers' frozen weights in few bits", QUANT)
     peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")
     pissa_init: str = flag("", "PiSSA with --peft_load: a separate file of initial A and B")
     lora_plus_ratio: float = flag(1.0, "LoRA and kin: learning rate of B over that of A (LoRA+)")

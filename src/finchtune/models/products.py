@@ -93,7 +93,7 @@ def other_product(x: Tensor, layer: Layer, activation: int) -> Tensor:
     W = layer.W
     assert isinstance(W, QuantisedWeight)
     return torch.ops.finchtune.coded_product(
-        x, W.codes, W.block_scales(), code_table(W.form[0]), W.shape[0], NONE
+        x, W.codes, W.scales.view(torch.float32), code_table(W.form[0]), W.shape[0], NONE
     )
 
 

@@ -6,15 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
-from finchtune.adapters.frozen import (
-    compute_dtype,
-    computes_fp8,
-    dense_weight,
-    product_back,
-    product_plus,
-    reads_codes,
-    weight_parts,
-)
+from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
 from finchtune.adapters.quantise import Form
 from finchtune.adapters.shards import (
     groups,
@@ -120,20 +112,20 @@ class BatRow(torch.autograd.Function):
         assert not ctx.needs_input_grad[2], "bat has no gradient for W"
         ctx.save_for_backward(x, D, main, scales)
         ctx.form = form
-        if moves_shards(x, D) and not reads_codes(x, form):
-            W = dense_weight(main, scales, form, D.dtype)
+        W = dense_weight(main, scales, form, D.dtype)
+        if moves_shards(x, D, W):
             return torch.ops.finchtune.bat_row(x, D, W)
         moved, sums = move_shards(x, D)
-        return product_plus(sums.to(x.dtype), None, moved, main, scales, form)
+        return product_plus(sums.to(x.dtype), None, moved, W)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """q_b = (W^T dy)_b + sum_a dy_a; dD_b = q_b x_b^T; dx = W^T dy + D^T q."""
         x, D, main, scales = ctx.saved_tensors
-        if moves_shards(dy, D) and not computes_fp8(dy, ctx.form):
-            W = dense_weight(main, scales, ctx.form, dy.dtype)
+        W = dense_weight(main, scales, ctx.form, dy.dtype)
+        if moves_shards(dy, D, W):
             return *torch.ops.finchtune.bat_row_backward(dy, x, D, W), None, None, None
-        dx = product_back(dy, main, scales, ctx.form)
+        dx = dy @ W
         sums = shard_sum(dy, D.shape[1], merge_precision(dy))
         dD = move_shards_backward(dx, x, D, sums)
         return dx, dD, None, None, None

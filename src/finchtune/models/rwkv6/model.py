@@ -23,8 +23,9 @@ from finchtune.models.rwkv6.config import ModelConfig
 from finchtune.ops.context import wkv6_across
 from finchtune.ops.elementwise import (
     GatedNorm,
+    LowRank,
     fixed_mixtures,
-    low_rank_decay,
+    low_ranks,
     mixtures,
     sigmoid_gate,
     squared_relu,
@@ -85,9 +86,8 @@ class TimeMix(WKVMix):
         before, shift = token_before(self.context, x, shift, cu_seqlens)
         x_w, x_k, x_v, x_r, x_g = self.mixtures(x, before, cu_seqlens)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        w = low_rank_decay(
-            x_w.flatten(0, 1), self.time_decay_w1, self.time_decay_w2, self.time_decay.flatten()
-        )
+        decay = self.time_decay_w1, self.time_decay_w2, self.time_decay
+        (w,) = low_ranks(LowRank(x_w, *decay, "tanh"))
         heads = (B, T, self.config.n_head, self.config.head_size)
         r, k, v, w = r.view(heads), k.view(heads), v.view(heads), w.view(heads)
         inputs = r, k, v, w, self.time_faaaa

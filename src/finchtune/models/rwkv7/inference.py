@@ -49,11 +49,12 @@ class CompiledTimeMix:
         made = products(low, list(self.up.values()), [NONE] * len(low))
         up = {part: one.view(mixed.shape) for part, one in zip(self.up, made, strict=True)}
         decay, rate = up["w"] + att.w0, up["a"] + att.a0
-        mix = up["v"] + att.v0 if "v" in up else None
+        values = [] if first is None else [first, up["v"] + att.v0]
         r, k, v = (one.view(mixed.shape) for one in (r, k, v))
-        inputs, first = att.memory_inputs(r, k, v, decay, rate, mix, first)
+        inputs = att.memory_inputs(r, k, v, decay, rate, values)
         y, state = att.wkv(inputs, state, rows.cu_seqlens)
         y = att.read_out(y, inputs, up["g"])
+        first = v if first is None else first
         return products([y.flatten(0, 1)], [self.output], [NONE])[0], state, first
 
 

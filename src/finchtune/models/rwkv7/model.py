@@ -5,10 +5,10 @@ T tokens, S sequences, C n_embd, H heads, N head_size. Source: "RWKV-7 Goose", a
 section 4 and appendix.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finchtune.distributed.context import ContextGroup
@@ -24,11 +24,11 @@ from finchtune.models.rwkv7.config import ModelConfig
 from finchtune.ops.context import wkv7_across
 from finchtune.ops.elementwise import (
     BonusNorm,
+    LowRank,
     fixed_mixtures,
-    low_rank_decay,
-    removal,
+    low_ranks,
     squared_relu,
-    value_residual,
+    wkv7_inputs,
 )
 from finchtune.ops.wkv7 import wkv7
 
@@ -97,42 +97,34 @@ class TimeMix(WKVMix):
         blends = [getattr(self, f"x_{mixed}").flatten() for mixed in MIXED]
         x_r, x_w, x_k, x_v, x_a, x_g = fixed_mixtures(x, before, cu_seqlens, blends)
         r, k, v = self.receptance(x_r), self.key(x_k), self.value(x_v)
-        decay = low_rank_decay(x_w.flatten(0, 1), self.w1, self.w2, self.w0.flatten())
-        rate = self.low_rank("a", x_a)
-        mix = None if first is None else self.low_rank("v", x_v)
-        gate = (torch.sigmoid(x_g.flatten(0, 1) @ self.g1) @ self.g2).view(x.shape)
-        inputs, first = self.memory_inputs(r, k, v, decay.view(x.shape), rate, mix, first)
+        parts = [self.low_rank("w", x_w, "tanh"), self.low_rank("a", x_a)]
+        parts.append(LowRank(x_g, self.g1, self.g2, activation="sigmoid"))
+        if first is not None:
+            parts.append(self.low_rank("v", x_v))
+        decay, rate, gate, *mix = low_ranks(*parts)
+        values = [] if first is None else [first, *mix]
+        inputs = self.memory_inputs(r, k, v, decay, rate, values)
         y, state = self.wkv(inputs, state, cu_seqlens)
+        first = v if first is None else first
         return self.output(self.read_out(y, inputs, gate)), first, shift, state
 
-    def low_rank(self, name: str, x: Tensor) -> Tensor:
-        """name0 + (x name1) name2, (B, T, C)."""
+    def low_rank(self, name: str, x: Tensor, activation: str = "none") -> LowRank:
+        """name0 + activation(x name1) name2."""
         zero, one, two = (getattr(self, f"{name}{i}") for i in range(3))
-        return torch.addmm(zero.view(1, -1), x.flatten(0, 1) @ one, two).view(x.shape)
+        return LowRank(x, one, two, zero, activation)
 
     def memory_inputs(
-        self,
-        r: Tensor,
-        k: Tensor,
-        v: Tensor,
-        decay: Tensor,
-        rate: Tensor,
-        mix: Tensor | None,
-        first: Tensor | None,
-    ) -> tuple[Inputs, Tensor]:
-        """What the linear parts made (B, T, C) -> r, k, v, w, a, b (B, T, H, N), the first values.
+        self, r: Tensor, k: Tensor, v: Tensor, decay: Tensor, rate: Tensor, values: Sequence[Tensor]
+    ) -> Inputs:
+        """What the linear parts made (B, T, C) -> r, k, v, w, a, b (B, T, H, N).
 
-        `decay`, `rate` and `mix` are still without their activations.
+        `values` are the first block's and how they mix with v, none in the first block. They, decay
+        and rate are still without their activations.
         """
-        w = -F.softplus(-decay) - 0.5
-        if first is None or mix is None:
-            first = v
-        else:
-            v = value_residual(v, first, mix, self.config.n_head)
-        k, a, b = removal(k, rate, self.k_k, self.k_a, self.config.n_head)
-        heads = (*r.shape[:2], self.config.n_head, self.config.head_size)
-        r, k, v, w, a, b = (x.view(heads) for x in (r, k, v, w, a, b))
-        return (r, k, v, w, a, b), first
+        heads = self.config.n_head, self.config.head_size
+        rest = wkv7_inputs(k, v, decay, rate, self.k_k, self.k_a, heads[0], values)
+        r, k, v, w, a, b = (x.view(*r.shape[:2], *heads) for x in (r, *rest))
+        return r, k, v, w, a, b
 
     def read_out(self, y: Tensor, inputs: Inputs, gate: Tensor) -> Tensor:
         """What the memory gave (B, T, H, N), normalised, with the bonus of the token, gated."""

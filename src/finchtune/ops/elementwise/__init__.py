@@ -2,22 +2,23 @@
 
 from finchtune.ops.elementwise.dispatch import (
     GatedNorm,
+    LowRank,
     fixed_mixtures,
-    low_rank_decay,
+    low_ranks,
     mixtures,
     sigmoid_gate,
     squared_relu,
 )
-from finchtune.ops.elementwise.heads import BonusNorm, removal, value_residual
+from finchtune.ops.elementwise.heads import BonusNorm, wkv7_inputs
 
 __all__ = [
     "BonusNorm",
     "GatedNorm",
+    "LowRank",
     "fixed_mixtures",
-    "low_rank_decay",
+    "low_ranks",
     "mixtures",
-    "removal",
     "sigmoid_gate",
     "squared_relu",
-    "value_residual",
+    "wkv7_inputs",
 ]

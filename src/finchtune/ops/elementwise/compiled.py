@@ -81,24 +81,34 @@ class FixedMixtures(torch.autograd.Function):
         return dx, d_before if of_before else None, None, *of_maa
 
 
-class LowRankDecay(torch.autograd.Function):
-    """decay + tanh(x w1) w2. Keeps the low-rank part, and x where w1 is trained."""
+class LowRanks(torch.autograd.Function):
+    """zero + activation(x one) two of several x. Keeps the low-rank parts, and x where its `one` is
+    trained.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, decay: Tensor) -> Tensor:
-        """x (T, C), w1 (C, M), w2 (M, C), decay (C) -> (T, C)."""
-        w, low = ops.low_rank_decay(x, w1, w2, decay)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, low, w1, w2)
-        return w
+    def forward(ctx: Any, activations: list[int], *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        """n of each: x (T, C), one (C, M), two (M, d), zero (d) or None -> n of (T, d)."""
+        n = len(activations)
+        x, one, two, zero = (tensors[i * n : i * n + n] for i in range(4))
+        y, low = ops.low_ranks(x, one, two, zero, activations)
+        of_one = ctx.needs_input_grad[1 + n : 1 + 2 * n]
+        needed = (own if asked else None for own, asked in zip(x, of_one, strict=True))
+        ctx.save_for_backward(*needed, *low, *one, *two)
+        ctx.activations = activations
+        return tuple(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, ...]:
-        x, low, w1, w2 = ctx.saved_tensors
-        asked = ctx.needs_input_grad[1:]
-        like = dw if x is None else x  # only its shape is read where w1 is frozen
-        dx, *rest = ops.low_rank_decay_backward(dw, like, low, w1, w2, *asked)
-        return dx, *(d if of_it else None for d, of_it in zip(rest, asked, strict=True))
+    def backward(ctx: Any, *dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved, n = ctx.saved_tensors, len(dy)
+        x, low, one, two = (saved[i * n : i * n + n] for i in range(4))
+        asked = ctx.needs_input_grad[1 + n :]
+        of_each = (asked[i * n : i * n + n] for i in range(3))
+        given = [d if own is None else own for d, own in zip(dy, x, strict=True)]
+        found = ops.low_ranks_backward(dy, given, low, one, two, ctx.activations, *of_each)
+        rest = (d if of_it else None for d, of_it in zip(found[n:], asked, strict=True))
+        return None, *found[:n], *rest
 
 
 class GatedNorm(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Element-wise parts of a block: by the compiled kernels where they fit, else in plain torch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,11 +54,41 @@ def fixed_mixtures(
     return tuple(torch.addcmul(x, xx, maa_j) for maa_j in maa)
 
 
-def low_rank_decay(x: Tensor, w1: Tensor, w2: Tensor, decay: Tensor) -> Tensor:
-    """decay + tanh(x w1) w2: x (T, C), w1 (C, M), w2 (M, C), decay (C) -> (T, C)."""
-    if takes_products(x, w1, w2, decay):
-        return compiled.LowRankDecay.apply(x, w1, w2, decay)
-    return torch.addmm(decay, torch.tanh(x @ w1), w2)
+class LowRank(NamedTuple):
+    """zero + activation(x one) two: x (..., C), one (C, M), two (M, d), zero d values or None."""
+
+    x: Tensor
+    one: Tensor
+    two: Tensor
+    zero: Tensor | None = None
+    activation: str = "none"
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+def low_ranks(*parts: LowRank) -> tuple[Tensor, ...]:
+    """The value of each part, (..., d)."""
+    x = [part.x.flatten(0, -2) for part in parts]
+    one, two = [part.one for part in parts], [part.two for part in parts]
+    zero = [None if part.zero is None else part.zero.flatten() for part in parts]
+    if takes_products(*x, *one, *two, *(own for own in zero if own is not None)):
+        activations = [list(ACTIVATIONS).index(part.activation) for part in parts]
+        found = compiled.LowRanks.apply(activations, *x, *one, *two, *zero)
+    else:
+        low = [
+            ACTIVATIONS[part.activation](rows @ part.one)
+            for rows, part in zip(x, parts, strict=True)
+        ]
+        found = [
+            low_i @ two_i if zero_i is None else torch.addmm(zero_i, low_i, two_i)
+            for low_i, two_i, zero_i in zip(low, two, zero, strict=True)
+        ]
+    return tuple(y.view(*part.x.shape[:-1], -1) for y, part in zip(found, parts, strict=True))
 
 
 class GatedNorm(nn.Module):

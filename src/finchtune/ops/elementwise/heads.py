@@ -4,6 +4,7 @@ The plain forms are torch's own operators under autograd, and the oracle of the 
 which compute in fp32, round what they store and keep their inputs only.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,45 +12,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finchtune.ops.kernels import fits_cpu
+from finchtune.ops.kernels import fits
 
 SHORTEST = 1e-12  # of the lengths that a key is divided by, as in torch's normalize
 
 
-class ValueResidual(torch.autograd.Function):
-    """v + (first - v) sigmoid(gate); all (tokens, C)."""
+class Wkv7Inputs(torch.autograd.Function):
+    """What WKV7 takes; k, rate, decay and, where v is mixed, v, first, mix (tokens, C)."""
 
     @staticmethod
-    def forward(ctx: Any, heads: int, *rows: Tensor) -> Tensor:
-        ctx.save_for_backward(*rows)
+    def forward(
+        ctx: Any, heads: int, k_k: Tensor, k_a: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(k_k, k_a, *inputs)
         ctx.heads = heads
-        return torch.ops.finchtune.value_residual(*rows, heads)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        backward = torch.ops.finchtune.value_residual_backward
-        return None, *backward(*ctx.saved_tensors, d_out, ctx.heads)
-
-
-class Removal(torch.autograd.Function):
-    """The arguments k, a and b of WKV7; k, rate (tokens, C), k_k, k_a (C)."""
-
-    @staticmethod
-    def forward(ctx: Any, heads: int, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(*inputs)
-        ctx.heads = heads
-        return tuple(torch.ops.finchtune.removal(*inputs, heads, SHORTEST))
+        rows, values = inputs[:3], inputs[3:]
+        found = torch.ops.finchtune.wkv7_inputs(rows, values, (k_k, k_a), heads, SHORTEST)
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_out: Tensor) -> tuple[Tensor | None, ...]:
-        inputs = ctx.saved_tensors
-        of_weights = any(ctx.needs_input_grad[3:])
-        d_k, d_rate, *of_weight = torch.ops.finchtune.removal_backward(
-            d_out, *inputs, ctx.heads, SHORTEST, of_weights
+        saved = ctx.saved_tensors
+        weights, rows, values = saved[:2], saved[2:5], saved[5:]
+        of_weights = any(ctx.needs_input_grad[1:3])
+        found = torch.ops.finchtune.wkv7_inputs_backward(
+            d_out, rows, values, weights, ctx.heads, SHORTEST, of_weights
         )
-        return None, d_k, d_rate, *rounded(of_weight, inputs[2:])
+        n = len(rows) + len(values)
+        return None, *rounded(found[n:], weights), *found[:n]
 
 
 class BonusNormed(torch.autograd.Function):
@@ -72,43 +63,49 @@ class BonusNormed(torch.autograd.Function):
         return None, None, *found[:5], *rounded(found[5:], inputs[5:])
 
 
-def rounded(gradients: list[Tensor], weights: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Gradients of weights in their dtype; None for each where there are none."""
+def rounded(gradients: list[Tensor], weights: Sequence[Tensor]) -> list[Tensor | None]:
+    """A gradient (weights, C) as one of each, in its dtype; None for each where there is none."""
     if not gradients:
         return [None for _ in weights]
-    return [d.to(x.dtype) for d, x in zip(gradients, weights, strict=True)]
+    return [d.to(x.dtype) for d, x in zip(gradients[0], weights, strict=True)]
 
 
-def value_residual(v: Tensor, first: Tensor, gate: Tensor, heads: int) -> Tensor:
-    """v + (first - v) sigmoid(gate), of any shape (..., C). Threads share the `heads` out."""
-    if fits_cpu(v, first, gate):
-        rows = (x.flatten(0, -2) for x in (v, first, gate))
-        return ValueResidual.apply(heads, *rows).view(v.shape)
-    return v + (first - v) * torch.sigmoid(gate)
+def wkv7_inputs(
+    k: Tensor,
+    v: Tensor,
+    decay: Tensor,
+    rate: Tensor,
+    k_k: Tensor,
+    k_a: Tensor,
+    heads: int,
+    values: Sequence[Tensor] = (),
+) -> tuple[Tensor, ...]:
+    """WKV7's k, v, w, a and b, of linear and low-rank parts without their activations.
 
-
-def removal(
-    k: Tensor, rate: Tensor, k_k: Tensor, k_a: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """WKV7's k, a and b: what a token writes, and what it removes for that.
-
-    With s = sigmoid(rate) and kk = k k_k brought to length 1 in each head:
-    k (1 + (s - 1) k_a), -kk and kk s, all in the dtype of k.
+    With s = sigmoid(rate) and kk = k k_k brought to length 1 in each head: k (1 + (s - 1) k_a);
+    v + (first - v) sigmoid(mix), or v itself; log sigmoid(decay) - 1/2; -kk and kk s. All are in
+    the dtype of k.
 
     Args:
-        k, rate: (..., C).
+        k, v, decay, rate: (..., C).
         k_k, k_a: C values, of any shape that ends with C.
         heads: how many lie side by side in C.
+        values: first and mix (..., C), where v is mixed; else empty.
     """
-    if fits_cpu(k, rate, k_k, k_a):
-        inputs = k.flatten(0, -2), rate.flatten(0, -2), k_k.flatten(), k_a.flatten()
-        key, a, b = Removal.apply(heads, *inputs)
-        return key.view(k.shape), a.view(k.shape), b.view(k.shape)
+    mixed = [v, *values] if values else []
+    weights = k_k.flatten(), k_a.flatten()
+    if fits(k, rate, decay, *mixed, *weights):
+        rows = (x.flatten(0, -2) for x in (k, rate, decay, *mixed))
+        found = Wkv7Inputs.apply(heads, *weights, *rows)
+        key, w, a, b, *mixed = (x.view(k.shape) for x in found)
+        return key, *(mixed or [v]), w, a, b
+    if values:
+        first, mix = values
+        v = v + (first - v) * torch.sigmoid(mix)
     s = torch.sigmoid(rate)
     unit = F.normalize((k * k_k).unflatten(-1, (heads, -1)), dim=-1, eps=SHORTEST).flatten(-2)
-    found = k * (1 + (s - 1) * k_a), -unit, unit * s
-    key, a, b = (x.to(k.dtype) for x in found)  # as k even where autocast leaves k_k and k_a wider
-    return key, a, b
+    found = k * (1 + (s - 1) * k_a), v, F.logsigmoid(decay) - 0.5, -unit, unit * s
+    return tuple(x.to(k.dtype) for x in found)  # also where autocast leaves k_k and k_a wider
 
 
 class BonusNorm(nn.Module):
@@ -125,7 +122,7 @@ class BonusNorm(nn.Module):
     ) -> Tensor:
         """y, r, k, v, gate (tokens, C), r_k (heads, C / heads) -> (tokens, C)."""
         weights = self.weight, self.bias, r_k.flatten()
-        if fits_cpu(y, r, k, v, gate, *weights):
+        if fits(y, r, k, v, gate, *weights):
             return BonusNormed.apply(self.heads, self.eps, y, r, k, v, gate, *weights)
         by_head = (self.heads, -1)
         bonus = (r * k * weights[2]).unflatten(-1, by_head).sum(-1, keepdim=True)

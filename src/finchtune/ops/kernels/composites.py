@@ -95,24 +95,31 @@ def mixtures_backward(
     return dx, d_before, wanted(of_maa_x, maa_x, x), d_maa, *of_matrices
 
 
-def low_rank_decay(x: Tensor, w1: Tensor, w2: Any, decay: Any) -> tuple[Tensor, Tensor]:
-    """w (T, C), and its low-rank part (T, M)."""
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], w1.shape[1])
+def low_ranks(
+    x: list[Tensor], one: list[Tensor], two: list[Tensor], *_: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y (T, d) of each, and its low-rank part (T, M)."""
+    y = [own.new_empty(own.shape[0], last.shape[1]) for own, last in zip(x, two, strict=True)]
+    return y, [own.new_empty(own.shape[0], W.shape[1]) for own, W in zip(x, one, strict=True)]
 
 
-def low_rank_decay_backward(
-    dw: Tensor,
-    x: Tensor,
+def low_ranks_backward(
+    dy: list[Tensor],
+    x: Any,
     low: Any,
-    w1: Tensor,
-    w2: Tensor,
-    of_w1: bool,
-    of_w2: bool,
-    of_decay: bool,
-) -> tuple[Tensor, ...]:
-    """The gradients of x, w1, w2 and the decay (C)."""
-    of_matrices = wanted(of_w1, w1, x), wanted(of_w2, w2, x)
-    return x.new_empty(x.shape), *of_matrices, x.new_empty(x.shape[1] if of_decay else 0)
+    one: list[Tensor],
+    two: list[Tensor],
+    activations: Any,
+    of_one: list[bool],
+    of_two: list[bool],
+    of_zero: list[bool],
+) -> list[Tensor]:
+    """The gradients of all x, one, two and zero."""
+    of_x = [d.new_empty(d.shape[0], W.shape[0]) for d, W in zip(dy, one, strict=True)]
+    zeros = [W[0] for W in two]
+    others = (one, of_one), (two, of_two), (zeros, of_zero)
+    made = (wanted(asked, W, W) for all, of in others for W, asked in zip(all, of, strict=True))
+    return [*of_x, *made]
 
 
 SHAPES: dict[str, Callable[..., Any]] = {
@@ -126,8 +133,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
         fixed_mixtures_backward,
         mixtures,
         mixtures_backward,
-        low_rank_decay,
-        low_rank_decay_backward,
+        low_ranks,
+        low_ranks_backward,
     )
 }
 
@@ -170,16 +177,32 @@ def mixtures_backward_flops(douts: Any, x: Size, *rest: Any, **_: Any) -> int:
     return 2 * x[0] * x[1] * math.prod(w1) * (3 + of_w1 + of_w2)
 
 
-def low_rank_decay_flops(x: Size, w1: Size, *_: Any, **__: Any) -> int:
-    """Two products."""
-    return 4 * x[0] * math.prod(w1)
+def low_ranks_flops(x: list[Size], one: list[Size], two: list[Size], *_: Any, **__: Any) -> int:
+    """Two products each."""
+    return sum(
+        2 * rows[0] * (math.prod(W) + math.prod(last))
+        for rows, W, last in zip(x, one, two, strict=True)
+    )
 
 
-def low_rank_decay_backward_flops(
-    dw: Size, x: Size, low: Any, w1: Size, w2: Any, of_w1: bool, of_w2: bool, *_: Any, **__: Any
+def low_ranks_backward_flops(
+    dy: list[Size],
+    x: Any,
+    low: Any,
+    one: list[Size],
+    two: list[Size],
+    activations: Any,
+    of_one: list[bool],
+    of_two: list[bool],
+    *_: Any,
+    **__: Any,
 ) -> int:
-    """Back through both, and the gradients of w1 and w2."""
-    return 2 * x[0] * math.prod(w1) * (2 + of_w1 + of_w2)
+    """Back through both, and the gradients of one and two."""
+    parts = zip(dy, one, two, of_one, of_two, strict=True)
+    return sum(
+        2 * d[0] * (math.prod(W) * (1 + first) + math.prod(last) * (1 + second))
+        for d, W, last, first, second in parts
+    )
 
 
 FLOPS: dict[str, Callable[..., int]] = {
@@ -189,8 +212,8 @@ FLOPS: dict[str, Callable[..., int]] = {
     "bat_row_backward": bat_row_backward_flops,
     "mixtures": mixtures_flops,
     "mixtures_backward": mixtures_backward_flops,
-    "low_rank_decay": low_rank_decay_flops,
-    "low_rank_decay_backward": low_rank_decay_backward_flops,
+    "low_ranks": low_ranks_flops,
+    "low_ranks_backward": low_ranks_backward_flops,
 }
 """Multiplications and additions, by the shapes of the inputs."""
 

@@ -179,33 +179,28 @@ def alike(*rows: Tensor) -> list[Tensor]:
     return [x.new_empty(x.shape) for x in rows]
 
 
-def in_fp32(weights: list[Tensor], wanted: bool) -> list[Tensor]:
-    """Their gradients, none unless wanted."""
-    return [x.new_empty(x.shape, dtype=torch.float32) for x in weights] if wanted else []
+def in_fp32(weights: list[Tensor], rows: Tensor, wanted: bool) -> list[Tensor]:
+    """Their gradients (weights, channels), none unless wanted."""
+    shape = len(weights), rows.shape[1]
+    return [rows.new_empty(shape, dtype=torch.float32)] if wanted else []
 
 
-def value_residual(v: Tensor, *_: Any) -> Tensor:
-    """As v."""
-    return v.new_empty(v.shape)
+def wkv7_inputs(rows: list[Tensor], values: list[Tensor], *_: Any) -> list[Tensor]:
+    """k, w, a, b, and v where it is mixed."""
+    return alike(*[rows[0]] * 4, *values[:1])
 
 
-def value_residual_backward(
-    v: Tensor, first: Tensor, gate: Tensor, dout: Tensor, heads: int
+def wkv7_inputs_backward(
+    douts: Any,
+    rows: list[Tensor],
+    values: list[Tensor],
+    weights: list[Tensor],
+    heads: int,
+    eps: float,
+    of_weights: bool,
 ) -> list[Tensor]:
-    """The gradients of v, first and gate."""
-    return alike(v, first, gate)
-
-
-def removal(k: Tensor, *_: Any) -> list[Tensor]:
-    """The key, a and b."""
-    return alike(k, k, k)
-
-
-def removal_backward(
-    douts: Any, k: Tensor, rate: Tensor, k_k: Tensor, k_a: Tensor, heads: int, eps: float, all: bool
-) -> list[Tensor]:
-    """The gradients of k and rate, and those of k_k and k_a where asked for."""
-    return [*alike(k, rate), *in_fp32([k_k, k_a], all)]
+    """The gradients of the rows and values, and that of the weights where asked for."""
+    return [*alike(*rows, *values), *in_fp32(weights, rows[0], of_weights)]
 
 
 def bonus_norm(rows: list[Tensor], *_: Any) -> Tensor:
@@ -214,10 +209,15 @@ def bonus_norm(rows: list[Tensor], *_: Any) -> Tensor:
 
 
 def bonus_norm_backward(
-    dout: Tensor, rows: list[Tensor], weights: list[Tensor], heads: int, eps: float, all: bool
+    dout: Tensor,
+    rows: list[Tensor],
+    weights: list[Tensor],
+    heads: int,
+    eps: float,
+    of_weights: bool,
 ) -> list[Tensor]:
-    """The gradients of the rows, and those of the weights where asked for."""
-    return [*alike(*rows), *in_fp32(weights, all)]
+    """The gradients of the rows, and that of the weights where asked for."""
+    return [*alike(*rows), *in_fp32(weights, rows[0], of_weights)]
 
 
 def products(x: list[Tensor], W: list[Tensor], activations: list[int]) -> list[Tensor]:
@@ -230,17 +230,6 @@ def coded_product(
 ) -> Tensor:
     """(rows, n_out)."""
     return x.new_empty(x.shape[0], n_out)
-
-
-def fp8_rows(x: Tensor, factors: Any) -> tuple[Tensor, Tensor]:
-    """Codes as x, and a scale for each row, (T, 1)."""
-    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
-    return codes, x.new_empty(x.shape[0], 1, dtype=torch.float32)
-
-
-def turn_bytes(codes: Tensor) -> Tensor:
-    """(columns, rows)."""
-    return codes.new_empty(codes.shape[1], codes.shape[0])
 
 
 def wkv6_step_(r: Tensor, *_: Any) -> Tensor:
@@ -271,16 +260,12 @@ SHAPES: dict[str, Callable[..., Any]] = {
         squared_relu_backward,
         sigmoid_gate,
         sigmoid_gate_backward,
-        value_residual,
-        value_residual_backward,
-        removal,
-        removal_backward,
+        wkv7_inputs,
+        wkv7_inputs_backward,
         bonus_norm,
         bonus_norm_backward,
         products,
         coded_product,
-        fp8_rows,
-        turn_bytes,
         wkv6_step_,
     )
 }
