@@ -50,11 +50,13 @@ print(*(f'{device}: {error or \"loaded\"}' for device, error in outcome.items())
 assert outcome.get('$device', 'no CUDA device') is None"
 stage tests 90 "$python" -m pytest -q -p no:cacheprovider --noconftest -o addopts= \
   --import-mode=importlib --maxfail=8 -m "not slow" tests/ops/wkv6/test_cuda_gpu.py \
-  tests/ops/wkv7/test_cuda_gpu.py tests/ops/test_elementwise_gpu.py tests/models/test_graphed_gpu.py
+  tests/ops/wkv7/test_cuda_gpu.py tests/ops/test_elementwise_gpu.py tests/models/test_graphed_gpu.py \
+  tests/models/test_graphed_blocks_gpu.py
 LINES_OF=40 stage wkv 60 "$python" scripts/bench/wkv.py --device $device --dtypes bf16 \
   --seconds $seconds --shapes $wkv_shapes --json "$out/wkv.json"
 steps steps 90 --methods bone bat lora bat_col --shapes $small --repeats $repeats
 steps table6 40 --methods lora bone bat --shapes $table6 --repeats $repeats
+steps graphs 60 --methods bone --shapes $small $large --graphs 0 1 --repeats $repeats
 steps profiles 50 --methods bone --shapes $small $large --repeats 3 --profile
 stage memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 9 --print-limit 4 \
   "$python" scripts/dev/wkv_small.py

@@ -69,24 +69,24 @@ def wkv_table(found: dict[str, Any]) -> list[str]:
 
 def steps_table(found: dict[str, Any]) -> list[str]:
     lines = [
-        "| size | method | quant | grad_cp | B x T | step ms | tokens/s | products | MFU "
-        "| peak MiB | planned MiB | launches | paper |",
-        "|" + "---|" * 13,
+        "| size | method | quant | grad_cp | graphs | B x T | step ms | tokens/s | products | MFU "
+        "| peak MiB | planned MiB | held MiB | launches | kernels | paper |",
+        "|" + "---|" * 16,
     ]
     for name, stage in found.items():
         for x in stage.get("figures", {}).get("rows", []):
             head = (
                 f"| {x['size']} | {x['peft']} | {x['quant'] or 'none'} | {x['grad_cp']} "
-                f"| {x['micro_bsz']} x {x['ctx_len']} | "
+                f"| {x['graphs']} | {x['micro_bsz']} x {x['ctx_len']} | "
             )
             paper = PAPER.get(x["peft"], "") if name == "table6" else ""
             if "error" in x:
-                lines.append(head + f"{x['error'][:60]} | | | | | | | {paper} |")
+                lines.append(head + f"{x['error'][:60]} | | | | | | | | | {paper} |")
                 continue
             lines.append(
                 head + f"{x['step_ms']:.1f} | {x['tokens_per_s']:.0f} | {x['products_share']:.0%} "
                 f"| {x['mfu']:.0%} | {x['peak_mib']:.0f} | {x['planned_mib']:.0f} "
-                f"| {x['launches']} | {paper} |"
+                f"| {x['held_mib']:.0f} | {x['launches']} | {x['kernels']} | {paper} |"
             )
     return lines
 

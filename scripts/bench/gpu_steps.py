@@ -2,13 +2,15 @@
 
     python scripts/bench/gpu_steps.py --sizes 3b --methods lora bone bat --shapes 4x512 1x512
     python scripts/bench/gpu_steps.py --sizes 7b --quant nf4 --grad_cp 1 --shapes 8x2048 --profile
+    python scripts/bench/gpu_steps.py --methods bone --shapes 4x512 8x2048 --graphs 0 1
     python scripts/bench/gpu_steps.py --dry            # tiny sizes, on a CPU: does it run
 
 Models are filled at random; a step is forward, backward, clipping and AdamW in plain torch. For
 each combination of the flags: the median step, tokens/s, the share of the step that the base's
 matrix products alone would take ("products", measured beside it), MFU (the products' operations
 without recomputation, over the GPU's peak), the peak memory and the one that --plan's estimate
-gives, and the kernels launched in a step.
+gives, what the allocator holds, and what a step launches: kernels and, of --graphs 1, CUDA graphs.
+Memory within graphs counts as held only. On a CPU their work runs again in place of graphs.
 A combination that fails, for want of memory for example, is noted and the next one follows; none
 begins after --budget seconds.
 """
@@ -34,12 +36,21 @@ from finchtune.files import write_json
 from finchtune.inference.generate import generate, generate_batch
 from finchtune.memory.estimate import ModelPlan, activations
 from finchtune.memory.measure import MIB, peak_bytes, seconds
+from finchtune.models.cuda_graph import Work
+from finchtune.models.graphed_blocks import GraphedBlocks, cuda_graphs
 from train import METHODS, BareLoop, Case, LowerBound, random_model
 
 SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096)}
 TINY = (2, 128)
 # Dense bf16 operations per second, from NVIDIA's data sheets; otherwise a large product's speed.
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
+
+
+@dataclass(frozen=True)
+class StepCase(Case):
+    """One row."""
+
+    graphs: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,6 +98,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["bone"], choices=METHODS)
     parser.add_argument("--quant", nargs="+", default=["none"], help="none, nf4, int8, fp8")
     parser.add_argument("--grad_cp", nargs="+", type=int, default=[1], choices=[0, 1, 2])
+    parser.add_argument("--graphs", nargs="+", type=int, default=[0], choices=[0, 1],
+                        help="as --cuda_graphs of training")  # fmt: skip
     parser.add_argument("--shapes", nargs="+", default=["4x512"], help="batch x length")
     parser.add_argument("--repeats", type=int, default=5, help="steps after two uncounted ones")
     parser.add_argument("--budget", type=float, default=3600, help="seconds to begin rows in")
@@ -97,19 +110,21 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cases(given: argparse.Namespace) -> list[tuple[str, Case]]:
-    """Every combination of the flags, the shapes innermost."""
+def cases(given: argparse.Namespace) -> list[tuple[str, StepCase]]:
+    """Every combination of the flags, those with and without graphs side by side."""
     found = []
-    chosen = itertools.product(given.sizes, given.methods, given.quant, given.grad_cp, given.shapes)
-    for size, method, quant, grad_cp, shape in chosen:
+    flags = given.sizes, given.methods, given.quant, given.grad_cp, given.shapes, given.graphs
+    for size, method, quant, grad_cp, shape, graphs in itertools.product(*flags):
         if method == "none" and quant != "none":
             continue  # all is trained, so nothing is quantised
+        if graphs and grad_cp != 1:
+            continue  # graphs recompute whole blocks
         batch, _, length = shape.partition("x")
         if not (batch.isdigit() and length.isdigit() and int(batch) and int(length)):
             raise UserError(f"--shapes: {shape!r} is not batch x length, as in 4x512")
         layers, width = TINY if given.dry else SIZES[size]
-        case = Case(layers, width, 512 if given.dry else 65536, int(length), int(batch), method)
-        case = replace(case, precision="bf16", grad_cp=grad_cp)
+        sizes = layers, width, 512 if given.dry else 65536, int(length), int(batch)
+        case = StepCase(*sizes, method, "bf16", grad_cp, graphs=graphs)
         found.append((size, replace(case, quant=None if quant == "none" else quant)))
     return found
 
@@ -128,7 +143,7 @@ def peak_flops(device: torch.device) -> float:
     return 2 * side**3 / min(seconds(lambda: a @ b, device) for _ in range(5))
 
 
-def attempt(case: Case, bench: Bench) -> dict[str, Any]:
+def attempt(case: StepCase, bench: Bench) -> dict[str, Any]:
     """One row's figures, or why there are none."""
     try:
         return measure(case, bench)
@@ -140,16 +155,20 @@ def attempt(case: Case, bench: Bench) -> dict[str, Any]:
             torch.cuda.empty_cache()
 
 
-def measure(case: Case, bench: Bench) -> dict[str, Any]:
+def measure(case: StepCase, bench: Bench) -> dict[str, Any]:
     """One row's figures: a step, beside it the products that no step can leave out."""
     torch.manual_seed(0)
     model = random_model(case, bench.device)
     tokens, labels = torch.randint(
         case.vocab_size, (2, case.micro_bsz, case.ctx_len), device=bench.device
     )
+    if case.graphs:
+        model.graphs = cuda_graphs() if bench.device.type == "cuda" else GraphedBlocks(run_again)
     step = BareLoop(case, model, tokens, labels)
-    step()
+    for _ in range(2):
+        step()  # the second one records
     before, peak = peak_bytes(step, bench.device)
+    held = torch.cuda.max_memory_reserved() if bench.device.type == "cuda" else peak
     kernels = launches(step, bench)
     products = LowerBound(case, model)
     products()
@@ -170,8 +189,15 @@ def measure(case: Case, bench: Bench) -> dict[str, Any]:
         "before_mib": before / MIB,
         "peak_mib": peak / MIB,
         "planned_mib": (before + planned_bytes(case, bench.device)) / MIB,
+        "held_mib": held / MIB,
         **kernels,
     }
+
+
+def run_again(work: Work) -> Work:
+    """In place of recording."""
+    work()
+    return work
 
 
 def planned_bytes(case: Case, device: torch.device) -> int:
@@ -183,19 +209,23 @@ def planned_bytes(case: Case, device: torch.device) -> int:
 
 
 def launches(step: Callable[[], object], bench: Bench) -> dict[str, Any]:
-    """Kernels launched in one step, their time together, and the longest; on a CPU, operators."""
+    """What the host launches in one step, the kernels that run, their time together, and the
+    longest; on a CPU, operators.
+    """
     gpu = bench.device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with profile(activities=activities) as found:
         step()
         if gpu:
             torch.cuda.synchronize()
+    host = [x.count for x in found.key_averages() if not gpu or "Launch" in x.key]
     wanted = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
     events = [x for x in found.key_averages() if x.device_type == wanted]
     spent = {x.key: (x.self_device_time_total if gpu else x.self_cpu_time_total) for x in events}
     longest = sorted(events, key=lambda x: -spent[x.key])[: bench.profiled]
     return {
-        "launches": sum(x.count for x in events),
+        "launches": sum(host),
+        "kernels": sum(x.count for x in events),
         "kernels_ms": sum(spent.values()) / 1e3,
         "longest": [{"name": x.key, "ms": spent[x.key] / 1e3, "count": x.count} for x in longest],
     }
@@ -222,23 +252,23 @@ def generation(size: str, device: torch.device, dry: bool) -> dict[str, float]:
 
 
 HEADER = (
-    "size  method  quant cp  B x T      step ms   tokens/s  products    MFU  peak MiB   planned"
-    "  launches"
+    "size  method  quant cp graphs  B x T      step ms   tokens/s  products    MFU  peak MiB"
+    "   planned      held  launches   kernels"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     """One row under HEADER, and below it the longest kernels where they were asked for."""
     head = (
-        f"{row['size']:5} {row['peft']:7} {row['quant'] or 'none':5} {row['grad_cp']:<3} "
-        f"{row['micro_bsz']:>2} x {row['ctx_len']:<5} "
+        f"{row['size']:5} {row['peft']:7} {row['quant'] or 'none':5} {row['grad_cp']:<3}"
+        f"{row['graphs']:<6} {row['micro_bsz']:>2} x {row['ctx_len']:<5} "
     )
     if "error" in row:
         return head + row["error"]
     text = head + (
         f"{row['step_ms']:9.1f} {row['tokens_per_s']:10.0f} {row['products_share']:9.1%} "
         f"{row['mfu']:6.1%} {row['peak_mib']:9.0f} "
-        f"{row['planned_mib']:9.0f} {row['launches']:9}"
+        f"{row['planned_mib']:9.0f} {row['held_mib']:9.0f} {row['launches']:9} {row['kernels']:9}"
     )
     for x in row["longest"]:
         text += f"\n    {x['ms']:9.2f} ms {x['count']:6} {x['name'][:90]}"

@@ -14,7 +14,7 @@ import sys
 for name in ("deepspeed", "tokenizers", "transformers", "sentencepiece"):
     sys.modules[name] = None
 """
-RUNNABLE = ("build", "wkv", "steps", "table6", "profiles", "generation", "quantised")
+RUNNABLE = ("build", "wkv", "steps", "table6", "graphs", "profiles", "generation", "quantised")
 
 
 @pytest.mark.slow
@@ -37,9 +37,11 @@ def test_every_stage_runs_and_is_reported(kernels, tmp_path):
     assert [row["peft"] for row in rows] == ["lora", "bone", "bat"]
     assert all(row["tokens_per_s"] > 0 and 0 < row["products_share"] < 1 for row in rows)
     assert found["profiles"]["figures"]["rows"][1]["longest"]
+    shapes = [(row["ctx_len"], row["graphs"]) for row in found["graphs"]["figures"]["rows"]]
+    assert shapes == [(16, 0), (16, 1), (32, 0), (32, 1)]
     assert found["generation"]["figures"]["generation"]["batch_tokens_per_s"] > 0
     table = (out / "gpu_check.md").read_text()
-    assert "| 3b | bone | none | 1 | 1 x 16 |" in table
+    assert "| 3b | bone | none | 1 | 1 | 1 x 16 |" in table
     assert "11,052 MB" in table
 
 
