@@ -12,6 +12,7 @@ from finchtune.data import Batch
 from finchtune.memory.estimate import StorageCount, activations, estimate, simulate
 from finchtune.memory.zero import Zero
 from finchtune.models.rwkv6 import ModelConfig
+from finchtune.ops.kernels import kernels_absent
 from finchtune.training.engine import Engine
 from finchtune.training.setup import model_plan, planned_model
 
@@ -84,6 +85,29 @@ def test_peak_of_forward_and_backward_is_the_allocators(peft, hyperparameters, g
     _, peak = allocated(lambda: model.loss(tokens, tokens)[0].backward())
     planned = planned_model(config, sizes_of(generation), torch.float32)
     assert simulate(config, planned).peak == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.parametrize(("peft", "hyperparameters"), METHODS[:3], ids=[m for m, _ in METHODS[:3]])
+@pytest.mark.parametrize(
+    ("grad_cp", "dtype"), [(0, torch.float32), (1, torch.bfloat16)], ids=["0, fp32", "1, bf16"]
+)
+@every_generation
+def test_without_kernels_the_peak_is_that_of_plain_torch(
+    peft, hyperparameters, dtype, grad_cp, generation, kernels
+):
+    """Which keeps what the kernels compute again: more than they do, and all of it counted."""
+    config = run_config(peft, hyperparameters, grad_cp)
+    model, tokens = real_model(config, dtype, generation), torch.randint(1, 512, TOKENS)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    planned = planned_model(config, sizes_of(generation), dtype)
+    compiled = simulate(config, planned).peak
+    with kernels_absent():
+        _, peak = allocated(lambda: model.loss(tokens, tokens)[0].backward())
+        found = simulate(config, planned_model(config, sizes_of(generation), dtype)).peak
+    assert found == pytest.approx(peak, rel=0.03)
+    assert found > 1.3 * compiled
 
 
 @pytest.mark.parametrize("grad_cp", [False, True])

@@ -9,6 +9,7 @@ from helpers.support import assert_one_error_line, run_script, save_model, small
 
 from finchtune.cli.flags import parse_train_flags
 from finchtune.errors import UserError
+from finchtune.ops.kernels import kernels_absent
 from finchtune.training.plan import planned_sizes, print_plan
 from finchtune.training.setup import open_data
 
@@ -133,6 +134,18 @@ def test_a_gpus_figures_are_those_of_its_kernels(capsys, kernels):
         said = planned(capsys, *flags, "--accelerator", accelerator)
         kept.append(int(re.search(r"att ([\d,]+)", said)[1].replace(",", "")))
     assert kept[1] == kept[0] - 2 * 2 * 64 * 2048 // 64
+
+
+def test_a_plan_says_which_operators_it_counts(capsys, kernels):
+    """A GPU elsewhere may have none that are compiled: then as much as this plan says."""
+    flags = "--load_model 1.6B --peft bone --ctx_len 512 --micro_bsz 4 --accelerator gpu".split()
+    said = planned(capsys, *flags)
+    elsewhere = re.search(r"takes ([\d,]+) MiB on a GPU machine without nvcc", said)[1]
+    with kernels_absent():
+        plain = planned(capsys, *flags)
+    assert "counted in plain torch" in plain
+    total = re.compile(r"([\d,]+)  forward and backward  <- this run")
+    assert total.search(plain)[1] == elsewhere != total.search(said)[1]
 
 
 @pytest.mark.parametrize(

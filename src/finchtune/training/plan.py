@@ -21,7 +21,7 @@ from finchtune.memory.estimate import (
     tokens_at_once,
 )
 from finchtune.models import LanguageModel, ModelSizes, meta_model, released_sizes
-from finchtune.ops.kernels import cpu_standing_for
+from finchtune.ops.kernels import cpu_standing_for, has_kernels, kernels_absent
 from finchtune.training.batch_size import rows_per_process, split
 from finchtune.training.precision import choose_precision, device_type
 from finchtune.training.schedule import Schedule
@@ -171,9 +171,8 @@ def memory_lines(config: TrainConfig, plan: ModelPlan, device: str) -> Iterator[
     """A table of the memory of one device, and what a block's activations are made of."""
     world = config.devices * config.num_nodes
     sizes, dtype = plan.model.config, plan.model.emb.weight.dtype
-    fakes = "cuda" if torch.cuda.is_available() and device == "cuda" else "cpu"
-    with cpu_standing_for(device) if fakes != device else contextlib.nullcontext():
-        made = {}
+    made = {}
+    with fake_device(device) as fakes:
         for cp in GRAD_CP:
             recomputing = model_plan(dataclasses.replace(config, grad_cp=cp), sizes, dtype)
             made[cp] = activations(config, recomputing, fakes)
@@ -188,8 +187,35 @@ def memory_lines(config: TrainConfig, plan: ModelPlan, device: str) -> Iterator[
             chosen = (stage, offload, cp) == (config.stage, config.offload, config.grad_cp)
             found = estimate(config, plan, world, device, one, stage, offload)
             yield table_line(name, cp, found) + ("  <- this run" if chosen else "")
+    yield operators_line(config, plan, device)
     yield ""
     yield from activation_lines(made[GRAD_CP[0]], config.micro_bsz * tokens_at_once(config))
+
+
+@contextlib.contextmanager
+def fake_device(device: str) -> Iterator[str]:
+    """Within, the estimate is one for this type of device; gives the type of its fake tensors."""
+    if device == "cuda" and not torch.cuda.is_available():
+        with cpu_standing_for(device):
+            yield "cpu"
+    else:
+        yield device
+
+
+def operators_line(config: TrainConfig, plan: ModelPlan, device: str) -> str:
+    """Which forms of the operators were counted; of a GPU elsewhere also what the others take."""
+    with fake_device(device) as fakes:
+        if not has_kernels(device):
+            return "counted in plain torch, since there are no compiled kernels here"
+        if fakes == device:
+            return "counted with the compiled kernels"
+        with kernels_absent():
+            plain = activations(config, plan, fakes)
+    total = estimate(config, plan, config.devices * config.num_nodes, device, plain).total
+    return (
+        f"counted with the compiled kernels; this run takes {total / MIB:,.0f} MiB on a GPU "
+        "machine without nvcc, in plain torch"
+    )
 
 
 def table_line(name: str, grad_cp: int, found: Estimate) -> str:

@@ -1,6 +1,11 @@
 """The compiled kernels: built on first use, registered as torch operators."""
 
-from finchtune.ops.kernels.devices import cpu_standing_for, device_type, kernels_set_aside
+from finchtune.ops.kernels.devices import (
+    cpu_standing_for,
+    device_type,
+    kernels_absent,
+    kernels_set_aside,
+)
 from finchtune.ops.kernels.operators import (
     DTYPES,
     cpu_paths,
@@ -18,6 +23,7 @@ __all__ = [
     "fits",
     "fits_cpu",
     "has_kernels",
+    "kernels_absent",
     "kernels_set_aside",
     "use_cpu_path",
 ]

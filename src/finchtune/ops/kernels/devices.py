@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 _set_aside: list[None] = []  # one for each time that the kernels are
+_absent: list[None] = []  # one for each time that there are none
 _stand_ins: list[str] = []  # for what CPU tensors stand, the last one for now
 
 
@@ -22,6 +23,21 @@ def kernels_set_aside() -> Iterator[None]:
 def are_set_aside() -> bool:
     """Whether the code runs within `kernels_set_aside`."""
     return bool(_set_aside)
+
+
+@contextlib.contextmanager
+def kernels_absent() -> Iterator[None]:
+    """Within, `has_kernels` is never true: all code runs as where none could be compiled."""
+    _absent.append(None)
+    try:
+        yield
+    finally:
+        _absent.pop()
+
+
+def are_absent() -> bool:
+    """Whether the code runs within `kernels_absent`."""
+    return bool(_absent)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from finchtune.ops.kernels import composites
 from finchtune.ops.kernels.build import load_libraries
-from finchtune.ops.kernels.devices import are_set_aside, device_type, stands_for
+from finchtune.ops.kernels.devices import are_absent, are_set_aside, device_type, stands_for
 from finchtune.ops.kernels.fakes import SHAPES
 from finchtune.ops.kernels.toolkit import BuildError
 
@@ -75,6 +75,8 @@ def loaded_devices() -> frozenset[str]:
 
 def has_kernels(device: str) -> bool:
     """Whether compiled kernels run on this type of device; compiles them on first use."""
+    if are_absent():
+        return False
     if device == stands_for():
         device = "cpu"  # whose library knows all operators by name
     return device in DTYPES and device in loaded_devices()

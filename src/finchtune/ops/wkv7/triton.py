@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 @functools.cache
@@ -21,7 +22,8 @@ def chunk_dplr_delta_rule() -> Callable[..., Any] | None:
 def fits_triton(r: Tensor) -> bool:
     """Whether `wkv7_triton` takes inputs like r."""
     narrow = r.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return r.device.type == "cuda" and narrow and chunk_dplr_delta_rule() is not None
+    real = not isinstance(r, FakeTensor)  # Triton runs on nothing else
+    return r.device.type == "cuda" and narrow and real and chunk_dplr_delta_rule() is not None
 
 
 def wkv7_triton(
