@@ -1,8 +1,11 @@
 """The memory that is estimated against what torch's allocator hands out and autograd keeps."""
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.support import NUMBERS, every_generation, small_model
+from helpers.tape import TapeRecorder
 from torch.profiler import ProfilerActivity, profile
 
 from finchtune import distributed
@@ -11,6 +14,7 @@ from finchtune.config import TrainConfig
 from finchtune.data import Batch
 from finchtune.memory.estimate import StorageCount, activations, estimate, simulate
 from finchtune.memory.zero import Zero
+from finchtune.models.graphed_blocks import GraphedBlocks
 from finchtune.models.rwkv6 import ModelConfig
 from finchtune.ops.kernels import kernels_absent
 from finchtune.training.engine import Engine
@@ -175,3 +179,20 @@ def test_a_blocks_new_state_keeps_no_more_alive_than_itself(grad_cp):
     )
     B, C = TOKENS[0], 64
     assert 0 < three.loss - two.loss <= 4 * (2 * B * C + B * C * 16)
+
+
+@pytest.mark.parametrize("peft", ["none", "bone"])
+@every_generation
+def test_what_graphs_hold_is_estimated(peft, generation):
+    config = run_config(peft, {"bone_r": 16}, 1, cuda_graphs=True)
+    model, tokens = real_model(config, torch.bfloat16, generation), torch.randint(1, 512, TOKENS)
+    model.graphs = GraphedBlocks(TapeRecorder())
+    for _ in range(2):
+        model.loss(tokens, tokens)
+    buffers = sum(x.nbytes for x in model.graphs.buffers.made.values())
+    plan = model_plan(config, sizes_of(generation), torch.bfloat16)
+    made = activations(config, plan)
+    found = estimate(config, plan, made=made)
+    assert buffers <= found.parts["graphs"] - made.backward <= 2 * buffers
+    without = estimate(dataclasses.replace(config, cuda_graphs=False), plan, made=made)
+    assert without.total < found.total

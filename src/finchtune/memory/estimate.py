@@ -216,6 +216,25 @@ class Estimate:
         return sum(self.parts.values())
 
 
+ROW_BUFFERS = 8  # at most: a block's inputs, outputs, and the gradients of both
+
+
+def graph_bytes(config: TrainConfig, model: LanguageModel, made: Activations) -> int:
+    """At most what the graphs of --cuda_graphs hold of one shape: the memory of one block's
+    backward, and buffers of its inputs, results and gradients.
+    """
+    B, C, width = config.micro_bsz, model.config.n_embd, model.emb.weight.element_size()
+    rows = ROW_BUFFERS * B * tokens_at_once(config) * C * width
+    state = B * C * (4 * model.config.head_size + 2 * width)
+    trained = {
+        name: p.nbytes
+        for block in model.blocks
+        for name, p in block.named_parameters()
+        if p.requires_grad
+    }
+    return made.backward + rows + state + sum(trained.values())
+
+
 def estimate(
     config: TrainConfig,
     plan: ModelPlan,
@@ -241,22 +260,25 @@ def estimate(
         on_gpu=device == "cuda",
         accumulates=config.accumulates,
     ).state()
+    graphs = graph_bytes(config, plan.model, made) if config.cuda_graphs else 0
+    backward = 0 if graphs else made.backward  # which lies in what graphs hold
+    standing = state.standing | {"graphs": graphs}
     step, update = "forward and backward", "optimizer step"
     moments = [
         (step, {"activations": made.saved + made.forward}, state.forward),
         (step, {"activations": made.saved, "loss": made.loss}, state.loss),
-        (step, {"activations": made.saved + made.backward}, state.backward),
-        (step, {"activations": made.backward}, state.backward_end),
+        (step, {"activations": made.saved + backward}, state.backward),
+        (step, {"activations": backward}, state.backward_end),
         (
             step,
-            {"activations": made.saved + made.backward if state.exchanges_early else 0},
+            {"activations": made.saved + backward if state.exchanges_early else 0},
             state.exchange,
         ),
         (update, {}, state.norm),
         (update, {}, state.update),
     ]
     found = [
-        Estimate(state.standing | {k: v for k, v in (ours | zeros).items() if v}, name, state.host)
+        Estimate(standing | {k: v for k, v in (ours | zeros).items() if v}, name, state.host)
         for name, ours, zeros in moments
     ]
     return max(found, key=lambda one: one.total)

@@ -44,7 +44,7 @@ COLUMNS = {
     "gradients": ("gradients",),
     "activations": ("activations",),
     "loss": ("loss",),
-    "buffers": ("buffers", "reduce bucket", "staging", "gathered"),
+    "buffers": ("buffers", "reduce bucket", "staging", "gathered", "graphs"),
 }
 MIB, GIB = 1 << 20, 1 << 30
 
