@@ -1,7 +1,7 @@
 """Attack finchtune and print what held: changed files of every kind, system faults, kills.
 
-    python scripts/reliability            # everything; prints the table of docs/reliability.md
-    python scripts/reliability --quick    # a sample of it, in less than a minute
+    python scripts/reliability                # everything; the table of docs/reliability.md
+    python scripts/reliability --cases 100    # a sample of it, in about half a minute
 
 Every case either is read rightly or ends in one line and an exit status: no traceback, no hang, no
 silent acceptance, nothing half-written. What does not hold is printed, and the exit status is 1.
@@ -30,9 +30,8 @@ from weights import WEIGHTS
 
 Makers = tuple[Callable[[random.Random, int], Iterator[Case]], ...]
 MAKERS: Makers = (*WEIGHTS, *RUNS, *DATA, *FAULTS)
-WHOLE = 6  # changes of each sort and file
-QUICK = (3, 110)  # the same, and how many cases of all
-KILLED = (1, 29)  # every so many changes of files: whole, quick
+CHANGES = 6  # of each sort and file
+KILLS_OF_ALL = 3200  # changes of files at which a writer can be killed
 
 
 class Tally:
@@ -61,20 +60,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a sample, in less than a minute")
+    parser.add_argument("--cases", type=int, help="a sample of about so many cases [all]")
     parser.add_argument("--seed", type=int, default=0, help="chooses the changes [0]")
     parser.add_argument("--only", default="", help="kinds that have this in their name")
     given = parser.parse_args()
     torch.set_num_threads(1)  # the commands run in forks of this process
     began = time.monotonic()
     import_all()
-    tally = Tally()
+    tally, every = Tally(), max(1, KILLS_OF_ALL // given.cases) if given.cases else 1
     with tempfile.TemporaryDirectory(prefix="reliability-") as place:
         samples = make_samples(Path(place, "good"))
-        for case in chosen_cases(given.quick, given.seed, given.only):
+        for case in chosen_cases(given.cases, given.seed, given.only):
             tally.add(case.kind, case.name, judge(case, wanted(case, samples), samples))
         for kills in KILLS if given.only in "killed" else ():
-            for kind, name, fault in kills(samples, KILLED[given.quick]):
+            for kind, name, fault in kills(samples, every):
                 tally.add(kind, name, fault)
     print(tally.table())
     tried = sum(one for one, _ in tally.counts.values())
@@ -82,13 +81,12 @@ def main() -> int:
     return 1 if tally.faults else 0
 
 
-def chosen_cases(quick: bool, seed: int, only: str) -> Iterator[Case]:
+def chosen_cases(sample: int | None, seed: int, only: str) -> Iterator[Case]:
     """All cases, or a few of each maker."""
-    n, most = QUICK if quick else (WHOLE, 0)
     for maker in MAKERS:
         rng = random.Random(zlib.crc32(maker.__name__.encode()) + seed)
-        cases = [case for case in maker(rng, n) if only in case.kind]
-        if quick and len(cases) > (share := max(1, most // len(MAKERS))):
+        cases = [case for case in maker(rng, CHANGES) if only in case.kind]
+        if sample and len(cases) > (share := max(1, sample // len(MAKERS))):
             cases = rng.sample(cases, share)
         yield from cases
 

@@ -29,11 +29,10 @@ SHARED_LIMIT = {
     100: 227 * 1024,
     120: 99 * 1024,
 }
-QUICK = (80, 90)
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc, CUDA's compiler")
 every_capability = pytest.mark.parametrize(
     "capability",
-    [pytest.param(x, marks=() if x in QUICK else pytest.mark.slow) for x in SHARED_LIMIT],
+    [pytest.param(x, marks=() if x == 90 else pytest.mark.slow) for x in SHARED_LIMIT],
 )
 
 

@@ -2,29 +2,21 @@
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.support import REPOSITORY, run_script
 from torch import nn
 
 from finchtune.adapters import METHODS, adapter_state, attach, merge
-
-ROOT = Path(__file__).parents[2]
-
-
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / "bench" / "adapters.py", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_the_benchmark_measures_what_it_is_asked_for(tmp_path):
     out = tmp_path / "bench.json"
     chosen = "--methods bone bat_row bat_row_built --layers value --dtypes fp32 --tokens 16"
-    done = bench(*chosen.split(), "--n_embd", "64", "--repeats", "1", "--json", str(out))
+    words = (*chosen.split(), "--n_embd", 64, "--repeats", 1, "--json", out)
+    done = run_script("scripts/bench/adapters.py", *words)
     assert done.returncode == 0, done.stderr
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
     assert list(rows) == ["frozen", "bone", "bat_row", "bat_row_built"]
@@ -38,7 +30,7 @@ def test_the_benchmark_measures_what_it_is_asked_for(tmp_path):
 
 
 def test_the_benchmark_refuses_a_width_without_blocks():
-    done = bench("--n_embd", "100")
+    done = run_script("scripts/bench/adapters.py", "--n_embd", 100)
     assert done.returncode == 2
     assert done.stderr == "error: --n_embd must be multiples of 64, the rank of Bat's blocks\n"
 
@@ -47,8 +39,7 @@ def test_the_benchmark_refuses_a_width_without_blocks():
 def test_whole_steps_cost_what_is_claimed():
     """Peak memory of a step of an RWKV6-3B, counted exactly: Bat next to LoRA and to Bone."""
     flags = "--n_layer 2 --n_embd 128 --vocab_size 256 --repeats 1 --dtypes bf16"
-    command = [sys.executable, ROOT / "scripts" / "bench" / "adapter_steps.py", *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_script("scripts/bench/adapter_steps.py", *flags.split())
     assert done.returncode == 0, done.stderr
     rows = re.findall(r"^(\w+) +[\d,]+ .*\|\s*[\d,]+ +([\d.]+) +([\d.]+) \|", done.stdout, re.M)
     ratios = [(name, float(to_lora), float(to_bone)) for name, to_lora, to_bone in rows]
@@ -61,7 +52,7 @@ def test_whole_steps_cost_what_is_claimed():
 
 
 def test_the_documented_example_is_a_whole_method(monkeypatch):
-    text = (ROOT / "docs" / "adapters.md").read_text()
+    text = (REPOSITORY / "docs" / "adapters.md").read_text()
     example = next(b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "class Gain" in b)
     namespace: dict = {}
     exec(example, namespace)
@@ -80,5 +71,5 @@ def test_the_documented_example_is_a_whole_method(monkeypatch):
 
 
 def test_every_method_is_documented():
-    text = (ROOT / "docs" / "adapters.md").read_text()
+    text = (REPOSITORY / "docs" / "adapters.md").read_text()
     assert all(f"| `{name}`" in text for name in METHODS)

@@ -56,8 +56,6 @@ def test_a_combination_that_fails_is_noted_and_the_next_one_runs(tmp_path):
 
 
 def test_a_shape_that_is_none_is_refused():
-    done = subprocess.run(
-        [sys.executable, STEPS, "--dry", "--shapes", "4*512"], capture_output=True, text=True
-    )
+    done = run_script(STEPS, "--dry", "--shapes", "4*512")
     assert done.returncode == 2
     assert "batch x length" in done.stderr

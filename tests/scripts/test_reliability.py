@@ -2,13 +2,15 @@
 
 import re
 
+import pytest
 from helpers.support import run_script
 
 
-def test_a_sample_of_all_attacks_holds():
-    done = run_script("scripts/reliability", "--quick", OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("cases", [50, pytest.param(150, marks=pytest.mark.slow)])
+def test_a_sample_of_all_attacks_holds(cases):
+    done = run_script("scripts/reliability", "--cases", cases)
     assert done.returncode == 0, done.stdout + done.stderr
     tried = [int(n) for n in re.findall(r"^\| [^|]+ \| (\d+) \| \1 \|$", done.stdout, re.MULTILINE)]
-    assert len(tried) > 35, "kinds"
-    assert sum(tried) > 100
+    assert len(tried) > 25, "kinds"
+    assert sum(tried) > 0.8 * cases
     assert "0 faults" in done.stdout

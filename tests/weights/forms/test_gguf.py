@@ -21,12 +21,12 @@ from finchtune.weights.merging import merge_files
 GGUF = FORMS["gguf"]
 PROMPT = [40, 1000, 65000, 12, 300]
 RANKS = {"dim_decay_lora": 32, "dim_rate_lora": 64, "dim_value_lora": 96, "dim_gate_lora": 128}
+SHALLOW = {"n_layer": 2, "n_embd": 64}
 SIZES = [
-    {"n_layer": 2, "n_embd": 64},
-    {"n_layer": 8, "n_embd": 128},
+    pytest.param(SHALLOW, marks=pytest.mark.slow),
+    {"n_layer": 8, "n_embd": 128},  # deep enough for halved hidden states
     {"n_layer": 3, "n_embd": 128, "generation": 7, **RANKS},
 ]
-"""The second is deep enough for halved hidden states."""
 TOLERANCE = {"fp32": 1e-4, "fp16": 5e-3, "q8_0": 0.15}
 """Of log-probabilities, whose deviation is 1. llama.cpp rounds activations to fp16 and q8_0 too."""
 DIFFERING = {"fp32": 0, "fp16": 2, "q8_0": 20}
