@@ -11,6 +11,7 @@ import torch
 from helpers.support import every_generation, small_model
 from helpers.tape import TapeRecorder
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finchtune.adapters import attach
 from finchtune.errors import UserError
@@ -270,3 +271,38 @@ def test_every_output_of_many_shapes_is_right():
             assert torch.equal(found, expected)
             for one, other in zip(state, state_expected, strict=True):
                 assert all(map(torch.equal, one, other))
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of operators that are neither views nor allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.count += not (func.is_view or "empty" in name or "detach" in name)
+        return func(*args, **(kwargs or {}))
+
+
+def nothing_again(work):
+    """Records, and replays nothing: what is counted is what remains beside replays."""
+    work()
+    return lambda: None
+
+
+def calls_of_a_step(n_layer):
+    model = attach(small_model(n_layer=n_layer), "bone", r=8)
+    model.graphs, model.grad_checkpoint = GraphedBlocks(nothing_again), 1
+    for step in range(2):
+        micro_batch(model, rows_of(step))
+        model.zero_grad()
+    with Calls() as calls:
+        micro_batch(model, rows_of(2))
+    return calls.count
+
+
+def test_few_calls_are_left_beside_the_two_replays_of_a_block():
+    """60 without graphs (tests/ops/test_operator_calls.py)."""
+    assert calls_of_a_step(3) - calls_of_a_step(2) <= 5
