@@ -18,6 +18,7 @@ from finchtune.errors import UserError
 from finchtune.models import graphed_blocks
 from finchtune.models.graphed_blocks import GraphedBlocks
 from finchtune.models.recurrent import NormedBlock
+from finchtune.ops.kernels import cpu_standing_for
 
 LAYERS = 3
 METHODS = {
@@ -113,6 +114,20 @@ def test_bf16_has_the_same_bits():
     for step in range(3):
         losses = [micro_batch(model, rows_of(step)) for model in models]
         assert losses[0] == losses[1]
+    assert_same_gradients(*models)
+    assert replays(models[0]) == 2 * 2 * LAYERS
+
+
+@pytest.mark.parametrize("method", ["all", "bone", "bat", "lora, dropout"])
+@every_generation
+def test_the_ways_of_a_gpu_wait_for_no_value(method, generation, kernels):
+    """Which operators it takes, as far as a CPU has them too; a tape refuses those that wait."""
+    models = pair(method, generation, torch.bfloat16)
+    for model in models:
+        torch.manual_seed(0)
+        with cpu_standing_for("cuda"):
+            for step in range(3):
+                micro_batch(model, rows_of(step))
     assert_same_gradients(*models)
     assert replays(models[0]) == 2 * 2 * LAYERS
 

@@ -136,6 +136,22 @@ def test_a_gpus_figures_are_those_of_its_kernels(capsys, kernels):
     assert kept[1] == kept[0] - 2 * 2 * 64 * 2048 // 64
 
 
+def test_graphs_are_planned_where_there_can_be_any(capsys):
+    """Recomputing whole blocks, with whole weights."""
+
+    def totals(*words):
+        flags = (
+            "--load_model 1.6B --peft bone --ctx_len 128 --micro_bsz 8 --accelerator gpu".split()
+        )
+        row = re.compile(r"^(ZeRO .*?) +([012]) .*?([\d,]+)  (?:forward|optimizer)", re.MULTILINE)
+        return {(x[1], x[2]): x[3] for x in row.finditer(planned(capsys, *flags, *words))}
+
+    without, with_graphs = totals(), totals("--cuda_graphs", 1)
+    grown = {row for row, total in without.items() if with_graphs[row] != total}
+    assert len(without) == 18
+    assert grown == {(f"ZeRO {stage}", "1") for stage in ("0", "1", "2", "2 offload")}
+
+
 def test_a_plan_says_which_operators_it_counts(capsys, kernels):
     """A GPU elsewhere may have none that are compiled: then as much as this plan says."""
     flags = "--load_model 1.6B --peft bone --ctx_len 512 --micro_bsz 4 --accelerator gpu".split()

@@ -185,7 +185,9 @@ def memory_lines(config: TrainConfig, plan: ModelPlan, device: str) -> Iterator[
     for name, (stage, offload) in STRATEGIES.items():
         for cp, one in made.items():
             chosen = (stage, offload, cp) == (config.stage, config.offload, config.grad_cp)
-            found = estimate(config, plan, world, device, one, stage, offload)
+            graphs = config.cuda_graphs and cp == 1 and stage < 3
+            run = dataclasses.replace(config, cuda_graphs=graphs)
+            found = estimate(run, plan, world, device, one, stage, offload)
             yield table_line(name, cp, found) + ("  <- this run" if chosen else "")
     yield operators_line(config, plan, device)
     yield ""
