@@ -4,56 +4,55 @@
 #   bash scripts/gpu_check.sh [FOLDER]          results: FOLDER/gpu_check.json and gpu_check.md
 #   bash scripts/gpu_check.sh --dry [FOLDER]    the same stages, tiny and on the CPU
 #
-# Needs torch with CUDA, nvcc and ninja; neither DeepSpeed nor tokenizers. flash-linear-attention,
-# compute-sanitizer and ncu are used where they are. Each stage has a limit of its own, and what it
-# says goes to FOLDER/NAME.log; none stops the next; none begins after DEADLINE seconds.
+# Needs torch with CUDA, nvcc, ninja and pytest; neither DeepSpeed nor tokenizers. Uses
+# flash-linear-attention, compute-sanitizer and ncu where they are. What is worth most comes first.
+# Each stage has a limit of its own, none stops the next, none begins after DEADLINE seconds; the
+# results are written anew after each, so that a run that is cut off leaves those of its stages.
 set -u
+shopt -s globstar
 cd "$(dirname "$0")/.."
 dry=; [ "${1:-}" = --dry ] && { dry=--dry; shift; }
 out=${1:-${OUT:-gpu_check}}; mkdir -p "$out"; out=$(cd "$out" && pwd)
 export PYTHONPATH=src:tests PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
 DEADLINE=520
-: > "$out/stages.tsv"
+logs=$(mktemp -d)
 
 stage() { # NAME LIMIT COMMAND...
   local name=$1 limit=$2 began=$SECONDS left=$((DEADLINE - SECONDS)) rc; shift 2
   [ "$left" -lt "$limit" ] && limit=$left
-  if [ "$limit" -lt 5 ]; then rc=skipped; echo "no time is left" > "$out/$name.log"
-  elif ! command -v "$1" > /dev/null; then rc=skipped; echo "no $1 here" > "$out/$name.log"
-  else timeout -k 5 "$limit" "$@" > "$out/$name.log" 2>&1; rc=$?; fi
-  printf '%s\t%s\t%s\n' "$name" "$rc" $((SECONDS - began)) >> "$out/stages.tsv"
+  if [ "$limit" -lt 5 ]; then rc=skipped; echo "no time is left" > "$logs/$name.log"
+  elif ! command -v "$1" > /dev/null; then rc=skipped; echo "no $1 here" > "$logs/$name.log"
+  # Interrupted, pytest still tells what failed.
+  else timeout -s INT -k 10 "$limit" "$@" > "$logs/$name.log" 2>&1; rc=$?; fi
+  printf '%s\t%s\t%s\n' "$name" "$rc" $((SECONDS - began)) >> "$logs/stages.tsv"
   echo "== $name: rc $rc, $((SECONDS - began)) s, at $SECONDS s"
-  tail -n "${LINES_OF:-12}" "$out/$name.log" | cut -c1-200
+  tail -n "${LINES_OF:-12}" "$logs/$name.log" | cut -c1-200
+  "$python" scripts/bench/gpu_report.py "$logs" "$out"
 }
 
 steps() { # NAME LIMIT FLAGS...
   local name=$1 limit=$2; shift 2
   LINES_OF=40 stage "$name" "$limit" "$python" scripts/bench/gpu_steps.py $dry \
-    --json "$out/$name.json" --budget $((limit * 2 / 3)) "$@"
+    --json "$logs/$name.json" --budget $((limit * 2 / 3)) "$@"
 }
 
 if [ -n "$dry" ]; then
-  device=cpu wkv_shapes="1,64,2,64" seconds=0.05
+  device=cpu devices=cpu wkv_shapes="1,64,2,64" seconds=0.05
   small="1x16" table6="1x16" large="1x32" repeats=1
 else
-  device=cuda wkv_shapes="8,4096,64,64 4,1024,40,64 1,4096,32,64 8,1,64,64" seconds=1
+  device=cuda devices="cpu cuda"
+  wkv_shapes="8,4096,64,64 4,1024,40,64 1,4096,32,64 8,1,64,64" seconds=1
   small="4x512" table6="1x512" large="8x2048" repeats=5
 fi
 
 stage facts 20 bash -c 'nvidia-smi --query-gpu=name,memory.total,driver_version,clocks.max.sm \
   --format=csv,noheader; python3 --version; true'
-LINES_OF=40 stage build 150 "$python" -c "
-from finchtune.ops.kernels.build import load_libraries
-outcome = load_libraries()
-print(*(f'{device}: {error or \"loaded\"}' for device, error in outcome.items()), sep='\n')
-assert outcome.get('$device', 'no CUDA device') is None"
-stage tests 90 "$python" -m pytest -q -p no:cacheprovider --noconftest -o addopts= \
-  --import-mode=importlib --maxfail=8 -m "not slow" tests/ops/wkv6/test_cuda_gpu.py \
-  tests/ops/wkv7/test_cuda_gpu.py tests/ops/test_elementwise_gpu.py tests/models/test_graphed_gpu.py \
-  tests/models/test_graphed_blocks_gpu.py
+LINES_OF=40 stage build 150 "$python" scripts/dev/build_kernels.py $devices
+stage tests 100 "$python" -m pytest -q -p no:cacheprovider --noconftest -o addopts= \
+  --import-mode=importlib --tb=short --maxfail=20 -m "not slow" tests/**/test_*_gpu.py
 LINES_OF=40 stage wkv 60 "$python" scripts/bench/wkv.py --device $device --dtypes bf16 \
-  --seconds $seconds --shapes $wkv_shapes --json "$out/wkv.json"
+  --seconds $seconds --shapes $wkv_shapes --json "$logs/wkv.json"
 steps steps 90 --methods bone bat lora bat_col --shapes $small --repeats $repeats
 steps table6 40 --methods lora bone bat --shapes $table6 --repeats $repeats
 steps graphs 60 --methods bone --shapes $small $large --graphs 0 1 --repeats $repeats
@@ -70,4 +69,4 @@ LINES_OF=40 stage counters 45 ncu --clock-control none -k 'regex:^(forward|backw
   "$python" scripts/bench/wkv.py --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64
 steps sizes 60 --sizes 1.6b 7b --methods bone --shapes $small --repeats 3
 
-"$python" scripts/bench/gpu_report.py "$out"
+echo "the whole logs: $logs"

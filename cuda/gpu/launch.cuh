@@ -22,13 +22,17 @@ inline int device_attribute(cudaDeviceAttr attribute) {
   return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 1;
 }
 
+constexpr size_t ALWAYS_ALLOWED = 48 * 1024;  // bytes of shared memory of a thread block
+
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
                    void* stream, const Args& args) {
-  // Also allows more than the 48 KB that every kernel may have.
-  const cudaError_t error = cudaFuncSetAttribute(
-      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  if (error != cudaSuccess) return error;
+  if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > ALWAYS_ALLOWED) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));

@@ -12,8 +12,9 @@ namespace finchtune {
 
 constexpr int ELEMENTWISE_THREADS = 128;
 
+// As aligned as 16 bytes are, even where it is longer: tensors begin at a multiple of those.
 template <typename T, int V>
-struct alignas(sizeof(T) * V) Pack {
+struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T x[V];
 };
 

@@ -1,6 +1,6 @@
-"""One JSON and one Markdown file from what the stages of scripts/gpu_check.sh left in a folder.
+"""One JSON and one Markdown file from the logs that the stages of scripts/gpu_check.sh left.
 
-python scripts/bench/gpu_report.py FOLDER
+python scripts/bench/gpu_report.py LOGS FOLDER
 """
 
 import argparse
@@ -20,24 +20,25 @@ PAPER = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    if not (folder / "stages.tsv").exists():
-        raise UserError(f"{folder} has no stages.tsv: run scripts/gpu_check.sh")
-    found = collect(folder)
+    parser.add_argument("logs", type=Path)
+    parser.add_argument("folder", type=Path, help="where both files go")
+    given = parser.parse_args()
+    if not (given.logs / "stages.tsv").exists():
+        raise UserError(f"{given.logs} has no stages.tsv: run scripts/gpu_check.sh")
+    found, folder = collect(given.logs), given.folder
     write_json(folder / "gpu_check.json", found)
     with atomic_path(folder / "gpu_check.md") as temporary:
         temporary.write_text("\n".join(markdown(found)) + "\n")
 
 
-def collect(folder: Path) -> dict[str, Any]:
+def collect(logs: Path) -> dict[str, Any]:
     """Every stage: exit status, seconds, the figures it wrote, the end of what it said."""
     found = {}
-    for text in (folder / "stages.tsv").read_text().splitlines():
+    for text in (logs / "stages.tsv").read_text().splitlines():
         name, status, seconds = text.split("\t")
-        log = (folder / f"{name}.log").read_text(errors="replace")
-        stage: dict[str, Any] = {"status": status, "seconds": int(seconds), "said": log[-6000:]}
-        figures = folder / f"{name}.json"
+        log = (logs / f"{name}.log").read_text(errors="replace")
+        stage: dict[str, Any] = {"status": status, "seconds": int(seconds), "said": log[-20000:]}
+        figures = logs / f"{name}.json"
         if figures.exists():
             stage["figures"] = read_json(figures)
         found[name] = stage

@@ -292,8 +292,8 @@ def main() -> None:
             found = measure(shape, DTYPES[dtype], device, args)
             records += rows(args.operator, shape, dtype, found, limits[dtype])
             print_rows(records[-sum(map(len, found.values())) :])
-    if args.json:
-        write_json(args.json, {"machine": about, "results": records})
+            if args.json:  # now, since the run may be cut off
+                write_json(args.json, {"machine": about, "results": records})
 
 
 if __name__ == "__main__":

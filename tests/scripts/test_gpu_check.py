@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -43,6 +44,28 @@ def test_every_stage_runs_and_is_reported(kernels, tmp_path):
     table = (out / "gpu_check.md").read_text()
     assert "| 3b | bone | none | 1 | 1 | 1 x 16 |" in table
     assert "11,052 MB" in table
+
+
+@pytest.mark.slow
+def test_a_run_that_is_cut_off_leaves_the_results_of_its_stages(kernels, tmp_path):
+    command = ["bash", REPOSITORY / "scripts" / "gpu_check.sh", "--dry", tmp_path]
+    run = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHON": sys.executable},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert any(line.startswith("== tests") for line in run.stdout)
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        run.stdout.close()
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert found["build"]["status"] == "0"
+    assert "cpu: loaded" in found["build"]["said"]
+    assert "| build | 0 |" in (tmp_path / "gpu_check.md").read_text()
 
 
 def test_a_combination_that_fails_is_noted_and_the_next_one_runs(tmp_path):

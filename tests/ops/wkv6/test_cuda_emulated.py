@@ -208,6 +208,13 @@ def test_misaligned_tensors_are_refused(emulator):
     assert emulator.library.wkv6_error_string(error) == b"misaligned address"
 
 
+def test_more_thread_blocks_than_a_grid_holds_are_refused(emulator):
+    """Heads beyond 2^31 - 1 would otherwise be left out."""
+    problem = Wkv6Problem(2**16, 2, 2**16, 8, 0, 2**16, None)
+    error = emulator.library.wkv6_forward(ctypes.byref(problem), *[None] * 11)
+    assert emulator.library.wkv6_error_string(error) == b"invalid configuration argument"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("regime", REGIMES)

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <map>
 
 #include "fibers.h"
 
@@ -59,10 +60,15 @@ using cudaStream_t = void*;
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
+  cudaErrorInvalidConfiguration = 9,
   cudaErrorMisalignedAddress = 716,
   cudaErrorLaunchFailure = 719
 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize,
+  cudaFuncAttributePreferredSharedMemoryCarveout
+};
+constexpr int cudaSharedmemCarveoutMaxShared = 100;
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -79,15 +85,33 @@ namespace finchtune {
 alignas(128) inline unsigned char dynamic_shared[SHARED_MEMORY_LIMIT + 4096];
 }  // namespace finchtune
 
+namespace emulation {
+
+// Bytes of shared memory that kernels have been allowed beyond what each may have.
+inline std::map<const void*, size_t> allowed;
+
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int bytes) {
-  return static_cast<size_t>(bytes) <= SHARED_MEMORY_LIMIT ? cudaSuccess : cudaErrorInvalidValue;
+bool may_start(const cudaLaunchConfig_t& config, Kernel* kernel) {
+  const size_t shared = std::max<size_t>(48 * 1024, allowed[reinterpret_cast<void*>(kernel)]);
+  return config.dynamicSmemBytes <= shared && config.gridDim.x >= 1 &&
+         config.gridDim.x <= INT32_MAX && config.blockDim.x <= 1024;
+}
+
+}  // namespace emulation
+
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (static_cast<size_t>(value) > SHARED_MEMORY_LIMIT) return cudaErrorInvalidValue;
+  emulation::allowed[reinterpret_cast<void*>(kernel)] = value;
+  return cudaSuccess;
 }
 
 template <typename Args>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Args),
                                const Args& args) {
   using namespace emulation;
+  if (!may_start(*config, kernel)) return cudaErrorInvalidConfiguration;
   last_error.clear();
   blockDim = config->blockDim;
   kernel_body = [=] { kernel(args); };
@@ -133,6 +157,8 @@ inline const char* cudaGetErrorString(cudaError_t error) {
       return "no error";
     case cudaErrorInvalidValue:
       return "invalid argument";
+    case cudaErrorInvalidConfiguration:
+      return "invalid configuration argument";
     case cudaErrorMisalignedAddress:
       return "misaligned address";
     default:
