@@ -30,6 +30,7 @@ METHODS = {
     "dora": {"method": "dora", "r": 4},
     "one linear": {"method": "bone", "r": 8, "targets": r"blocks\.\d+\.ffn\.key"},
     "one block": {"method": "bone", "r": 8},
+    "states": None,
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -39,6 +40,8 @@ def trained_model(method, generation=6, dtype=torch.float32):
     if METHODS[method]:
         torch.manual_seed(1)
         attach(model, **METHODS[method])
+    if method == "states":
+        model.requires_grad_(False).add_initial_state()
     if method == "one block":
         for parameter in model.blocks[0].parameters():
             parameter.requires_grad_(False)
