@@ -36,7 +36,7 @@ struct Block {
 // Calls f(a number of vectors as a type, its first column) for all columns: kVecs at a time, then
 // one by one.
 template <int kVecs = kBlockVecs, typename F>
-static inline void for_columns(int64_t width, F f) {
+static inline __attribute__((always_inline)) void for_columns(int64_t width, F f) {
   int64_t column = 0;
   for (; column + kVecs * LANES <= width; column += kVecs * LANES)
     f(std::integral_constant<int, kVecs>(), column);
@@ -135,4 +135,17 @@ static inline void unpack_transposed(float* padded, const float* dense, int64_t 
 
 static inline void pack(float* dense, const float* padded, int64_t n, int64_t width) {
   for (int64_t p = 0; p < n; ++p) std::memcpy(dense + p * n, padded + p * width, n * sizeof(float));
+}
+
+// A square matrix of `width` rows, all whole vectors.
+static inline void transpose(float* to, const float* from, int64_t width) {
+  for (int64_t p = 0; p < width; p += LANES)
+    for (int64_t q = 0; q < width; q += LANES) {
+      Vec x[LANES];
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) x[l] = vec(from + (p + l) * width + q);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int l = 0; l < LANES; ++l) vec(to + (q + l) * width + p) = x[l];
+    }
 }

@@ -98,3 +98,15 @@ static inline void store_row(const float* row, void* data, Element element, int6
     store<Bfloat16>(data, at + i, load<Float32>(row, i, count), count);
   });
 }
+
+enum class For { kReading, kWriting };
+
+// Asks for bytes ahead of their use, into the second-level cache: the first holds a state and
+// little more.
+template <For use>
+static inline void ask_for(const void* data, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64)
+    __builtin_prefetch(static_cast<const char*>(data) + i, use == For::kWriting, 2);
+  // GCC drops calls of functions without effects, and takes those that only prefetch for such.
+  asm volatile("");
+}

@@ -40,31 +40,39 @@ struct Head {
   int64_t position(int64_t token) const { return (first_token + token) * token_stride + offset; }
   int64_t rows(int64_t token) const { return std::min<int64_t>(kTokens, n_tokens - token); }
 
-  // Rows past the end of the sequence are filled with `missing`.
-  void load(Row* rows_out, const void* data, int64_t token, float missing = 0.0f) const {
+  // The row of a token; lanes past head_size are filled with `missing`.
+  void load(Row& row, const void* data, int64_t token, float missing = 0.0f) const {
+    load_row(row.at, data, element, position(token), head_size);
+    for (int64_t n = head_size; n < width; ++n) row.at[n] = missing;
+  }
+
+  // The rows of a chunk. Those past the end of the sequence are filled with `missing`.
+  void load(Row (&chunk)[kTokens], const void* data, int64_t token, float missing = 0.0f) const {
     const int64_t n_rows = rows(token);
-    for (int64_t i = 0; i < kTokens; ++i) {
-      const int64_t loaded = i < n_rows ? head_size : 0;
-      load_row(rows_out[i].at, data, element, position(token + i), loaded);
-      for (int64_t n = loaded; n < width; ++n) rows_out[i].at[n] = missing;
-    }
+    for (int64_t i = 0; i < n_rows; ++i) load(chunk[i], data, token + i, missing);
+    for (int64_t i = n_rows; i < kTokens; ++i)
+      for (int64_t n = 0; n < width; ++n) chunk[i].at[n] = missing;
   }
 
-  void store(const Row* rows_in, void* data, int64_t token) const {
-    for (int64_t i = 0; i < rows(token); ++i)
-      store_row(rows_in[i].at, data, element, position(token + i), head_size);
+  void store(const Row& row, void* data, int64_t token) const {
+    store_row(row.at, data, element, position(token), head_size);
   }
 
-  // Asks for the rows of a chunk ahead of their use; rows lie too far apart for the processor to
-  // see them coming. Into the second-level cache: the first holds the state and little more.
+  void store(const Row (&chunk)[kTokens], void* data, int64_t token) const {
+    for (int64_t i = 0; i < rows(token); ++i) store(chunk[i], data, token + i);
+  }
+
+  // Rows lie too far apart for the processor to see them coming.
+  template <For use = For::kReading>
+  void prefetch_row(const void* data, int64_t token) const {
+    const int64_t size = element == Element::kFloat32 ? 4 : 2;
+    ask_for<use>(static_cast<const char*>(data) + position(token) * size,
+                 head_size * size);
+  }
+
   void prefetch(const void* data, int64_t token) const {
     if (token < 0) return;
-    const int64_t size = element == Element::kFloat32 ? 4 : 2;
-    for (int64_t i = 0; i < rows(token); ++i) {
-      const char* row = static_cast<const char*>(data) + position(token + i) * size;
-      for (int64_t byte = 0; byte < head_size * size; byte += 64)
-        __builtin_prefetch(row + byte, 0, 2);
-    }
+    for (int64_t i = 0; i < rows(token); ++i) prefetch_row(data, token + i);
   }
 };
 

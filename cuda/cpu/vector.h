@@ -7,17 +7,38 @@ typedef int32_t IntVec __attribute__((vector_size(4 * LANES)));
 static inline Vec& vec(float* p) { return *reinterpret_cast<Vec*>(p); }
 static inline const Vec& vec(const float* p) { return *reinterpret_cast<const Vec*>(p); }
 
-// The sums of LANES vectors: lane i of the result adds the lanes of x[i]. Overwrites x.
-static inline Vec sums_of_lanes(Vec* x) {
+// The sums of kCount vectors, LANES or half as many: lane i of the result adds the lanes of x[i],
+// and so does lane kCount + i. Overwrites x.
+template <int kCount = LANES>
+static inline __attribute__((always_inline)) Vec sums_of_lanes(Vec* x) {
   IntVec even, odd;
   for (int l = 0; l < LANES; ++l) even[l] = 2 * l, odd[l] = 2 * l + 1;
 #pragma GCC unroll 4
-  for (int count = LANES / 2; count >= 1; count /= 2)
+  for (int count = kCount / 2; count >= 1; count /= 2)
 #pragma GCC unroll 8
     for (int i = 0; i < count; ++i)
       x[i] = __builtin_shuffle(x[2 * i], x[2 * i + 1], even) +
              __builtin_shuffle(x[2 * i], x[2 * i + 1], odd);
+  if (kCount < LANES) x[0] = __builtin_shuffle(x[0], even) + __builtin_shuffle(x[0], odd);
   return x[0];
+}
+
+// LANES vectors, the rows of a square, become its columns: at each step two rows exchange the lanes
+// that lie on the wrong side.
+static inline void transpose(Vec* x) {
+#pragma GCC unroll 4
+  for (int step = 1; step < LANES; step *= 2) {
+    IntVec low, high;
+    for (int l = 0; l < LANES; ++l)
+      low[l] = l & step ? LANES + l - step : l, high[l] = l & step ? LANES + l : l + step;
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; ++i)
+      if (!(i & step)) {
+        const Vec first = x[i], second = x[i + step];
+        x[i] = __builtin_shuffle(first, second, low);
+        x[i + step] = __builtin_shuffle(first, second, high);
+      }
+  }
 }
 
 // A bound on x that lets NaN pass. GCC makes two instructions of the plain form.
