@@ -11,6 +11,7 @@ from finchtune.adapters import attach
 from finchtune.files import sha256
 from finchtune.weights.adapter_files import load_adapter
 from finchtune.weights.base import load_model
+from finchtune.weights.description import describe
 from finchtune.weights.merging import merge_files
 from finchtune.weights.state_files import set_states
 from finchtune.weights.tensors import read_tensors
@@ -34,6 +35,7 @@ def test_a_run_learns_and_merges_into_what_other_runtimes_read(folder, bone_run)
     assert losses(bone_run)[-1] < losses(bone_run)[0]
     adapter, merged = bone_run / "rwkv-0.pth", folder / "merged.pth"
     assert len(read_tensors(adapter)) == 2 * 6
+    assert describe(adapter)["method"] == "bone: r 8"  # on all linears that there are
     merge_files(folder / "base.pth", adapter, merged)
     assert list(read_tensors(merged)) == list(read_tensors(folder / "base.pth"))
     model = attach(load_model(folder / "base.pth"), "bone", r=8)

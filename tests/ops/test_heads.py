@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.elementwise_emulator import EMULATED, kernels_in_use
+from helpers.support import relative_error
 from helpers.wkv import CPU_PATHS
 
 from finchtune.ops.elementwise import wkv7_inputs
@@ -23,6 +24,19 @@ def test_a_key_of_zeros_removes_nothing(path):
     assert not torch.cat([key, a, b]).any()
     (dk,) = torch.autograd.grad(key.sum(), k)
     assert dk.isfinite().all()
+
+
+def gradient_of_removal(k, rate):
+    ones = torch.ones_like(k[0])
+    *_, a, b = wkv7_inputs(k, k, rate, rate, ones, ones, HEADS)
+    return torch.autograd.grad((a + 2 * b).sum(), k)[0]
+
+
+def test_tiny_keys_are_divided_by_the_shortest_length(path):
+    k, rate = (1e-14 * torch.randn(2, 60)).requires_grad_(), torch.randn(2, 60)
+    exact = k.detach().double().requires_grad_()
+    truth = gradient_of_removal(exact, rate.double())
+    assert relative_error(gradient_of_removal(k, rate), truth) < 1e-6
 
 
 def test_decays_of_any_size(path):

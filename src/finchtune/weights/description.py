@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finchtune.adapters import targets_of
+from finchtune.adapters import block_targets, targets_of
 from finchtune.errors import CheckpointError, UserError
 from finchtune.files import read_object
 from finchtune.models import INITIAL_STATE, generation_of, sizes_of
@@ -68,7 +68,8 @@ def describe_adapter(path: Path) -> dict[str, str]:
     if not spec:
         return {}
     settings = ", ".join(f"{k} {v}" for k, v in spec.items() if k not in ("method", "targets"))
-    places = targets_of(key.rpartition(".")[0] for key in tensors)
+    whole = spec.get("targets") == block_targets([])
+    places = [] if whole else targets_of(key.rpartition(".")[0] for key in tensors)
     settings += f", on {' '.join(places)}" if places else ""
     if not record:
         settings += "; no record tells the rest"
