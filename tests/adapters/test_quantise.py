@@ -1,13 +1,25 @@
 """Quantised base weights: exact codes, small storage, the adapters on them, and merging."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.contexts import gradients, long_batch, trainable
 from helpers.elementwise_emulator import cuda_kernels_in_place
+from helpers.support import every_generation, relative_error
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from finchtune.adapters import METHODS, AdaptedLinear, QuantisedWeight, attach, merge
+from finchtune.adapters import (
+    METHODS,
+    AdaptedLinear,
+    QuantisedLinear,
+    QuantisedWeight,
+    attach,
+    merge,
+    quantise_linears,
+)
 from finchtune.adapters.quantise import TABLES
 from finchtune.errors import UserError
 from finchtune.ops.kernels import cpu_standing_for
@@ -136,6 +148,27 @@ def test_the_rebuilt_weight_is_not_kept_for_backward(name, settings):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer(x)
     assert all(size <= x.numel() for size in kept), kept
+
+
+@every_kind
+@every_generation
+@pytest.mark.parametrize("grad_checkpoint", [0, 1, 2])
+def test_states_are_trained_through_a_quantised_base(kind, generation, grad_checkpoint):
+    """Their gradients are those of a model that has the weights which the codes stand for."""
+    model = trainable("state", torch.float64, grad_checkpoint, generation)
+    plain, dense = copy.deepcopy(model), copy.deepcopy(model)
+    quantise_linears(model, kind)
+    quantised = {n: m for n, m in model.named_modules() if isinstance(m, QuantisedLinear)}
+    assert len(quantised) == 2 * {6: 8, 7: 6}[generation]
+    for name, layer in quantised.items():
+        dense.get_submodule(name).weight.data = layer.weight.dense(torch.float64)
+    for one in (model, dense, plain):
+        one.loss(*long_batch("packed"))[0].backward()
+    expected, other = gradients(dense), gradients(plain)
+    assert gradients(model).keys() == expected.keys() == model.initial_states().keys()
+    for name, gradient in gradients(model).items():
+        assert relative_error(gradient, expected[name]) < 1e-10, name
+        assert relative_error(gradient, other[name]) > 1e-3, name
 
 
 @every_kind

@@ -165,6 +165,9 @@ def test_quantised_bases_are_asked_for_as_in_the_incumbent(kind):
         ("--peft bone --train_type state", "bone", True, False, 2e-5),
         ("--train_type state --lr_init 3 --lr_final 0.01", "none", True, False, 3.0),
         ("--peft bone --train_type infctx --bptt truncated", "bone", False, False, 2e-5),
+        ("--peft bone --train_type infctx state --chunk_ctx 512", "bone", True, False, 2e-5),
+        ("--train_type state infctx", "none", True, False, STATE_LR),
+        ("--train_type state --quant nf4", "none", True, False, STATE_LR),
     ],
 )
 def test_what_is_trained(words, adapter, state, everything, rate):
@@ -181,6 +184,10 @@ def test_what_is_trained(words, adapter, state, everything, rate):
         ("--chunk_ctx 512", "--chunk_ctx goes with --train_type infctx"),
         ("--bptt truncated --train_type state", "--bptt goes with --train_type infctx"),
         ("--train_type stat", "did you mean state"),
+        ("--train_type state stat", "--train_type stat: choose .* did you mean state"),
+        ("--train_type state,infctx", "several stand with a space between them: state infctx"),
+        ("--train_type", "--train_type needs a value"),
+        ("--quant nf4", "--quant needs --peft, or --train_type state"),
         ("--train_type state --lr_state 1", "--lr_state goes with --train_type state and an adap"),
         ("--train_type infctx --chunk_ctx 512 --context_parallel 3", "must divide --chunk_ctx 512"),
         ("--train_type infctx --chunk_ctx 0", "--chunk_ctx must be at least 1"),
@@ -250,7 +257,8 @@ def test_hints_name_flags_that_there_are():
 
 
 def test_a_configuration_comes_back_from_its_yaml(tmp_path):
-    words = "--peft lora --lora_r 8 --rslora 1 --train_parts time ln --micro_bsz 2 --global_bsz 8"
+    words = "--peft lora --lora_r 8 --rslora 1 --train_parts time ln --micro_bsz 2 --global_bsz 8 "
+    words += "--train_type infctx state"
     config = parse(*words.split(), "--sample_prompt", "a: 'b' # c")
     (tmp_path / "run.yaml").write_text(config_yaml(config))
     assert parse_train_flags(["--config", str(tmp_path / "run.yaml")]) == config

@@ -81,15 +81,19 @@ RUNS = {
     ),
     "states of 2024": (
         [*OLD, "--state_tune", "--lr_init", "1", "--lr_final", "1e-2"],
-        {"train_type": "state", "peft": "none", "lr_init": 1.0, "trains_all": False},
+        {"train_type": ["state"], "peft": "none", "lr_init": 1.0, "trains_all": False},
     ),
     "states": (
         [*SFT, "--train_type", "state", "--lr_init", "1", "--dataload", "only", "--micro_bsz", "1"],
-        {"train_type": "state", "trains_state": True, "adapter": "none"},
+        {"train_type": ["state"], "trains_state": True, "adapter": "none"},
+    ),
+    "states, quantised": (
+        [*OLD, "--train_type", "state", "--lr_init", "1", "--quant", "int8"],
+        {"quant": "int8", "trains_state": True, "adapter": "none"},
     ),
     "infctx": (
         [*OLD, *BONE, "--train_type", "infctx", "--chunk_ctx", "512", "--ctx_len", "16384"],
-        {"train_type": "infctx", "chunk_ctx": 512, "peft": "bone", "bptt": "exact"},
+        {"train_type": ["infctx"], "chunk_ctx": 512, "peft": "bone", "bptt": "exact"},
     ),
     "harmless": (
         [*BONE, "--fla", "--op", "fla", "--ds_bucket_mb", "200", "--enable_progress_bar", "False",
@@ -138,16 +142,18 @@ def test_all_reasons_are_told_together():
     assert told == {"unknown", "LISA", "merge", "sft_split", "quant", "optim"}
 
 
-def test_states_never_become_full_tuning():
-    """Whether states can be trained or not."""
-    for words in ("--state_tune", "--train_type state"):
-        trained, lines = "nothing", [words]
-        try:
-            trained = parse_train_flags([*COMMON, *words.split(), "--lr_init", "1"]).train_type
-        except ConfigurationError as error:
-            lines = error.lines
-        assert trained in ("nothing", "state")
-        assert any(words in line for line in lines)
+@pytest.mark.parametrize(
+    ("words", "kinds"),
+    [
+        ("--state_tune", ["state"]),
+        ("--train_type state", ["state"]),
+        ("--state_tune --train_type none", ["state"]),
+        ("--state_tune --train_type infctx", ["state", "infctx"]),
+    ],
+)
+def test_states_never_become_full_tuning(words, kinds):
+    config = parse_train_flags([*COMMON, *words.split(), "--lr_init", "1"])
+    assert (config.train_type, config.trains_all) == (kinds, False)
 
 
 def test_an_adapter_is_loaded_where_there_is_one(tmp_path):

@@ -8,15 +8,16 @@ import torch
 from helpers.additions import flags, losses, make_folder
 from helpers.support import assert_one_error_line, relative_error, run_script, train
 
-from finchtune.data.binidx import BinIdxWriter
 from finchtune.files import sha256
 from finchtune.weights.base import load_model
 from finchtune.weights.merging import merge_files
 from finchtune.weights.state_files import set_states
 from finchtune.weights.tensors import read_tensors
+from finchtune.weights.writing import writing_model
 
 ROWS = "--micro_bsz 4 --accumulate_grad_batches 2 --epoch_steps 4".split()
 BONE = [*ROWS, "--peft", "bone", "--bone_r", 8]
+THREEFOLD = [*BONE, *"--train_type state infctx --lr_state 0.05 --chunk_ctx 32".split()]
 
 
 @pytest.fixture(scope="module")
@@ -61,11 +62,40 @@ def test_states_alone_are_trained_saved_merged_and_used(folder):
     assert losses(folder / "state-again")[0] < losses(folder / "state")[0]
 
 
+@pytest.fixture(scope="module")
+def threefold(folder):
+    """An adapter and states trained on whole documents in chunks, with a checkpoint half-way."""
+    done = train(*flags(folder, "threefold", *THREEFOLD, "--save_every", 2, data="long.jsonl"))
+    assert "trained (bone and states)" in done.stdout
+    return folder / "threefold"
+
+
+def test_an_adapter_and_states_on_long_contexts_in_one_run(folder, threefold):
+    tensors = read_tensors(threefold / "rwkv-0.pth")
+    kinds = [name.rpartition(".")[2] for name in tensors]
+    assert (kinds.count("bone"), kinds.count("time_state"), len(kinds)) == (16, 2, 18)
+    assert losses(threefold)[-1] < losses(threefold)[0]
+    merged = folder / "threefold.pth"
+    receipt = merge_files(folder / "base.pth", threefold / "rwkv-0.pth", merged)
+    assert (receipt["method"], receipt["merged"], receipt["replaced"]) == ("bone", 16, 2)
+    unmerged = writing_model(folder / "base.pth", threefold / "rwkv-0.pth")
+    tokens = torch.randint(1, 256, (1, 30))
+    assert relative_error(load_model(merged)(tokens)[0], unmerged(tokens)[0]) < 1e-5
+    alone = load_model(folder / "base.pth")
+    set_states(alone, threefold / "rwkv-0.pth")
+    states = alone.initial_states()
+    assert states.keys() == unmerged.initial_states().keys()
+    assert all(torch.equal(s, unmerged.initial_states()[name]) for name, s in states.items())
+
+
 @pytest.mark.slow
-def test_states_beside_an_adapter(folder):
-    train(*flags(folder, "both", *BONE, "--train_type", "state", "--lr_state", "0.05"))
-    kinds = {name.rpartition(".")[2] for name in read_tensors(folder / "both/rwkv-0.pth")}
-    assert kinds == {"bone", "time_state"}
+def test_an_adapter_and_states_train_in_chunks_as_on_long_rows(folder, threefold):
+    words = [*BONE, "--train_type", "state", "--lr_state", "0.05", "--ctx_len", 512]
+    train(*flags(folder, "both", *words, data="long.jsonl"))
+    assert losses(threefold) == pytest.approx(losses(folder / "both"), rel=1e-5)
+    found, expected = (read_tensors(p / "rwkv-0.pth") for p in (threefold, folder / "both"))
+    for name, tensor in expected.items():
+        assert relative_error(found[name], tensor) < 1e-3, name
     parts = ("--base_model", folder / "base.pth", "--output", folder / "both.pth")
     done = run_script(
         "merge/merge.py",
@@ -73,6 +103,54 @@ def test_states_beside_an_adapter(folder):
     )
     assert done.returncode == 0, done.stderr
     assert "16 tensors merged, 2 tensors replaced" in done.stdout
+
+
+STATES = [*ROWS, "--lr_init", "0.1", "--train_type", "state"]
+
+
+@pytest.mark.parametrize("kind", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+def test_states_are_trained_on_a_quantised_base(folder, kind):
+    """To the file that goes with the base as it is, on which they lower the loss as well."""
+    name = f"state-{kind}"
+    train(*flags(folder, name, *STATES, "--quant", kind, "--sample_prompt", "What is"))
+    assert losses(folder / name)[-1] < losses(folder / name)[0]
+    path = folder / name / "rwkv-0.pth"
+    assert {n.rpartition(".")[2] for n in read_tensors(path)} == {"time_state"}
+    text = (folder / "text.jsonl").read_text().encode()[:400]
+    tokens = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()[None]
+    model = load_model(folder / "base.pth")
+    before = model.loss(tokens[:, :-1], tokens[:, 1:])[0].item()
+    set_states(model, path)
+    assert model.loss(tokens[:, :-1], tokens[:, 1:])[0].item() < before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*BONE, "--train_type", "state", "--lr_state", "0.05"],
+        [*STATES, "infctx", "--chunk_ctx", 32],
+        THREEFOLD,
+        [*THREEFOLD, "--quant", "fp8"],
+        [*STATES, "--quant", "nf4"],
+    ],
+    ids=lambda words: "".join(map(str, words[6:])),
+)
+def test_every_combination_resumes_to_the_same_bits(folder, tmp_path, words):
+    """In one process, and on to another ZeRO stage in two with the same losses."""
+    words = [*words, "--save_every", 2]
+    train(*flags(folder, tmp_path / "whole", *words, data="long.jsonl"))
+    for name in ("again", "other"):
+        shutil.copytree(tmp_path / "whole", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/step-4")
+        (tmp_path / name / "rwkv-0.pth").unlink()
+    resume = [*words, "--resume", "auto"]
+    train(*flags(folder, tmp_path / "again", *resume, data="long.jsonl"))
+    files = [tmp_path / name / "rwkv-0.pth" for name in ("whole", "again")]
+    assert sha256(files[0]) == sha256(files[1])
+    other = [*resume, "--devices", 2, "--micro_bsz", 2, "--strategy", "deepspeed_stage_3"]
+    train(*flags(folder, tmp_path / "other", *other, data="long.jsonl"))
+    assert losses(tmp_path / "other") == pytest.approx(losses(tmp_path / "whole"), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -149,53 +227,3 @@ def test_processes_that_cannot_share_are_refused(folder):
     assert_one_error_line(
         run_script("train.py", *flags(folder, "three", *words)), "does not divide"
     )
-
-
-PUBLISHED = (
-    "--n_layer 2 --n_embd 64 --vocab_size 256 --ctx_len 64 --micro_bsz 2 --epoch_steps 2 "
-    "--epoch_count 1 --epoch_begin 0 --epoch_save 1 --warmup_steps 10 --beta1 0.9 --beta2 0.99 "
-    "--adam_eps 1e-8 --accelerator cpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 "
-    "--grad_cp 1 --compat rwkv-peft"
-)
-OLD = "--data_type binidx --pre_ffn 0 --head_qk 0 --my_testing x060 --dataload pad"
-STATE = "--lr_init 1 --lr_final 1e-2"
-BONE_CONFIG = '--bone_config {"bone_mode":"bone","bone_load":"","bone_r":16}'
-INFCTX = "--train_type infctx --chunk_ctx 32 --lr_init 2e-5 --lr_final 2e-5"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "kinds"),
-    [
-        (f"{OLD} --loss_mask pad --train_type state {STATE}", {"time_state"}),
-        (f"{OLD} --loss_mask pad --state_tune --fla {STATE}", {"time_state"}),
-        (
-            f"--data_type sft --sft_field question answer --sft_split train --data_shuffle 0 "
-            f"--ctx_len 256 --op fla --train_type state {STATE}",
-            {"time_state"},
-        ),
-        (f"{OLD} {INFCTX} --train_parts [] --peft bone {BONE_CONFIG}", {"bone"}),
-        (f"{OLD} {INFCTX} --peft bone {BONE_CONFIG} --strategy deepspeed_stage_2", {"bone", "ln"}),
-        (
-            f"{OLD} {INFCTX} --train_parts [] --lora --lora_r 8 --lora_alpha 128 --lora_dropout "
-            "0.01 --lora_parts=att,ffn --lora_load rwkv-0",
-            {"lora_A", "lora_B"},
-        ),
-        (f"{OLD} {INFCTX}", {"emb"}),
-    ],
-)
-def test_lines_written_for_rwkv_peft_train(folder, tmp_path, words, kinds):
-    """Rebuilt from the flags and values of published ones, small."""
-    data, out = folder / "text.jsonl", tmp_path / "out"
-    if "binidx" in words:
-        data = tmp_path / "text"
-        with BinIdxWriter(data, "uint16") as writer:
-            for i in range(8):
-                writer.add(torch.randint(1, 256, (40 + 20 * i,)).numpy())
-    common = ("--load_model", folder / "base.pth", "--proj_dir", out, "--data_file", data)
-    done = train(*common, *PUBLISHED.split(), *words.split())
-    assert "meanings and defaults" in done.stdout
-    found = {part for name in read_tensors(out / "rwkv-0.pth") for part in name.split(".")}
-    assert {kind for kind in kinds if any(kind in part for part in found)} == kinds
-    assert ("time_state" in found) == ("time_state" in kinds)
-    assert len(losses(out)) == 2

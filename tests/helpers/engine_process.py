@@ -18,7 +18,7 @@ CASES = [(stage, chunked) for stage in (1, 2, 3) for chunked in (False, True)]
 def outcome(case, kinds, **changes):
     """(loss, norm of the gradient) of steps over micro batches of these kinds; what is learnt."""
     stage, chunked = case
-    chunks = {"train_type": "infctx", "chunk_ctx": 12} if chunked else {}
+    chunks = {"train_type": ["infctx"], "chunk_ctx": 12} if chunked else {}
     running = Engine(
         trainable("bone"),
         TrainConfig(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.support import every_generation, relative_error, small_model
 
-from finchtune.adapters import attach
+from finchtune.adapters import attach, quantise_linears
 from finchtune.models.compiled import CompiledModel
 from finchtune.ops.kernels import kernels_set_aside
 
@@ -97,6 +97,18 @@ def test_adapters_run_unmerged_on_some_or_all_layers(method, quant, generation):
         found, expected = (form.advance(tokens)[0] for form in (compiled(model), model))
         assert relative_error(found, expected) < 1e-5
         assert relative_error(found, plain) > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quant", ["nf4", "int8", "fp8"])
+@every_generation
+def test_a_quantised_base_without_adapters(quant, generation):
+    model, tokens = small_model(generation=generation).eval(), torch.randint(0, 256, (2, 9))
+    plain = model.advance(tokens)[0]
+    quantise_linears(model, quant)
+    found, expected = (form.advance(tokens)[0] for form in (compiled(model), model))
+    assert relative_error(found, expected) < 1e-5
+    assert relative_error(found, plain) > 1e-3
 
 
 @torch.no_grad()

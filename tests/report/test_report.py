@@ -14,7 +14,14 @@ from helpers.support import assert_one_error_line, run_script
 from finchtune.report import plot_loss, write_report
 from finchtune.report.chart import HEIGHT, LEFT, RIGHT, TOP, WIDTH, Axis, Line, chart, number
 from finchtune.report.picture import title_of
-from finchtune.report.series import MAX_POINTS, read_run, running_mean, smoothed, thinned
+from finchtune.report.series import (
+    MAX_POINTS,
+    method_of,
+    read_run,
+    running_mean,
+    smoothed,
+    thinned,
+)
 
 EVIL = "</script><script>document.title='taken'</script><b onclick=x>"
 
@@ -93,6 +100,13 @@ def test_the_picture_says_what_it_shows(tmp_path):
     run = read_run(make_run(tmp_path / "run", config=config))
     assert title_of(run) == r"bone r 64, \$base\$.pth, final loss 2.0167"
     plot_loss(tmp_path / "run", tmp_path / "loss.png")
+    for trained, told in (
+        ({"train_type": ["state", "infctx"]}, "bone r 64, states"),
+        ({"peft": "none", "train_type": ["state"]}, "states"),
+        ({"peft": "state", "train_type": []}, "states"),
+        ({"peft": "none", "train_type": ["infctx"]}, "all weights"),
+    ):
+        assert method_of(config | trained) == told
 
 
 def test_several_runs_list_only_what_differs(tmp_path):

@@ -48,7 +48,7 @@ class OneBatch:
 def test_lora_ga_starts_from_the_gradient_of_whole_contexts():
     """Read in chunks: the same start, but for the free signs of singular vectors."""
     starts = []
-    for changes in ({}, {"train_type": "infctx", "chunk_ctx": 13}):
+    for changes in ({}, {"train_type": ["infctx"], "chunk_ctx": 13}):
         config = TrainConfig(peft="lora_ga", lora_r=2, lora_ga_batches=2, **changes)
         model = small_model()
         choose_trained(model, config, init=False)
@@ -77,7 +77,7 @@ CASES = [(6, one, trained) for one in STRATEGIES for trained in ("all", "bone", 
 def test_chunks_train_as_the_whole_context_does(generation, strategy, trained):
     common = {"strategy": f"deepspeed_stage{strategy}", "accumulate_grad_batches": 2}
     model = trainable(trained, generation=generation)
-    found = steps(engine(model, train_type="infctx", chunk_ctx=13, **common))
+    found = steps(engine(model, train_type=["infctx"], chunk_ctx=13, **common))
     expected = whole_steps(trained, generation=generation)
     for mine, plain in zip(found[0], expected[0], strict=True):
         assert mine == pytest.approx(plain, rel=1e-4)
@@ -91,21 +91,21 @@ def test_in_bf16(strategy):
     common = {"strategy": f"deepspeed_stage{strategy}"}
     batch = ("rows",)
     model = trainable("bone", torch.bfloat16)
-    chunked = engine(model, train_type="infctx", chunk_ctx=16, infctx_offload=True, **common)
+    chunked = engine(model, train_type=["infctx"], chunk_ctx=16, infctx_offload=True, **common)
     found, expected = steps(chunked, 1, batch), whole_steps("bone", batch)
     assert found[0][0] == pytest.approx(expected[0][0], rel=0.02)
 
 
 @pytest.mark.parametrize("grad_cp", [0, 1, 2])
 def test_recomputation_changes_no_bit(grad_cp):
-    common = {"train_type": "infctx", "chunk_ctx": 16}
+    common = {"train_type": ["infctx"], "chunk_ctx": 16}
     found = steps(engine(trainable("bone", grad_checkpoint=grad_cp), **common), micro=("rows",))
     expected = steps(engine(trainable("bone"), **common), micro=("rows",))
     assert found[0] == expected[0]
 
 
 def test_truncated_steps_learn_otherwise():
-    common = {"train_type": "infctx", "chunk_ctx": 13}
+    common = {"train_type": ["infctx"], "chunk_ctx": 13}
     exact = steps(engine(trainable("bone"), **common), micro=("rows",))[0]
     truncated = steps(engine(trainable("bone"), bptt="truncated", **common), micro=("rows",))[0]
     assert truncated[0][0] == pytest.approx(exact[0][0], rel=1e-5), "the loss is the same"

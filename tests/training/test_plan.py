@@ -113,6 +113,14 @@ def test_chunks_take_their_own_memory_and_that_of_the_states_of_the_longest_docu
     assert activations[1] < activations[0] / 20
 
 
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+def test_adapters_and_states_are_both_counted(folder, capsys, quant):
+    """Bone's 2 x 8 x (7 C + F) numbers, and 2 layers of 4 x 16 x 16."""
+    words = f"--peft bone --bone_r 8 --train_type state infctx --chunk_ctx 64 --quant {quant}"
+    text = planned(capsys, "--load_model", folder / "base.pth", *words.split())
+    assert re.search(r"trained +12,800 \(.*; bone and states\)\n +10,752 of adapters, 2,048 ", text)
+
+
 def test_an_unknown_model_is_refused_with_the_known_names():
     with pytest.raises(UserError, match=r"`plan` also takes 1\.6B, 3B, 7B, 14B, 0\.1B, .*13\.3B"):
         planned_sizes("5B")

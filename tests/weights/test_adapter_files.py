@@ -189,11 +189,11 @@ def test_states_need_train_type_state(base):
     with pytest.raises(UserError, match="holds 2 trained states; give `train_type` state"):
         model_from(base, both, "bone", bone_r=R)
     with pytest.raises(UserError, match="holds no trained states; drop `train_type` state"):
-        model_from(base, path, "bone", bone_r=R, train_type="state")
+        model_from(base, path, "bone", bone_r=R, train_type=["state"])
     with pytest.raises(UserError, match="an adapter of bone; give `peft` bone, and `train_type`"):
         model_from(base, both, "state")
     for file, flags in ((both, {"method": "bone", "bone_r": R}), (alone, {"method": "none"})):
-        found = model_from(base, file, train_type="state", **flags).initial_states()
+        found = model_from(base, file, train_type=["state"], **flags).initial_states()
         assert found.keys() == states.keys()
         assert all(torch.equal(found[name], states[name]) for name in states)
 

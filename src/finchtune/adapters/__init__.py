@@ -7,6 +7,7 @@ from finchtune.adapters.attaching import (
     exactly,
     find_targets,
     merge,
+    quantise_linears,
     targets_of,
 )
 from finchtune.adapters.base import Adapter
@@ -15,7 +16,7 @@ from finchtune.adapters.gradients import (
     start_from_gradients,
     weight_gradients,
 )
-from finchtune.adapters.linear import AdaptedLinear
+from finchtune.adapters.linear import AdaptedLinear, QuantisedLinear
 from finchtune.adapters.quantise import QuantisedWeight
 from finchtune.adapters.registry import METHODS, get_method, hyperparameters_of
 from finchtune.adapters.state import (
@@ -30,6 +31,7 @@ __all__ = [
     "METHODS",
     "AdaptedLinear",
     "Adapter",
+    "QuantisedLinear",
     "QuantisedWeight",
     "adapted_layers",
     "adapter_state",
@@ -45,6 +47,7 @@ __all__ = [
     "is_adapter_tensor",
     "load_adapter_state",
     "merge",
+    "quantise_linears",
     "start_from_gradients",
     "targets_of",
     "weight_gradients",

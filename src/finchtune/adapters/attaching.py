@@ -1,14 +1,15 @@
 """Putting adapters on a model's linear layers, and merging them into its weights."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, merge_precision
-from finchtune.adapters.linear import AdaptedLinear
+from finchtune.adapters.linear import AdaptedLinear, QuantisedLinear
 from finchtune.adapters.registry import get_method, resolve
 from finchtune.errors import UserError
 
@@ -71,10 +72,8 @@ def attach(
             initialise(adapter, name, layers[name], gradients)
     adapted = {}
     for name, layer in layers.items():
-        try:
+        with naming(name):
             adapted[id(layer)] = AdaptedLinear(layer, adapters[name], quant, quant_device)
-        except UserError as error:
-            raise UserError(f"layer {name}: {error}") from None
     model.requires_grad_(False)
     replace_modules(model, adapted)
     for adapter in adapters.values():
@@ -82,6 +81,28 @@ def attach(
     spec = {"method": method, "targets": pattern, **settings}
     cast(Any, model).adapter_spec = spec | ({"quant": quant} if quant else {})
     return model
+
+
+def quantise_linears(model: nn.Module, quant: str, device: torch.device | None = None) -> None:
+    """Keep the weights that `attach` would put adapters on in few bits, in place, frozen.
+
+    `quant` as in `attach`; the codes are made on `device` if that is given, and stay there. No file
+    holds them: they follow from the base's. Raises UserError for NaN and infinity.
+    """
+    quantised = {}
+    for name, layer in find_targets(model)[0].items():
+        with naming(name):
+            quantised[id(layer)] = QuantisedLinear(layer, quant, device)
+    replace_modules(model, quantised)
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Within, a UserError says which layer it is of."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"layer {layer}: {error}") from None
 
 
 def find_targets(model: nn.Module, targets: str | None = None) -> tuple[dict[str, nn.Linear], str]:
@@ -139,11 +160,8 @@ def targets_of(layers: Iterable[str]) -> list[str]:
 
 def build(kind: type[Adapter], name: str, layer: nn.Linear, settings: dict[str, Any]) -> Adapter:
     """An adapter for one layer, on its device; a misfit raises UserError naming the layer."""
-    try:
-        with layer.weight.device:
-            adapter = kind(layer.in_features, layer.out_features, **settings)
-    except UserError as error:
-        raise UserError(f"layer {name}: {error}") from None
+    with naming(name), layer.weight.device:
+        adapter = kind(layer.in_features, layer.out_features, **settings)
     return adapter.to(merge_precision(layer.weight)).train(layer.training)
 
 
@@ -155,15 +173,13 @@ def initialise(
 ) -> None:
     """Let an adapter set its tensors; a misfit raises UserError naming the layer."""
     weight = layer.weight.detach()
-    try:
+    with naming(name):
         if gradients is None:
             adapter.init(weight)
             return
         if name not in gradients or gradients[name].shape != weight.shape:
             raise UserError(f"no gradient of shape {tuple(weight.shape)} was given")
         adapter.init_from_gradient(weight, gradients[name])
-    except UserError as error:
-        raise UserError(f"layer {name}: {error}") from None
 
 
 def refuse_fast_path(model: nn.Module, layers: dict[str, nn.Linear]) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter
+from finchtune.adapters.frozen import frozen_linear
 from finchtune.adapters.quantise import QuantisedWeight
 
 
@@ -48,3 +49,19 @@ class AdaptedLinear(nn.Module):
         if isinstance(self.weight, QuantisedWeight):
             return self.weight.dense(torch.float32)
         return self.weight
+
+
+class QuantisedLinear(nn.Module):
+    """W x + bias with a frozen W in few bits, as an AdaptedLinear has it, but no adapter."""
+
+    def __init__(
+        self, linear: nn.Linear, quant: str, quant_device: torch.device | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = QuantisedWeight(linear.weight, quant, quant_device)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        y = frozen_linear(x, self.weight)
+        return y if self.bias is None else y + self.bias

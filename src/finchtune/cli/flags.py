@@ -154,7 +154,7 @@ def given_values(given: dict[str, list[str]], mistakes: Mistakes) -> dict[str, A
 
 def own_value(name: str, words: list[str]) -> Any:
     """The words of one of our flags: as they are for a list, else the only one."""
-    if is_list(FIELDS[name]):
+    if is_list(FIELDS[name]) and (words or not FIELDS[name].metadata["choices"]):
         return words
     if not words and type_of(FIELDS[name]) is bool:  # --plan alone means --plan 1
         return "1"

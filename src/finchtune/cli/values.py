@@ -11,6 +11,7 @@ from finchtune.errors import UserError
 LIST_HINT = "words, or a JSON list"
 NEARLY = {
     ("quant", "4bit"): "nf4 and fp4 have 4 bits; in bitsandbytes 4bit is fp4",
+    ("train_type", "state,infctx"): "several stand with a space between them: state infctx",
     ("loss_mask", "se"): "for other marks than Assistant: and User: give --sft_field, or write the "
     "mask with prepare_data.py",
 }
@@ -33,7 +34,10 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
     """A word (or words) -> the field's type. Raises UserError for one that does not fit."""
     name = field.name
     if is_list(field):
-        return convert_list(name, value)
+        words = convert_list(name, value)
+        for word in words:
+            check_choice(name, word, field.metadata["choices"])
+        return words
     kind = type_of(field)
     if kind is bool:
         return convert_bool(name, value)

@@ -10,6 +10,7 @@ from finchtune.config.flags import (
     METHODS,
     STAGES,
     STATE_LR,
+    TRAIN_TYPES,
     ContextFlags,
     DataFlags,
     HeldOutFlags,
@@ -38,6 +39,7 @@ class TrainConfig(
     """What one training run does. Field names are flag names."""
 
     def __post_init__(self) -> None:
+        self.train_type = [kind for kind in TRAIN_TYPES if kind in self.train_type]
         if self.lr_init is None:
             self.lr_init = STATE_LR if self.trains_state and self.adapter == "none" else LR
 
@@ -49,12 +51,19 @@ class TrainConfig(
     @property
     def trains_state(self) -> bool:
         """Whether the state that documents begin from is trained."""
-        return "state" in (self.peft, self.train_type)
+        return "state" in (self.peft, *self.train_type)
 
     @property
     def trains_all(self) -> bool:
         """Whether every parameter is trained."""
         return self.adapter == "none" and not self.trains_state
+
+    @property
+    def trained(self) -> str:
+        """What is trained, in words."""
+        adapter = [] if self.adapter == "none" else [self.adapter]
+        states = ["states"] if self.trains_state else []
+        return " and ".join(adapter + states) or "all weights"
 
     @property
     def state_lr(self) -> float:
@@ -64,7 +73,7 @@ class TrainConfig(
     @property
     def chunked(self) -> bool:
         """Whether contexts are read in chunks."""
-        return self.train_type == "infctx"
+        return "infctx" in self.train_type
 
     def readers(self, world: int) -> int:
         """How many of `world` processes, or groups that share contexts, read rows of their own."""

@@ -112,8 +112,11 @@ def contradictions_of_method(config: TrainConfig) -> Iterator[str]:
         yield "`train_parts` and `peft_load` need `peft`; without it all is trained"
     if config.adapter == "none" and config.target:
         yield "`target` needs `peft`: it says which linears get an adapter"
-    if config.adapter == "none" and config.quant != "none":
-        yield "`quant` needs `peft`: a quantised weight cannot be trained itself"
+    if config.trains_all and config.quant != "none":
+        yield (
+            "`quant` needs `peft`, or `train_type` state: a quantised weight cannot be trained "
+            "itself"
+        )
     if config.decay_adapters and not (config.weight_decay and config.adapter != "none"):
         yield "`decay_adapters` goes with `weight_decay` and `peft`"
     acts = config.trains_all or config.decay_adapters or config.train_parts

@@ -10,6 +10,7 @@ METHODS = ("none", "state", *method_files())
 LR, STATE_LR = 2e-5, 1.0
 """Default learning rates: of weights and adapters, and of states."""
 QUANT = ("none", "nf4", "fp4", "int8", "fp8")
+TRAIN_TYPES = ("state", "infctx")
 STAGES = {
     "auto": 1,
     "ddp": 1,
@@ -62,7 +63,11 @@ class MethodFlags:
     peft: str = flag("none", "what is trained; none = every parameter", METHODS)
     target: list[str] = flag([], "linears that get an adapter, such as att ffn.key; default all")
     train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
-    quant: str = flag("none", "keep the adapted layers' frozen weights in few bits", QUANT)
+    quant: str = flag(
+        "none",
+        "keep adapted layers' frozen weights in few bits; with states alone, all large weights",
+        QUANT,
+    )
     peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")
     pissa_init: str = flag("", "PiSSA with --peft_load: a separate file of initial A and B")
     lora_plus_ratio: float = flag(1.0, "LoRA and kin: learning rate of B over that of A (LoRA+)")
@@ -98,11 +103,11 @@ class DataFlags:
 class ContextFlags:
     """Trained states, and long contexts."""
 
-    train_type: str = flag(
-        "none",
+    train_type: list[str] = flag(
+        [],
         "state = the state that documents begin from (also --peft state; alone, or beside an "
-        "adapter); infctx = contexts of any length, in chunks",
-        ("none", "state", "infctx"),
+        "adapter); infctx = contexts of any length, in chunks; state infctx = both",
+        ("none", *TRAIN_TYPES),
     )
     lr_state: float | None = flag(
         None, f"learning rate of states beside an adapter; default {STATE_LR:g}"

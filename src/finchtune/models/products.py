@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finchtune.adapters.linear import AdaptedLinear
+from finchtune.adapters.linear import AdaptedLinear, QuantisedLinear
 from finchtune.adapters.quantise import QuantisedWeight, code_table
 from finchtune.errors import UserError
 
@@ -35,6 +35,8 @@ def prepared(layer: nn.Module, dtype: torch.dtype) -> Layer:
     `dtype` is that of the layer's inputs.
     """
     if isinstance(layer, nn.Linear) and layer.bias is None:
+        return layer.weight
+    if isinstance(layer, QuantisedLinear) and layer.bias is None:
         return layer.weight
     if not isinstance(layer, AdaptedLinear) or layer.bias is not None:
         return layer
@@ -87,13 +89,12 @@ def multiplied(
 
 def other_product(x: Tensor, layer: Layer, activation: int) -> Tensor:
     """x by a quantised weight alone, or through a layer that runs as it is."""
-    if not isinstance(layer, Sum):
-        assert isinstance(layer, nn.Module)
-        return activated(layer(x), activation)
-    W = layer.W
-    assert isinstance(W, QuantisedWeight)
+    W, own = (layer.W, NONE) if isinstance(layer, Sum) else (layer, activation)
+    if not isinstance(W, QuantisedWeight):
+        assert isinstance(W, nn.Module)
+        return activated(W(x), activation)
     return torch.ops.finchtune.coded_product(
-        x, W.codes, W.scales.view(torch.float32), code_table(W.form[0]), W.shape[0], NONE
+        x, W.codes, W.scales.view(torch.float32), code_table(W.form[0]), W.shape[0], own
     )
 
 

@@ -117,10 +117,12 @@ def last_mean(values: list[float]) -> float:
 def method_of(config: dict[str, Any]) -> str:
     """What a run's configuration trains, e.g. bone r 64; empty if it does not say."""
     peft = config.get("peft")
-    if peft == "none":
-        return "states" if config.get("train_type") == "state" else "all weights"
     rank = config.get(f"{peft}_r")
-    return f"{peft} r {rank}" if rank is not None else str(peft or "")
+    states = ["states"] if "state" in (peft, *(config.get("train_type") or ())) else []
+    if peft in ("none", "state"):
+        return "".join(states) or "all weights"
+    adapter = f"{peft} r {rank}" if rank is not None else str(peft or "")
+    return ", ".join([adapter, *states])
 
 
 def name_of(config: dict[str, Any], key: str) -> str:

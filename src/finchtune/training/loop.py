@@ -55,7 +55,7 @@ def run(config: TrainConfig, device: torch.device) -> int:
     torch.manual_seed(config.random_seed)
     model = build_model(config, dtype, device)
     state, manifest = restore_tensors(model, checkpoint) if checkpoint else ({}, {})
-    distributed.print_rank_zero(f"model: {describe_parameters(model)} ({config.peft})")
+    distributed.print_rank_zero(f"model: {describe_parameters(model)} ({config.trained})")
 
     # The data, and how many steps it makes.
     data = open_data(config, model.config.vocab_size)

@@ -106,9 +106,12 @@ def model_lines(config: TrainConfig, model: LanguageModel) -> Iterator[str]:
         f"{sizes.n_head} heads of {sizes.head_size}, {str(dtype).removeprefix('torch.')}"
     )
     adapters = sum(p.numel() for name, p in model.named_parameters() if is_adapter_tensor(name))
-    total += adapters
+    states = sum(p.numel() for p in model.initial_states().values())
+    total += adapters + states
     yield f"parameters   {total:,}"
-    yield f"trained      {trained:,} ({trained / total:.2%}; --peft {config.peft})"
+    yield f"trained      {trained:,} ({trained / total:.2%}; {config.trained})"
+    if adapters and states:
+        yield f"             {adapters:,} of adapters, {states:,} of states"
     weights, checkpoint = file_bytes(config, model)
     yield f"disk         {size(weights)} for each rwkv-N.pth"
     yield f"             {size(checkpoint)} for each resumable checkpoint"

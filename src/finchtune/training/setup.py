@@ -11,6 +11,7 @@ from finchtune.adapters import (
     attach,
     block_targets,
     collected_gradients,
+    quantise_linears,
     start_from_gradients,
 )
 from finchtune.config import STATE_LR, TrainConfig
@@ -79,6 +80,8 @@ def choose_trained(
         targets = block_targets(config.target)
         settings = config.adapter_hyperparameters
         attach(model, config.adapter, targets=targets, init=init, quant_device=device, **settings)
+    elif config.quant != "none":
+        quantise_linears(model, config.quant, device)
     if config.trains_state:
         model.add_initial_state()
         for state in model.initial_states().values():

@@ -49,7 +49,7 @@ def as_rwkv_peft(values: dict[str, Any]) -> dict[str, Any]:
     """
     method = values.get("peft", "none")
     found = DEFAULTS | METHOD_DEFAULTS.get(method, {}) | values
-    if values.get("train_type") == "infctx":
+    if "infctx" in values.get("train_type", ()):
         found = CHUNKS | found
     if method not in ("none", "state"):
         found.setdefault("train_parts", PARTS)

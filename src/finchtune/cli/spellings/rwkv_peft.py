@@ -93,7 +93,7 @@ def translate(given: Given, known: Any, collected: Callable[[], Any]) -> tuple[G
     with collected():
         map_old_lora(rest, theirs, notes)
     if "state_tune" in theirs:
-        rest["train_type"] = ["state"]
+        rest["train_type"] = [*rest.get("train_type", []), "state"]
     return rest, notes
 
 
