@@ -64,6 +64,7 @@ stage racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 --print
 steps generation 40 --sizes 1.6b --methods bone --shapes $small --repeats 2 --generate
 steps settings 60 --methods bone --grad_cp 0 2 --shapes $small --repeats 3
 steps quantised 60 --methods bone --quant nf4 fp8 --shapes $small --repeats 3
+steps fp8 40 --methods bone --quant fp8_compute --shapes $small $large --repeats 3
 LINES_OF=40 stage counters 45 ncu --clock-control none -k 'regex:^(forward|backward)_kernel' -c 2 \
   --section SpeedOfLight --section Occupancy --section WarpStateStats --section SchedulerStats \
   "$python" scripts/bench/wkv.py --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64

@@ -128,6 +128,25 @@ __device__ __forceinline__ void value_slice_gradients(BackwardShared& shared, in
   shared.v.store(row, value, as_operand(dv), lane);
 }
 
+__device__ __forceinline__ void load_backward_chunk(BackwardShared& shared,
+                                                    const BackwardArgs& args, const Pieces& pieces,
+                                                    int64_t offset, int valid) {
+  load_chunk(shared.w, args.w + offset, pieces, valid);
+  load_chunk(shared.r, args.r + offset, pieces, valid);
+  load_chunk(shared.k, args.k + offset, pieces, valid);
+  load_chunk(shared.v, args.v + offset, pieces, valid);
+  load_chunk(shared.dy, args.dy + offset, pieces, valid);
+  async_commit();
+}
+
+// Has the inputs of a whole chunk brought to the level-2 cache.
+__device__ __forceinline__ void prefetch_inputs(const BackwardArgs& args, const Pieces& pieces,
+                                                int64_t offset) {
+  prefetch_chunk(args.w + offset, args.r + offset, pieces, CHUNK);
+  prefetch_chunk(args.k + offset, args.v + offset, pieces, CHUNK);
+  prefetch_chunk(args.dy + offset, args.dy + offset, pieces, CHUNK);
+}
+
 __device__ __forceinline__ void store_backward_chunk(BackwardShared& shared,
                                                      const BackwardArgs& args, const Pieces& pieces,
                                                      int64_t offset, int valid) {
@@ -157,15 +176,14 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
       args.checkpoints + work.checkpoint_index(problem, work.chunks()) * CHECKPOINT_PIECES;
   const Pieces pieces(problem, work);
   const KeyColumns k_columns(args.k, problem, work, lane);
-  for (int chunk = work.chunks() - 1; chunk >= 0; chunk--) {
-    const int valid = valid_tokens(work, chunk), blocks = used_blocks(valid);
-    const int64_t offset = pieces.of_chunk(chunk);
-    // No barrier before the loads: a thread overwrites what it has just stored itself, and dy,
-    // last read before the barrier above.
-    load_inputs(shared, args, pieces, offset, valid);
-    load_chunk(shared.dy, args.dy + offset, pieces, valid);
-    wait_for_chunk(shared.w, pieces, valid);
-    __syncthreads();
+  int chunk = work.chunks() - 1, valid = valid_tokens(work, chunk);
+  if (chunk >= 0) load_backward_chunk(shared, args, pieces, pieces.of_chunk(chunk), valid);
+  for (; chunk >= 0; chunk--) {
+    const int blocks = used_blocks(valid);
+    const int64_t offset = pieces.of_chunk(chunk), next = pieces.of_chunk(chunk - 1);
+    checkpoint -= checkpoint_step;
+    prefetch_checkpoint(checkpoint);
+    wait_for_block<0>(shared.w, pieces, valid);
     if (lane.warp < blocks) {
       const int row = lane.warp * BLOCK;
       const Operand scores = prepare_block(shared.r, shared.k, shared.w, nullptr, shared.k,
@@ -173,10 +191,10 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
       prepare_score_gradients(shared, scores, row, lane);
     }
     __syncthreads();
-    checkpoint -= checkpoint_step;
 #pragma unroll 1
     for (int row = (blocks - 1) * BLOCK; row >= 0; row -= BLOCK) {
       const Operand k = k_columns.load(chunk, row, valid);
+      if (row == 0 && chunk > 0) prefetch_inputs(args, pieces, next);
       KeySlice state = state_before(shared, checkpoint, row, lane);
       const KeySliceGradients gradients =
           key_slice_gradients(shared, state, g, du, k, u, row, lane);
@@ -186,7 +204,11 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
       gradients.store(shared, row, lane);
     }
     __syncthreads();
+    // No barrier before the loads: a thread overwrites what it has just stored itself, and dy, last
+    // read before the barrier above.
     store_backward_chunk(shared, args, pieces, offset, valid);
+    if (chunk > 0) load_backward_chunk(shared, args, pieces, next, CHUNK);
+    valid = CHUNK;
   }
 
   float* const du_slot =

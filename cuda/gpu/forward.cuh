@@ -5,11 +5,12 @@
 //   1. warp x prepares block x (block.cuh);
 //   2. for each block:  y = rt S + A V,   S = diag(total) S + kt^T V.
 //
-// The chunk is not prefetched: four thread blocks fit a multiprocessor and cover each other's
-// loads.
+// The next chunk is loaded meanwhile: w as soon as its block is prepared, r and k into the level-2
+// cache during step 2 and from there when it is done; v, needed only in step 2, during step 1.
 #pragma once
 
 #include "block.cuh"
+#include "slices.cuh"
 
 namespace wkv6 {
 
@@ -47,45 +48,19 @@ __device__ __forceinline__ const float* boundary_state(const float* given, const
   return states == nullptr ? nullptr : states + index * HEAD_SIZE * HEAD_SIZE;
 }
 
-// Has the tiles of r, k, w and v of a chunk copied.
-template <typename Shared, typename Args>
-__device__ __forceinline__ void load_inputs(Shared& shared, const Args& args, const Pieces& pieces,
-                                            int64_t offset, int valid) {
-  load_chunk(shared.r, args.r + offset, pieces, valid);
-  load_chunk(shared.k, args.k + offset, pieces, valid);
-  load_chunk(shared.w, args.w + offset, pieces, valid);
-  load_chunk(shared.v, args.v + offset, pieces, valid);
-}
-
-// Waits for the copies of a chunk that this thread has started; its tail then has no decay.
-__device__ __forceinline__ void wait_for_chunk(Tile& w, const Pieces& pieces, int valid) {
-  async_commit();
-  async_wait<0>();
+// Waits until at most PENDING groups of copies of this thread are under way, those of its block of w
+// not among them; tokens beyond the segment then have no decay there.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_block(Tile& w, const Pieces& pieces, int valid) {
+  async_wait<PENDING>();
   if (valid < CHUNK) clear_decay(w, pieces, valid);
+  __syncwarp();
 }
 
 struct ForwardShared {
   Tile r, k, v, w;  // r and k become rt and kt, v becomes y
   SharedOperand scores[BLOCKS];
   float total[BLOCKS][HEAD_SIZE];
-};
-
-// The 16 values x 64 keys of the state that a warp owns.
-struct ValueSlice {
-  Accumulator x[SLICES];
-
-  // Calls f(element, value channel, key channel) for all that the lane holds.
-  template <typename F>
-  __device__ __forceinline__ void each(const Lane& lane, F f) {
-#pragma unroll
-    for (int j = 0; j < SLICES; j++) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        const int value = 16 * lane.warp + lane.row + i / 2 % 2 * 8;
-        f(x[j].x[i], value, 16 * j + i / 4 * 8 + 2 * lane.quad + i % 2);
-      }
-    }
-  }
 };
 
 // y and the new state for the block whose first tile row is `row`; y replaces the warp's columns of
@@ -110,6 +85,30 @@ __device__ __forceinline__ void forward_block(ForwardShared& shared, ValueSlice&
   shared.v.store(row, column, as_operand(y), lane);
 }
 
+__device__ __forceinline__ void load_keys(ForwardShared& shared, const ForwardArgs& args,
+                                          const Pieces& pieces, int64_t offset, int valid) {
+  load_chunk(shared.r, args.r + offset, pieces, valid);
+  load_chunk(shared.k, args.k + offset, pieces, valid);
+}
+
+__device__ __forceinline__ void prepare_own_block(ForwardShared& shared, const float* u,
+                                                  const Lane& lane) {
+  const Operand scores = prepare_block(shared.r, shared.k, shared.w, &shared.r, shared.k,
+                                       shared.total[lane.warp], u, lane.warp * BLOCK, lane);
+  shared.scores[lane.warp].store(scores, lane);
+}
+
+// The state before a chunk, for the backward.
+__device__ __forceinline__ void store_checkpoint(uint4* checkpoint, const ValueSlice& state,
+                                                 const Lane& lane) {
+#pragma unroll
+  for (int j = 0; j < SLICES; j++) {
+    const Operand s = transposed(as_operand(state.x[j]));
+    checkpoint_fragment(checkpoint, j, lane.warp)[lane.lane] = {s.pair[0], s.pair[1], s.pair[2],
+                                                                s.pair[3]};
+  }
+}
+
 __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward_kernel(ForwardArgs args) {
   const Wkv6Problem& problem = args.problem;
   const Work work(problem, args.segments, blockIdx.x);
@@ -124,39 +123,42 @@ __global__ void __launch_bounds__(THREADS, FORWARD_BLOCKS) forward_kernel(Forwar
     state.each(lane, [=](float& s, int value, int key) { s = initial[key * HEAD_SIZE + value]; });
   }
   const Pieces pieces(problem, work);
+  int valid = valid_tokens(work, 0);
+  if (valid > 0) {
+    load_chunk(shared.w, args.w + pieces.offset, pieces, valid);
+    load_keys(shared, args, pieces, pieces.offset, valid);
+  }
+  async_commit();
+  if (valid > 0) load_chunk(shared.v, args.v + pieces.offset, pieces, valid);
+  async_commit();
   uint4* checkpoint = args.checkpoints;
   if (checkpoint != nullptr) checkpoint += work.checkpoint_index(problem, 0) * CHECKPOINT_PIECES;
   for (int chunk = 0; chunk < work.chunks(); chunk++) {
-    const int valid = valid_tokens(work, chunk), blocks = used_blocks(valid);
-    const int64_t offset = pieces.of_chunk(chunk);
-    // No barrier before the loads: a thread overwrites what it has just stored itself (y), and
-    // tiles that were last read before the barrier above.
-    load_inputs(shared, args, pieces, offset, valid);
-    wait_for_chunk(shared.w, pieces, valid);
-    __syncthreads();
-    if (lane.warp < blocks) {
-      const int row = lane.warp * BLOCK;
-      const Operand scores =
-          prepare_block(shared.r, shared.k, shared.w, &shared.r, shared.k, shared.total[lane.warp],
-                        args.u + work.head * HEAD_SIZE, row, lane);
-      shared.scores[lane.warp].store(scores, lane);
-    }
+    const int next_valid = valid_tokens(work, chunk + 1), blocks = used_blocks(valid);
+    const int64_t offset = pieces.of_chunk(chunk), next = pieces.of_chunk(chunk + 1);
     if (checkpoint != nullptr) {
-#pragma unroll
-      for (int j = 0; j < SLICES; j++) {
-        const Operand s = transposed(as_operand(state.x[j]));
-        checkpoint_fragment(checkpoint, j, lane.warp)[lane.lane] = {s.pair[0], s.pair[1], s.pair[2],
-                                                                    s.pair[3]};
-      }
+      store_checkpoint(checkpoint, state, lane);
       checkpoint += problem.H * CHECKPOINT_PIECES;
     }
+    wait_for_block<1>(shared.w, pieces, valid);  // but not for v
+    if (lane.warp < blocks) prepare_own_block(shared, args.u + work.head * HEAD_SIZE, lane);
+    // The lanes met in prepare_block after they had read the last of w.
+    if (next_valid > 0) load_chunk(shared.w, args.w + next, pieces, next_valid);
+    async_commit();
+    async_wait<1>();  // but not for the next w
     __syncthreads();
+    if (next_valid > 0) prefetch_chunk(args.r + next, args.k + next, pieces, next_valid);
 #pragma unroll 1
     for (int block = 0; block < blocks; block++) {
       forward_block(shared, state, block * BLOCK, lane);
     }
     __syncthreads();
+    if (next_valid > 0) load_keys(shared, args, pieces, next, next_valid);
+    async_commit();
     store_chunk(args.y + offset, shared.v, pieces, valid);
+    if (next_valid > 0) load_chunk(shared.v, args.v + next, pieces, next_valid);
+    async_commit();
+    valid = next_valid;
   }
   if (args.state_out != nullptr && work.last) {
     float* const final_state = args.state_out + work.state_index(problem) * HEAD_SIZE * HEAD_SIZE;

@@ -12,7 +12,8 @@
 // Token order. Recurrences advance by blocks of 16 tokens, and inside a block by leaves of four. A
 // tile keeps the tokens of a block in an interleaved order, so that the four columns a lane holds
 // (2q, 2q+1, 8+2q, 8+2q+1) of a channels x tokens fragment are the four tokens 4q .. 4q+3 of leaf
-// q, in order. Only the loads from and stores to global memory and the masks know of it.
+// q, in order: bits 3, 2, 1, 0 of a token's number in its block are bits 2, 1, 3, 0 of its row's. Only
+// the loads from and stores to global memory and the masks know of it.
 #pragma once
 
 #include "problem.cuh"
@@ -178,27 +179,35 @@ struct SharedOperand {
   }
 };
 
-// Row of a tile that holds token t of a block: bits 3, 2, 1, 0 of t go to bits 2, 1, 3, 0.
-__device__ __forceinline__ int tile_row(int t) { return (t & 12) >> 1 | (t & 2) << 2 | (t & 1); }
-
-// What a thread moves between the tensors and the tiles: eight channels of the tokens `token`,
-// token + 16, ... of a chunk.
+// What a thread moves between the tensors and the tiles: eight channels of four tokens of a chunk, in
+// rows i, i + 8, i + 4 and i + 12 of a block's tile rows. A warp moves the block whose number it has,
+// so that what it does with that block alone needs no barrier but its own.
 struct Pieces {
-  int token, place;  // place of the first in a tile, in bytes; the others are 16 rows apart
-  int step;          // elements from each to the next in a tensor
-  int64_t offset;    // of the first one of the segment
+  bool in_leaves;    // the tile's rows are in the interleaved order, not in that of the tokens
+  int token, place;  // the first of the tokens, and where its piece lies in a tile, in bytes
+  int step;          // elements from a token to the next in a tensor
+  int64_t offset;    // of the first piece of the segment
 
-  __device__ Pieces(const Wkv6Problem& problem, const Work& work) {
-    token = threadIdx.x / 8;
-    const int piece = threadIdx.x % 8;
-    place = Lane::tile_place(tile_row(token), piece);
-    step = static_cast<int>(BLOCK * HEAD_SIZE * problem.H);
-    offset = work.token_offset(problem, token) + piece * 8;
+  __device__ Pieces(const Wkv6Problem& problem, const Work& work, bool in_leaves = true)
+      : in_leaves(in_leaves) {
+    const int i = threadIdx.x / 8 % 4, block = threadIdx.x / 32 * BLOCK;
+    token = block + (in_leaves ? (i & 2) * 2 + (i & 1) : i);
+    place = Lane::tile_place(block + i, threadIdx.x % 8);
+    step = static_cast<int>(HEAD_SIZE * problem.H);
+    offset = work.token_offset(problem, token) + threadIdx.x % 8 * 8;
+  }
+
+  // Of piece 0 .. 3: its token less the first, and its place.
+  __device__ __forceinline__ int later(int piece) const {
+    return in_leaves ? piece % 2 * 2 + piece / 2 * 8 : piece % 2 * 8 + piece / 2 * 4;
+  }
+  __device__ __forceinline__ int place_of(int piece) const {
+    return (place ^ piece / 2 * 4 * 16) + (piece % 2 * 8 + piece / 2 * 4) * 128;
   }
 
   // The thread's first element of a chunk.
   __device__ __forceinline__ int64_t of_chunk(int chunk) const {
-    return offset + static_cast<int64_t>(BLOCKS * step) * chunk;
+    return offset + static_cast<int64_t>(CHUNK * step) * chunk;
   }
 };
 
@@ -208,8 +217,17 @@ __device__ __forceinline__ void load_chunk(Tile& tile, const bf16* source, const
                                            int valid) {
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
-    async_copy_16(tile.at(pieces.place + i * BLOCK * 128), source + i * pieces.step,
-                  pieces.token + i * BLOCK < valid);
+    async_copy_16(tile.at(pieces.place_of(i)), source + pieces.later(i) * pieces.step,
+                  pieces.token + pieces.later(i) < valid);
+  }
+}
+
+// Has the rows that the warp will load of two tensors brought to the level-2 cache, one by each lane.
+__device__ __forceinline__ void prefetch_chunk(const bf16* first, const bf16* second,
+                                               const Pieces& pieces, int valid) {
+  const int column = threadIdx.x % 8, later = pieces.later(column % 4);
+  if (pieces.token + later < valid) {
+    prefetch_to_level_2((column < 4 ? first : second) + later * pieces.step);
   }
 }
 
@@ -219,8 +237,8 @@ __device__ __forceinline__ void clear_decay(Tile& w, const Pieces& pieces, int v
   constexpr unsigned TWO = 0xff80ff80u;
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
-    if (pieces.token + i * BLOCK >= valid) {
-      *reinterpret_cast<uint4*>(w.at(pieces.place + i * BLOCK * 128)) = {TWO, TWO, TWO, TWO};
+    if (pieces.token + pieces.later(i) >= valid) {
+      *reinterpret_cast<uint4*>(w.at(pieces.place_of(i))) = {TWO, TWO, TWO, TWO};
     }
   }
 }
@@ -229,9 +247,9 @@ __device__ __forceinline__ void store_chunk(bf16* target, Tile& tile, const Piec
                                             int valid) {
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
-    if (pieces.token + i * BLOCK < valid) {
-      *reinterpret_cast<uint4*>(target + i * pieces.step) =
-          *reinterpret_cast<uint4*>(tile.at(pieces.place + i * BLOCK * 128));
+    if (pieces.token + pieces.later(i) < valid) {
+      *reinterpret_cast<uint4*>(target + pieces.later(i) * pieces.step) =
+          *reinterpret_cast<uint4*>(tile.at(pieces.place_of(i)));
     }
   }
 }

@@ -39,6 +39,11 @@ __device__ __forceinline__ void async_copy_16(void* shared, const void* global, 
                   "l"(global), "r"(valid ? 16 : 0) : "memory");
 }
 
+// Has the line that this address lies in brought to the level-2 cache.
+__device__ __forceinline__ void prefetch_to_level_2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Closes the group of copies that this thread has started since the last call.
 __device__ __forceinline__ void async_commit() {
   FINCHTUNE_SM_80("cp.async.commit_group;" :: : "memory");

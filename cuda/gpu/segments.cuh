@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(THREADS) segment_kernel(SegmentArgs args) {
     load_chunk(shared.keys, args.keys + offset, pieces, valid);
     load_chunk(shared.values, args.values + offset, pieces, valid);
     load_chunk(shared.w, args.w + offset, pieces, valid);
-    wait_for_chunk(shared.w, pieces, valid);
+    async_commit();
+    wait_for_block<0>(shared.w, pieces, valid);
     __syncthreads();
     for (int i = 0; i < blocks; i++) {
       const int row = (BACKWARD ? blocks - 1 - i : i) * BLOCK;

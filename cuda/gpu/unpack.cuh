@@ -17,15 +17,26 @@ struct UnpackArgs {
   T* out;
 };
 
-// An e4m3 number: a sign, four bits of exponent (bias 7) and three of mantissa; no infinities.
+// An e4m3 number: a sign, four bits of exponent (bias 7) and three of mantissa; no infinities. In
+// the place of an fp32's, whose bias is larger by 120, they stand for 2^-120 of it, also where they
+// are subnormal.
 __device__ __forceinline__ float e4m3(uint32_t code) {
-  const uint32_t exponent = code >> 3 & 15, mantissa = code & 7, sign = (code & 128) << 24;
-  const float tiny = static_cast<float>(mantissa) * 0.001953125f;  // 2^-9
-  if (exponent == 0) return sign != 0 ? -tiny : tiny;
-  return __uint_as_float(sign | (exponent + 120) << 23 | mantissa << 20);
+  const float shifted = __uint_as_float((code & 128) << 24 | (code & 127) << 20);
+  return shifted * __uint_as_float(247u << 23);  // 2^120
 }
 
-// Element `i` of the eight whose codes begin at `codes`, without its scale.
+// The table of a kernel's arguments in shared memory, where threads index it; nothing for other
+// kinds. All threads of the block call it.
+template <int KIND, typename Args>
+__device__ __forceinline__ const float* table_of(const Args& args) {
+  if (KIND != UNPACK_TABLE) return nullptr;
+  float (&table)[16] = shared_memory<float[16]>();
+  if (threadIdx.x < 16) table[threadIdx.x] = args.table.value[threadIdx.x];
+  __syncthreads();
+  return table;
+}
+
+// Element `i` of those whose codes begin at `codes`, without its scale.
 template <int KIND>
 __device__ __forceinline__ float decode(const unsigned char* codes, const float* table, int i) {
   if (KIND == UNPACK_TABLE) return table[i % 2 == 0 ? codes[i / 2] >> 4 : codes[i / 2] & 15];
@@ -34,14 +45,9 @@ __device__ __forceinline__ float decode(const unsigned char* codes, const float*
 }
 
 template <typename T, int V, int KIND>
-__global__ void __launch_bounds__(ELEMENTWISE_THREADS) unpack_kernel(UnpackArgs<T> args) {
-  float (&table)[16] = shared_memory<float[16]>();
-  if (KIND == UNPACK_TABLE) {
-#pragma unroll
-    for (int i = 0; i < 16; i++)
-      if (threadIdx.x == i) table[i] = args.table.value[i];
-    __syncthreads();
-  }
+__global__ void __launch_bounds__(ELEMENTWISE_THREADS)
+    unpack_kernel(const __grid_constant__ UnpackArgs<T> args) {
+  const float* const table = table_of<KIND>(args);
   constexpr int BYTES = KIND == UNPACK_TABLE ? UNPACKED / 2 : UNPACKED;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * ELEMENTWISE_THREADS + threadIdx.x;
   const int64_t at = index * UNPACKED;

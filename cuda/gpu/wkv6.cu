@@ -13,22 +13,11 @@ namespace {
 using finchtune::aligned;
 using finchtune::launch;
 
-// Below this many tokens a block of the tensor-core kernels is mostly empty.
-constexpr int64_t SHORTEST_FOR_TENSOR_CORES = BLOCK + 1;
-
-// Bytes of shared memory that a thread block may have on every GPU of compute capability 8.0 or
-// more, and that the blocks of a multiprocessor share on 9.0; each takes 1 KB beyond its own.
-constexpr size_t BLOCK_LIMIT = 99 * 1024, MULTIPROCESSOR_LIMIT = 228 * 1024, RESERVED = 1024;
 static_assert(2 * (sizeof(BackwardShared) + RESERVED) <= 100 * 1024);  // 8.6, 8.9, 12.0
 static_assert(sizeof(BackwardShared) <= BLOCK_LIMIT);
 static_assert(BACKWARD_BLOCKS * (sizeof(BackwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
 static_assert(FORWARD_BLOCKS * (sizeof(ForwardShared) + RESERVED) <= MULTIPROCESSOR_LIMIT);
 static_assert(scan_shared_bytes(128, SCAN_BACKWARD_ROWS) <= BLOCK_LIMIT);
-
-bool uses_tensor_cores(const Wkv6Problem& p) {
-  return p.dtype == WKV6_BF16 && p.N == HEAD_SIZE && p.T >= SHORTEST_FOR_TENSOR_CORES &&
-         device_attribute(cudaDevAttrComputeCapabilityMajor) >= 8;
-}
 
 // The temporary buffer of a launch on tensor cores: states and decays of the segments, where
 // sequences are cut, then the parts of du, for a backward.

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include "dtypes.cuh"
+#include "wkv7_backward.cuh"
+#include "wkv7_forward.cuh"
 #include "wkv7_scan_backward.cuh"
 #include "wkv7_scan_forward.cuh"
 
@@ -38,6 +40,17 @@ int64_t backward_blocks(const Wkv6Problem& p) {
   return p.n_seq * p.H < places ? p.n_seq * p.H : places;
 }
 
+static_assert(2 * (sizeof(ChunkForwardShared) + wkv6::RESERVED) <= 100 * 1024);  // 8.6, 8.9, 12.0
+static_assert(sizeof(ChunkBackwardShared) <= wkv6::BLOCK_LIMIT);
+static_assert(2 * (sizeof(ChunkBackwardShared) + wkv6::RESERVED) <= 164 * 1024);  // 8.0
+static_assert(CHUNK_FORWARD_BLOCKS * (sizeof(ChunkForwardShared) + wkv6::RESERVED) <=
+              wkv6::MULTIPROCESSOR_LIMIT);
+
+RowPointers pointers(const void* const* rows) {
+  const auto at = [rows](int row) { return static_cast<const bf16*>(rows[row]); };
+  return {at(R), at(K), at(V), at(DECAY), at(A), at(B)};
+}
+
 bool all_aligned(const void* const* rows) {
   bool all = true;
   for (int row = 0; row < INPUT_ROWS; row++) all = all && aligned(rows[row]);
@@ -58,6 +71,7 @@ size_t wkv7_checkpoint_bytes(const Wkv6Problem* p) {
 }
 
 size_t wkv7_backward_scratch_bytes(const Wkv6Problem* p) {
+  if (wkv6::uses_tensor_cores(*p)) return 0;
   const int threads = threads_for(*p);
   const int64_t each =
       p->N <= 64 ? Scratch<FEW>::size(p->N, threads) : Scratch<MANY>::size(p->N, threads);
@@ -68,6 +82,12 @@ int wkv7_forward(const Wkv6Problem* p, const void* const* rows, const float* sta
                  float* state_out, float* checkpoints, void* stream) {
   if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
   if (!all_aligned(rows) || !aligned(y, checkpoints)) return cudaErrorMisalignedAddress;
+  if (wkv6::uses_tensor_cores(*p)) {
+    return launch(chunk_forward_kernel, p->n_seq * p->H, wkv6::THREADS, sizeof(ChunkForwardShared),
+                  stream,
+                  ChunkForwardArgs{*p, pointers(rows), state_in, static_cast<bf16*>(y), state_out,
+                                   checkpoints});
+  }
   return with_form(*p, [&](auto element, auto elements) {
     using T = decltype(element);
     ForwardArgs<T> args = {*p, {}, state_in, static_cast<T*>(y), state_out, checkpoints};
@@ -83,6 +103,14 @@ int wkv7_backward(const Wkv6Problem* p, const void* const* rows, const void* dy,
   if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
   if (!all_aligned(rows) || !all_aligned(gradients) || !aligned(dy, checkpoints))
     return cudaErrorMisalignedAddress;
+  if (wkv6::uses_tensor_cores(*p)) {
+    const auto at = [gradients](int row) { return static_cast<bf16*>(gradients[row]); };
+    return launch(chunk_backward_kernel, p->n_seq * p->H, wkv6::THREADS,
+                  sizeof(ChunkBackwardShared), stream,
+                  ChunkBackwardArgs{*p, pointers(rows), static_cast<const bf16*>(dy), dstate_out,
+                                    checkpoints, at(R), at(K), at(V), at(DECAY), at(A), at(B),
+                                    dstate_in});
+  }
   return with_form(*p, [&](auto element, auto elements) {
     using T = decltype(element);
     BackwardArgs<T> args = {*p,

@@ -74,6 +74,8 @@ constexpr const char* kSchemas[] = {
     "products(Tensor[] x, Tensor[] W, int[] activations) -> Tensor[] y",
     "coded_product(Tensor x, Tensor codes, Tensor scales, Tensor? table, int n_out, "
     "int activation) -> Tensor y",
+    "fp8_rows(Tensor x, Tensor? factors) -> (Tensor codes, Tensor scales)",
+    "turn_bytes(Tensor codes) -> Tensor",
     "wkv6_step_(Tensor r, Tensor k, Tensor v, Tensor w, Tensor u, Tensor(a!) state) -> Tensor y",
 };
 

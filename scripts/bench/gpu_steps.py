@@ -96,7 +96,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--sizes", nargs="+", default=["3b"], choices=SIZES)
     parser.add_argument("--methods", nargs="+", default=["bone"], choices=METHODS)
-    parser.add_argument("--quant", nargs="+", default=["none"], help="none, nf4, int8, fp8")
+    parser.add_argument(
+        "--quant", nargs="+", default=["none"], help="none, nf4, fp8, fp8_compute, .."
+    )
     parser.add_argument("--grad_cp", nargs="+", type=int, default=[1], choices=[0, 1, 2])
     parser.add_argument("--graphs", nargs="+", type=int, default=[0], choices=[0, 1],
                         help="as --cuda_graphs of training")  # fmt: skip
@@ -252,7 +254,7 @@ def generation(size: str, device: torch.device, dry: bool) -> dict[str, float]:
 
 
 HEADER = (
-    "size  method  quant cp graphs  B x T      step ms   tokens/s  products    MFU  peak MiB"
+    "size  method  quant       cp graphs  B x T      step ms   tokens/s  products    MFU  peak MiB"
     "   planned      held  launches   kernels"
 )
 
@@ -260,7 +262,7 @@ HEADER = (
 def line(row: dict[str, Any]) -> str:
     """One row under HEADER, and below it the longest kernels where they were asked for."""
     head = (
-        f"{row['size']:5} {row['peft']:7} {row['quant'] or 'none':5} {row['grad_cp']:<3}"
+        f"{row['size']:5} {row['peft']:7} {row['quant'] or 'none':11} {row['grad_cp']:<3}"
         f"{row['graphs']:<6} {row['micro_bsz']:>2} x {row['ctx_len']:<5} "
     )
     if "error" in row:

@@ -1,8 +1,9 @@
 """Break the CUDA kernels in many small ways and show that their emulated tests notice each.
 
-Every barrier is dropped once, every wait for copies is loosened, and the faults listed in `FAULTS`
-are put in: wrong addresses, masks and sums. A fault that no test notices is printed, and the exit
-status is then 1. It works on a copy of the sources; a run takes some eight minutes.
+Every barrier of a block or a warp is dropped once, every wait for copies is loosened, and the
+faults listed in `FAULTS` are put in: wrong addresses, masks and sums, copies that begin too early.
+A fault that no test notices is printed, and the exit status is then 1. It works on a copy of the
+sources; a run takes some fifteen minutes.
 """
 
 import argparse
@@ -20,12 +21,21 @@ ROOT = Path(__file__).parents[2]
 TEST = Path("tests/ops/wkv6/test_cuda_emulated.py")
 HELPERS = [Path("tests/helpers") / name for name in ("emulation.py", "wkv6_emulator.py")]
 KERNEL_FILES = (
+    "block.cuh",
     "forward.cuh",
     "backward.cuh",
     "segments.cuh",
     "scan_forward.cuh",
     "scan_backward.cuh",
 )
+# Of each occurrence in these files: what it is called, and what it becomes.
+EVERYWHERE = {
+    "__syncthreads();": ("barrier", ""),
+    "__syncwarp();": ("warp barrier", ""),
+    "async_wait<1>();": ("wait", "async_wait<2>();"),
+    "wait_for_block<0>(": ("wait", "wait_for_block<1>("),
+    "wait_for_block<1>(": ("wait", "wait_for_block<2>("),
+}
 
 
 @dataclass
@@ -46,15 +56,32 @@ class Fault:
         path.write_text(head + self.wrong + self.right.join(tail))
 
 
+# Neighbouring lines that an order is put wrong with.
+BARRIER = "    __syncthreads();\n"
+PREPARE = "    if (lane.warp < blocks) prepare_own_block("
+LOAD_W = "    if (next_valid > 0) load_chunk(shared.w, args.w + next, pieces, next_valid);\n"
+LOAD_KEYS = "    if (next_valid > 0) load_keys(shared, args, pieces, next, next_valid);\n"
+LOAD_V = "    if (next_valid > 0) load_chunk(shared.v, args.v + next, pieces, next_valid);\n"
+STORE_Y = "    store_chunk(args.y + offset, shared.v, pieces, valid);\n"
+LOAD_ALL = "    if (chunk > 0) load_backward_chunk(shared, args, pieces, next, CHUNK);\n"
+STORE_ALL = "    store_backward_chunk(shared, args, pieces, offset, valid);\n"
+
 FAULTS = [
     Fault("ldmatrix address", "fragments.cuh", "lane % 16, lane / 16)", "lane % 16, lane / 8 % 2)"),
     Fault("ldmatrix row", "fragments.cuh", "lane % 16, lane / 16)", "lane % 8, lane / 16)"),
     Fault("transposed ldmatrix", "fragments.cuh", "lane / 8 % 2);", "lane / 16);"),
     Fault("tile swizzle", "fragments.cuh", "(piece ^ row % 8)", "(piece | row % 8)"),
-    Fault("order of tokens", "fragments.cuh", "(t & 12) >> 1", "(t & 12)"),
-    Fault("tail of the tiles", "fragments.cuh", "token + i * BLOCK < valid);", "token >= 0);"),
-    Fault("tail of the output", "fragments.cuh", "token + i * BLOCK < valid) {", "token >= 0) {"),
-    Fault("decay of the tail", "fragments.cuh", "token + i * BLOCK >= valid", "token < 0"),
+    Fault("order of tokens", "fragments.cuh", "(i & 2) * 2", "(i & 2)"),
+    Fault("order of the pieces", "fragments.cuh", "piece / 2 * 8 :", "piece / 2 * 6 :"),
+    Fault("swizzle of the pieces", "fragments.cuh", "(place ^ piece / 2 * 4 * 16)", "place"),
+    Fault("tail of the tiles", "fragments.cuh", "pieces.later(i) < valid);", "0 >= 0);"),
+    Fault("tail of the output", "fragments.cuh", "pieces.later(i) < valid) {", "0 >= 0) {"),
+    Fault("decay of the tail", "fragments.cuh", "pieces.later(i) >= valid", "0 < 0"),
+    Fault("w copied too early", "forward.cuh", PREPARE, LOAD_W + PREPARE),
+    Fault("r, k copied too early", "forward.cuh", BARRIER + LOAD_KEYS, LOAD_KEYS + BARRIER),
+    Fault("v copied too early", "forward.cuh", STORE_Y + LOAD_V, LOAD_V + STORE_Y),
+    Fault("inputs copied too early", "backward.cuh", STORE_ALL + LOAD_ALL, LOAD_ALL + STORE_ALL),
+    Fault("copies at the end", "forward.cuh", "if (next_valid > 0) load_keys(", "load_keys("),
     Fault("tail of the second k", "backward_state.cuh", "row + token + p % 2 * 2 < valid", "true"),
     Fault("tokens of the second k", "backward_state.cuh", "(lane.row & 6) << 1", "(lane.row & 6)"),
     Fault("dA beside the scores", "backward.cuh", "chosen(place.below, as_", "chosen(true, as_"),
@@ -112,14 +139,11 @@ FAULTS = [
 
 
 def all_faults() -> list[Fault]:
-    """The listed ones, and one for each barrier and each wait in the kernels."""
+    """The listed ones, and one for each place of EVERYWHERE in the kernels."""
     faults = list(FAULTS)
     for file in KERNEL_FILES:
         text = (ROOT / "cuda" / "gpu" / file).read_text()
-        for kind, right, wrong in (
-            ("barrier", "__syncthreads();", ""),
-            ("wait", "async_wait<0>();", "async_wait<1>();"),
-        ):
+        for right, (kind, wrong) in EVERYWHERE.items():
             for count, match in enumerate(re.finditer(re.escape(right), text)):
                 line = text[: match.start()].count("\n") + 1
                 faults.append(Fault(f"{kind} in line {line}", file, right, wrong, count))

@@ -98,7 +98,7 @@ def test_json_spellings(words, expected):
         (["--grad_cp", "3"], "--grad_cp must be 0, 1 or 2"),
         (["--bone_r", "8"], "--bone_r goes with --peft bone, not --peft none"),
         (["--peft", "bone", "--lora_r", "8"], "--lora_r goes with --peft lora"),
-        (["--peft", "bone", "--quant", "4bit"], "choose one of none, nf4, fp4, int8, fp8; nf4 and"),
+        (["--peft", "bone", "--quant", "4bit"], "choose one of none, nf4, .*fp8_compute; nf4 and"),
         (["--quant", "nf4"], "--quant needs --peft"),
         (["--peft", "bone", "--disha_r1", "8"], "--disha_r1 goes with --peft disha, not"),
         (["--disha_config", '{"r": 8}', "--disha_r2", "8"], "--disha_r2 goes with --peft disha, "),
@@ -147,7 +147,7 @@ def test_hyperparameters_reach_their_method():
     assert config.adapter_hyperparameters == {"r": 8, "alpha": 32, "gamma": 4, "svd_niter": 0}
 
 
-@pytest.mark.parametrize("kind", ["none", "int8", "nf4", "fp4", "fp8"])
+@pytest.mark.parametrize("kind", ["none", "int8", "nf4", "fp4", "fp8", "fp8_compute"])
 def test_quantised_bases_are_asked_for_as_in_the_incumbent(kind):
     quant = {} if kind == "none" else {"quant": kind}
     config = parse("--peft", "bone", "--quant", kind)

@@ -37,7 +37,8 @@ every_capability = pytest.mark.parametrize(
 
 
 def compile_report(source: str, capability: int, folder: Path) -> list[dict]:
-    """Name, spilled bytes and static shared memory of each kernel, as ptxas tells them."""
+    """What ptxas tells of each kernel: its name, the first integer among its template arguments,
+    registers, spilled bytes and static shared memory."""
     command = ["nvcc", "-cubin", f"-arch=sm_{capability}", *TORCH_FLAGS, "-Xptxas", "-v"]
     command += ["-Werror", "all-warnings", str(CUDA / source), "-o", str(folder / "kernels.cubin")]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -48,12 +49,14 @@ def compile_report(source: str, capability: int, folder: Path) -> list[dict]:
         static_shared = re.search(r"(\d+) bytes smem", part)
         name = re.match(r"'_ZN\d+[a-z]+\d.*?\d*([a-z][a-z_0-9]*_kernel)", part)
         registers = re.search(r"Used (\d+) registers", part)
+        argument = re.search(r"Li(\d+)E", part.split("'", 2)[1])
         kernels.append(
             {
                 "name": name[1],
                 "spilled": int(spilled[1]),
                 "registers": int(registers[1]),
                 "shared": int(static_shared[1]) if static_shared else 0,
+                "argument": int(argument[1]) if argument else None,
             }
         )
     return kernels

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import fork_server
 
 from finchtune.models import LanguageModel, generation_of, generations
 from finchtune.ops import kernels
@@ -112,8 +113,13 @@ def script_command(script: str, *arguments, launcher=()) -> tuple[list[str], dic
 
 
 def run_script(script: str, *arguments, launcher=(), timeout: float = 300, **environment: str):
-    """Run a script of the repository with this Python; returns the finished process."""
+    """Run a script of the repository with this Python; returns the finished process.
+
+    It is forked from a process that has imported torch, where that can make no difference.
+    """
     command, env = script_command(script, *arguments, launcher=launcher)
+    if not (launcher or environment or torch.cuda.is_available()):
+        return fork_server.server().run(command[1:], env, timeout)
     return subprocess.run(
         command, env=env | environment, capture_output=True, text=True, timeout=timeout
     )

@@ -41,12 +41,14 @@ class Emulator:
         inputs: list[Tensor | None],
         cu_seqlens: Tensor | None = None,
         order: str = "forward",
+        eager: bool = False,
+        capability: int = 8,
     ) -> list[Tensor]:
         """Of r, k, v, w, a, b, state, grad_y and grad_state: y, the state, all gradients.
 
         The states may be None.
         """
-        self.library.emulation_configure(ORDERS.index(order), False, 1, 8)
+        self.library.emulation_configure(ORDERS.index(order), eager, 1, capability)
         *rows, state, grad_y, grad_state = inputs
         r = rows[0]
         n_seq = len(r) if cu_seqlens is None else len(cu_seqlens) - 1

@@ -197,3 +197,19 @@ def test_impossible_requests_are_refused(request_, message):
 def test_a_seed_for_each_prompt_or_one_for_all():
     with pytest.raises(UserError, match="2 seeds were given for 1 prompts"):
         generate_batch(small_model(), [[1]], 5, seed=[1, 2])
+
+
+def test_a_row_without_numbers_fails_alone():
+    """Its neighbours write what they write without it, and others after it."""
+    model, prompts = small_model(), [[7, 9, 200], [7, 1, 200], [5, 1, 6, 2]]
+    expected = [generate_batch(model, [prompt], 12)[0] for prompt in prompts[1:]]
+    with torch.no_grad():
+        model.emb.weight[9] = float("nan")
+    engine = Engine(model)
+    rows = [engine.submit(Request(prompt, 12)) for prompt in prompts]
+    while not engine.idle:
+        engine.advance()
+    assert [row.finish_reason for row in rows] == ["failed", "length", "length"]
+    assert [row.tokens for row in rows] == [[], *expected]
+    with pytest.raises(UserError, match="computes NaN or infinity instead of a text"):
+        generate_batch(model, prompts, 12)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from helpers.support import every_generation, small_model
+from helpers.support import every_generation, relative_error, small_model
 
+from finchtune.adapters import attach
 from finchtune.models.graphed import GraphedModel
+from finchtune.ops.kernels import kernels_set_aside
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,6 +34,25 @@ def test_steps_equal_those_without_a_graph(generation, dtype):
             found, other = form.advance(tokens, other)
             torch.testing.assert_close(form.logits(found), model.logits(expected))
     assert set(form.steps) == {2, 3}
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8", "fp8"])
+def test_quantised_bases_are_multiplied_with_by_their_codes_in_a_graph(quant):
+    model = attach(small_model(head_size=64, n_embd=128), "bone", r=8, quant=quant).eval()
+    for name, parameter in model.named_parameters():
+        if ".adapter." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.to("cuda", torch.bfloat16)
+    form, tokens = model.inference_form(), torch.randint(256, (2, 1), device="cuda")
+    with torch.no_grad(), kernels_set_aside():
+        expected, state = model.advance(tokens)
+        expected = model.advance(tokens, state)[0]
+    with torch.no_grad():
+        _, state = model.advance(tokens)
+        for _ in range(3):
+            found, _ = form.advance(tokens, state)
+    assert set(form.steps) == {2}
+    assert relative_error(found, expected) < 0.05
 
 
 def test_a_state_that_was_returned_is_not_written_to():

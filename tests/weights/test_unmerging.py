@@ -51,6 +51,9 @@ def test_what_cannot_be_unmerged_is_refused(tmp_path):
     merge_files(base, adapter, merged)
     with pytest.raises(UserError, match="dora cannot be unmerged"):
         unmerge_files(merged, adapter, back)
+    other = save_model(small_model(n_layer=3), tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"other.pth holds other tensors than .*merged.pth"):
+        unmerge_files(merged, adapter, back, other)
     base, _, adapter = make_adapter(tmp_path, "bone", METHODS["bone"])
     with pytest.raises(UserError, match="was merged from another adapter"):
         unmerge_files(merged, adapter, back)

@@ -45,9 +45,10 @@ def attach(
     linears of each block of an RWKV, and of any other model all but the output layer.
     Adapter tensors are float32 (float64 on a float64 weight) on the weight's device. With
     `init=False` they stay zero, for `load_adapter_state`. `gradients` holds the gradient of
-    each layer's weight, for methods that start from it (lora_ga). `quant` ("nf4", "fp4", "int8" or
-    "fp8") keeps the frozen weights of the adapted layers in that form, made on `quant_device` if
-    that is given; adapters start from the weights as they were.
+    each layer's weight, for methods that start from it (lora_ga). `quant` ("nf4", "fp4", "int8",
+    "fp8", or "fp8_compute", which multiplies in fp8 too) keeps the frozen weights of the adapted
+    layers in that form, made on `quant_device` if that is given; adapters start from the weights
+    as they were.
 
     `model.adapter_spec` records the method, every hyperparameter and the targets, such that
     `attach(model, **spec)` does the same again; it fits into JSON.

@@ -7,11 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from finchtune.adapters.quantise import Form, QuantisedWeight, dequantise
+from finchtune.adapters.fp8 import can_multiply, fp8_product, fp8_product_back, plus
+from finchtune.adapters.quantise import BY_ROW, Form, QuantisedWeight, code_table, dequantise
+from finchtune.ops.kernels import device_type, fits
 
 Weight = Tensor | QuantisedWeight
 Parts = tuple[Tensor, Tensor | None, Form | None]
 """What an autograd function takes in of a W: itself, or its codes and scales and their form."""
+
+
+MOST_ROWS = 8  # that a product with codes on a GPU takes; above, rebuilding W costs little
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -38,27 +43,72 @@ def dense_weight(
     return dequantise(main, scales, form, dtype)
 
 
+def computes_fp8(x: Tensor, form: Form | None) -> bool:
+    """Whether products of x with a weight of this form are made in fp8."""
+    narrow = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return form is not None and form[0] == BY_ROW and narrow and can_multiply(x.device)
+
+
+def are_few(x: Tensor, form: Form | None) -> bool:
+    """Whether x (..., k) is so few rows on a GPU that their product reads a W's codes itself."""
+    if form is None or device_type(x) != "cuda" or x.numel() > MOST_ROWS * x.shape[-1]:
+        return False
+    return x.shape[-1] % 32 == 0 and x.numel() > 0 and fits(x)
+
+
+def reads_codes(x: Tensor, form: Form | None) -> bool:
+    """Whether x W^T is made of W's codes, without rebuilding W."""
+    return computes_fp8(x, form) or are_few(x, form)
+
+
+def coded_product(x: Tensor, codes: Tensor, scales: Tensor, form: Form) -> Tensor:
+    """x W^T of few rows (n, k), exact but for fp32 sums. No gradients."""
+    kind, (n_out, _) = form
+    factors = scales.view(torch.float32)
+    return torch.ops.finchtune.coded_product(x, codes, factors, code_table(kind), n_out, 0)
+
+
+def product(x: Tensor, main: Tensor, scales: Tensor | None, form: Form | None) -> Tensor:
+    """x W^T (..., d) for x (..., k) and the parts of a W (d, k)."""
+    if scales is None or form is None or not reads_codes(x, form):
+        return x @ dense_weight(main, scales, form, x.dtype).T
+    rows = x.flatten(0, -2)
+    if computes_fp8(x, form):
+        return fp8_product(rows, main, scales).view(*x.shape[:-1], -1)
+    return coded_product(rows, main, scales, form).view(*x.shape[:-1], -1)
+
+
+def product_back(dy: Tensor, main: Tensor, scales: Tensor | None, form: Form | None) -> Tensor:
+    """dy W (..., k) for dy (..., d) and the parts of a W (d, k)."""
+    if scales is None or not computes_fp8(dy, form):
+        return dy @ dense_weight(main, scales, form, dy.dtype)
+    return fp8_product_back(dy.flatten(0, -2), main, scales).view(*dy.shape[:-1], -1)
+
+
 PRODUCT_PLUS = "finchtune::product_plus"
 torch.library.define(PRODUCT_PLUS, "(Tensor s, Tensor? D, Tensor x, Tensor W) -> Tensor y")
 
 
-def product_plus(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
-    """x W^T + s D for s (n, r), D (r, d), x (n, k), W (d, k); without D, s is repeated d / r times.
+def product_plus(
+    s: Tensor, D: Tensor | None, x: Tensor, main: Tensor, scales: Tensor | None, form: Form | None
+) -> Tensor:
+    """x W^T + s D for s (n, r), D (r, d), x (n, k) and the parts of a W (d, k).
 
-    Added in place. As one operator that is invisible to selective recomputation, which keeps the
-    result and could not if it saw it written to. No gradients: autograd functions call it.
+    Without D, s is repeated d / r times. Added in place. As one operator that is invisible to
+    selective recomputation, which keeps the result and could not if it saw it written to. No
+    gradients: autograd functions call it.
     """
-    return torch.ops.finchtune.product_plus(s, D, x, W)
+    if scales is not None and computes_fp8(x, form):
+        return fp8_product(x, main, scales, s, D)
+    if scales is not None and form is not None and are_few(x, form):
+        return plus(coded_product(x, main, scales, form), s, D)
+    return torch.ops.finchtune.product_plus(s, D, x, dense_weight(main, scales, form, x.dtype))
 
 
 # For devices and dtypes that the compiled form, which takes its place on a CPU, is not for.
 @torch.library.impl(PRODUCT_PLUS, "CompositeExplicitAutograd")
 def plain_product_plus(s: Tensor, D: Tensor | None, x: Tensor, W: Tensor) -> Tensor:
-    y = x @ W.T
-    if D is not None:
-        return y.addmm_(s, D)
-    y.unflatten(1, (-1, s.shape[1])).add_(s.unsqueeze(1))
-    return y
+    return plus(x @ W.T, s, D)
 
 
 @torch.library.register_fake(PRODUCT_PLUS)
@@ -75,9 +125,10 @@ def product_plus_flops(s: Any, D: Any, x: Any, W: Any, *_: Any, **__: Any) -> in
 def frozen_linear(x: Tensor, W: Weight) -> Tensor:
     """y = W x for x (..., k), W (d, k) -> (..., d), keeping W alone for backward.
 
-    A quantised W is rebuilt here and again in backward: only its codes are saved. F.linear keeps
-    a transposed view of W, which holds on to the gathered weight where ZeRO-3 has partitioned it
-    again; DeepSpeed's replacement of F.linear keeps x, trained or not.
+    A quantised W is rebuilt here and again in backward, unless the product reads the codes: only
+    they are saved. F.linear keeps a transposed view of W, which holds on to the gathered weight
+    where ZeRO-3 has partitioned it again; DeepSpeed's replacement of F.linear keeps x, trained or
+    not.
     """
     if isinstance(W, Tensor) and W.requires_grad:
         return F.linear(x, W)
@@ -111,13 +162,13 @@ class FrozenLinear(torch.autograd.Function):
         """x (..., k) and the parts of a W (d, k), of one dtype -> (..., d)."""
         ctx.save_for_backward(main, scales)
         ctx.form = form
-        return x @ dense_weight(main, scales, form, x.dtype).T
+        return product(x, main, scales, form)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
         """dx = W^T dy."""
         main, scales = ctx.saved_tensors
-        return dy @ dense_weight(main, scales, ctx.form, dy.dtype), None, None, None
+        return product_back(dy, main, scales, ctx.form), None, None, None
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -144,7 +195,7 @@ class LowRankLinear(torch.autograd.Function):
         x_of_W = x if ctx.needs_input_grad[5] else None
         ctx.save_for_backward(z, s, A, B, x_of_W, main, scales)
         ctx.of_x_alone, ctx.scale, ctx.form = other is None, scale, form
-        return product_plus(s, B.T, x, dense_weight(main, scales, form, x.dtype)), s
+        return product_plus(s, B.T, x, main, scales, form), s
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, ds: Tensor) -> tuple[Tensor | None, ...]:
@@ -152,7 +203,7 @@ class LowRankLinear(torch.autograd.Function):
         z, s, A, B, x, main, scales = ctx.saved_tensors
         of_x, of_z, of_A, of_B, _, of_W = ctx.needs_input_grad[:6]
         ds = torch.addmm(ds, dy, B) * ctx.scale
-        dx = dy @ dense_weight(main, scales, ctx.form, dy.dtype) if of_x else None
+        dx = product_back(dy, main, scales, ctx.form) if of_x else None
         if dx is not None and ctx.of_x_alone:
             dx.addmm_(ds, A)
         return (

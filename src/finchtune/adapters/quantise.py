@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from finchtune.adapters.fp8 import check_fp8
 from finchtune.errors import UserError
 from finchtune.ops.kernels import has_kernels
 from finchtune.ops.kernels.devices import are_set_aside, device_type
 
 BLOCK = 64  # consecutive elements of a weight, row by row, that share a scale
 CHUNK_BLOCKS = 2**16  # blocks converted at a time, which bounds the temporary tensors
+BY_ROW = "fp8_compute"  # the form whose rows have one scale each, and that products are made in
 
 # The 16 values of QLoRA's NormalFloat (arXiv 2305.14314, appendix E): quantiles of a normal
 # distribution scaled to [-1, 1], with an exact zero.
@@ -27,7 +29,7 @@ FP4_HALF = (1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
 FP4 = (*(-value for value in reversed(FP4_HALF)), 0.0, *FP4_HALF, 1.0)
 TABLES = {"nf4": NF4, "fp4": FP4}
 """The 16 values of each 4-bit form, rising; fp4 has one of them twice and never uses the last."""
-LARGEST = {"nf4": 1.0, "fp4": 1.0, "int8": 127.0, "fp8": 448.0}
+LARGEST = {"nf4": 1.0, "fp4": 1.0, "int8": 127.0, "fp8": 448.0, BY_ROW: 448.0}
 """The value that each form gives the largest element of a block; its keys are the forms."""
 
 Form = tuple[str, torch.Size]
@@ -41,10 +43,11 @@ class QuantisedWeight(nn.Module):
     codes in a byte, the first in the upper half), for "fp4" one of 15 in the same way, for "int8" a
     whole number up to 127, for "fp8" an e4m3 number up to 448. The scale is the block's largest
     magnitude over the largest value; codes are the nearest value, a tie in nf4 and fp4 the lower
-    and otherwise the even one.
+    and otherwise the even one. "fp8_compute" is "fp8" with one scale for each row.
 
     The buffers are no floating-point tensors, so that a change of the model's dtype leaves them.
-    Raises UserError for a weight with NaN or infinity.
+    Raises UserError for a weight with NaN or infinity, and for "fp8_compute" where a layer's sizes
+    or the device do not go with products in fp8.
     """
 
     codes: Tensor
@@ -56,6 +59,8 @@ class QuantisedWeight(nn.Module):
         super().__init__()
         if kind not in LARGEST:
             raise UserError(f"a weight is quantised to {', '.join(LARGEST)}, not to {kind!r}")
+        if kind == BY_ROW:
+            check_fp8(W.shape, device or W.device)
         self.form: Form = (kind, W.shape)
         self.shape, self.dtype = W.shape, W.dtype
         codes, scales = quantise(W.detach().to(device=device), kind)
@@ -65,6 +70,10 @@ class QuantisedWeight(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.codes.device
+
+    def block_scales(self) -> Tensor:
+        """The scale of each block, float32."""
+        return of_blocks(self.scales, self.form).view(torch.float32)
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
@@ -81,15 +90,21 @@ def code_table(kind: str) -> Tensor | None:
 
 
 def quantise(W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """W (out, in) -> codes (blocks, 32 bytes for 4-bit forms, else 64), scales (blocks) float32."""
+    """W (out, in) -> codes (blocks, 32 bytes for 4-bit forms, else 64), scales float32.
+
+    A scale for each block, or for each row.
+    """
+    width = W.shape[1] if kind == BY_ROW else BLOCK  # elements that share a scale
     if W.is_meta:  # shapes alone, at once
-        count, width = -(-W.numel() // BLOCK), BLOCK // 2 if kind in TABLES else BLOCK
+        count, bytes_of = -(-W.numel() // BLOCK), BLOCK // 2 if kind in TABLES else BLOCK
         dtype = torch.int8 if kind == "int8" else torch.uint8
-        return W.new_empty(count, width, dtype=dtype), W.new_empty(count, dtype=torch.float32)
+        factors = W.new_empty(-(-W.numel() // width), dtype=torch.float32)
+        return W.new_empty(count, bytes_of, dtype=dtype), factors
     flat = W.reshape(-1)
-    whole = len(flat) // BLOCK * BLOCK
+    whole = len(flat) // width * width
+    chunk = max(1, CHUNK_BLOCKS * BLOCK // width)
     codes, scales = [], []
-    parts = [*flat[:whole].view(-1, BLOCK).split(CHUNK_BLOCKS)] if whole else []
+    parts = [*flat[:whole].view(-1, width).split(chunk)] if whole else []
     if whole < len(flat):
         parts.append(nn.functional.pad(flat[whole:], (0, whole + BLOCK - len(flat))).view(1, -1))
     for part in parts:
@@ -97,16 +112,23 @@ def quantise(W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
         scale = values.abs().amax(1) / LARGEST[kind]
         if not scale.isfinite().all():
             raise UserError("a weight with NaN or infinity cannot be quantised")
-        codes.append(encode(values / torch.where(scale == 0, 1, scale).unsqueeze(1), kind))
+        scaled = values / torch.where(scale == 0, 1, scale).unsqueeze(1)
+        codes.append(encode(scaled.view(-1, BLOCK), kind))
         scales.append(scale)
     return torch.cat(codes), torch.cat(scales)
+
+
+def of_blocks(scales: Tensor, form: Form) -> Tensor:
+    """The scale of each block."""
+    kind, shape = form
+    return scales.repeat_interleave(shape[1] // BLOCK) if kind == BY_ROW else scales
 
 
 def encode(values: Tensor, kind: str) -> Tensor:
     """Scaled values (blocks, 64) float32 -> codes."""
     if kind == "int8":
         return values.round().clamp(-127, 127).to(torch.int8)
-    if kind == "fp8":
+    if kind in ("fp8", BY_ROW):
         return values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
     table = torch.tensor(TABLES[kind], device=values.device)
     codes = torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
@@ -116,6 +138,7 @@ def encode(values: Tensor, kind: str) -> Tensor:
 def dequantise(codes: Tensor, scales: Tensor, form: Form, dtype: torch.dtype) -> Tensor:
     """Codes and scales (the bits of float32 in int32) -> the weight (out, in) in `dtype`."""
     kind, shape = form
+    scales = of_blocks(scales, form)
     if device_type(codes) == "cuda" and not are_set_aside() and has_kernels("cuda"):
         return torch.ops.finchtune.unpack(codes, scales, TABLES.get(kind, ()), *shape, dtype)
     factors = scales.view(torch.float32).unsqueeze(1)
@@ -133,7 +156,7 @@ def decode(codes: Tensor, kind: str) -> Tensor:
     """Codes -> the values (blocks, 64) that they stand for, float32."""
     if kind == "int8":
         return codes.float()
-    if kind == "fp8":
+    if kind in ("fp8", BY_ROW):
         return codes.view(torch.float8_e4m3fn).float()
     table = torch.tensor(TABLES[kind], device=codes.device)
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # of each byte

@@ -9,7 +9,7 @@ from finchtune.methods import flag_methods, method_files, method_flags
 METHODS = ("none", "state", *method_files())
 LR, STATE_LR = 2e-5, 1.0
 """Default learning rates: of weights and adapters, and of states."""
-QUANT = ("none", "nf4", "fp4", "int8", "fp8")
+QUANT = ("none", "nf4", "fp4", "int8", "fp8", "fp8_compute")
 TRAIN_TYPES = ("state", "infctx")
 STAGES = {
     "auto": 1,
@@ -65,7 +65,8 @@ class MethodFlags:
     train_parts: list[str] = flag([], "also train parameters whose name contains one of these")
     quant: str = flag(
         "none",
-        "keep adapted layers' frozen weights in few bits; with states alone, all large weights",
+        "keep adapted layers' frozen weights in few bits, with states alone all large weights; "
+        "fp8_compute also multiplies in fp8",
         QUANT,
     )
     peft_load: str = flag("", "start from this adapter file instead of a fresh adapter")

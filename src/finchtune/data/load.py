@@ -60,40 +60,37 @@ def load_data(
     _check_numbers(ctx_len, val_split, dataload)
     layout = _layout(data_type, sft_field, loss_mask, template, speakers)
     _check_tokenizer(tokenizer, data_type, vocab_size)
-    sources = parse_sources(data_file)
-
-    def read(path: str) -> Documents:
-        if data_type == "binidx":
-            return _read_pair(path, vocab_size, loss_mask, tokenizer, layout.template)
+    paths, weights = zip(*parse_sources(data_file), strict=True)
+    if data_type == "binidx":
+        sets = [_read_pair(p, vocab_size, loss_mask, tokenizer, layout.template) for p in paths]
+    else:
         assert tokenizer is not None
-        if cache_dir:
-            return read_cached(path, layout, tokenizer, on_bad, cache_dir)
-        return read_records(path, layout, tokenizer, on_bad)
-
-    sets = [read(path) for path, _ in sources]
+        sets = [_read_text(path, layout, tokenizer, on_bad, cache_dir) for path in paths]
     if loss_mask != "qa":
         sets = [replace(documents, trained=None) for documents in sets]
-    chosen = [_split(documents, val_split) for documents in sets]
+    trained, held = zip(*(_split(documents, val_split) for documents in sets), strict=True)
+    common = _common_template(data_file, sets, layout.template)
 
-    def part(k: int) -> Data:
-        parts = [
-            _rows(d, c[k], dataload, ctx_len, seed, whole)
-            for d, c in zip(sets, chosen, strict=True)
+    def data(chosen: Sequence[np.ndarray]) -> Data:
+        rows = [
+            _rows(documents, numbers, dataload, ctx_len, seed, whole)
+            for documents, numbers in zip(sets, chosen, strict=True)
         ]
-        weights = [weight for _, weight in sources]
-        rows: Rows = MixedRows(parts, weights, seed) if len(parts) > 1 else parts[0]
-        if not rows.counts().targets:
-            raise DataError(
-                f"{data_file}: `loss_mask` {loss_mask} leaves no token to train on within "
-                f"`ctx_len` {ctx_len}; raise `ctx_len` or choose another mask"
-            )
-        longest = max(part.ctx_len for part in parts)
-        return Data(rows, dataload, longest, sets, chosen_template)
+        mixed: Rows = MixedRows(rows, list(weights), seed) if len(rows) > 1 else rows[0]
+        _require_targets(mixed, data_file, loss_mask, ctx_len)
+        return Data(mixed, dataload, max(part.ctx_len for part in rows), sets, common)
 
-    chosen_template = _common_template(data_file, sets, layout.template)
-    data = part(0)
-    data.validation = part(1) if val_split else None
-    return data
+    result = data(trained)
+    result.validation = data(held) if val_split else None
+    return result
+
+
+def _require_targets(rows: Rows, data_file: str, loss_mask: str, ctx_len: int) -> None:
+    if not rows.counts().targets:
+        raise DataError(
+            f"{data_file}: `loss_mask` {loss_mask} leaves no token to train on within `ctx_len` "
+            f"{ctx_len}; raise `ctx_len` or choose another mask"
+        )
 
 
 def _check_choices(data_type: str, dataload: str, loss_mask: str) -> None:
@@ -200,6 +197,14 @@ def _read_pair(
         return documents
     made.check(documents.source, tokenizer, template)
     return replace(documents, template=made.template)
+
+
+def _read_text(
+    path: str, layout: Layout, tokenizer: Tokenizer, on_bad: str, cache_dir: str | Path | None
+) -> Documents:
+    if cache_dir:
+        return read_cached(path, layout, tokenizer, on_bad, cache_dir)
+    return read_records(path, layout, tokenizer, on_bad)
 
 
 def _split(documents: Documents, val_split: float) -> tuple[np.ndarray, np.ndarray]:

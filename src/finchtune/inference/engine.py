@@ -23,6 +23,16 @@ from finchtune.tokenizer import END_OF_DOCUMENT, Tokenizer
 CHUNK = 64  # prompts are cut at multiples of it, so that the cuts change no rounding
 
 
+class NoText(UserError):
+    """The model computes no text."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model computes NaN or infinity instead of a text: its weights are damaged, or do "
+            "not fit the precision; try `dtype` fp32"
+        )
+
+
 @dataclass(frozen=True)
 class Request:
     """What to write: up to `max_tokens` token ids that follow `prompt`.
@@ -45,7 +55,8 @@ class Row:
     """A request on its way, and its result.
 
     `tokens` are what was written so far, `text` what of it is sure to stay (empty where the engine
-    has no tokenizer), `finish_reason` None until it ends: then "stop", "length" or "cancelled".
+    has no tokenizer), `finish_reason` None until it ends: then "stop", "length", "cancelled" or,
+    where the model computed NaN or infinity for it, "failed".
     A stop token or string, and what a string's last token brings with it, is in neither.
     """
 
@@ -141,11 +152,19 @@ class Engine:
         """Whether there is nothing to do."""
         return not (self.waiting or self.reading or self.rows)
 
-    @torch.no_grad()
     def step(self) -> list[tuple[Row, str]]:
+        """`advance`; raises NoText if a row failed."""
+        advanced = self.advance()
+        if any(row.finish_reason == "failed" for row, _ in advanced):
+            raise NoText
+        return advanced
+
+    @torch.no_grad()
+    def advance(self) -> list[tuple[Row, str]]:
         """Advance every row by a token; returns the rows that did and the text each released.
 
-        Also reads the prompts of rows that found a place, up to `prompt_tokens` tokens.
+        Also reads the prompts of rows that found a place, up to `prompt_tokens` tokens. Where the
+        model computes NaN or infinity for a row, that row fails, and the others do not notice.
         """
         advanced = self._write()
         while self.waiting and len(self.rows) + len(self.reading) < self.max_rows:
@@ -231,18 +250,18 @@ class Engine:
             logits = logits.clone()  # ids that no text has, such as padding, are never drawn
             logits[:, self.tokenizer.vocab_size :] = -torch.inf
         largest, places = logits.max(-1)
-        if not torch.isfinite(largest).all():
-            raise UserError(
-                "the model computes NaN or infinity instead of a text: its weights are damaged, or "
-                "do not fit the precision; try `dtype` fp32"
-            )
+        finite = largest.isfinite().tolist()
         greedy = [row.request.sampling.is_plain_greedy for row in rows]
         likeliest = places.tolist() if any(greedy) else []
-        tokens = [
-            likeliest[i] if greedy[i] else row.sampler.draw(logits[i].float().cpu().clone())
-            for i, row in enumerate(rows)
-        ]
-        return [(row, row.take(token)) for row, token in zip(rows, tokens, strict=True)]
+        advanced = []
+        for i, row in enumerate(rows):
+            if not finite[i]:
+                row.finish_reason = "failed"
+                advanced.append((row, ""))
+                continue
+            drawn = likeliest[i] if greedy[i] else row.sampler.draw(logits[i].float().cpu().clone())
+            advanced.append((row, row.take(drawn)))
+        return advanced
 
     def _drop_finished(self) -> None:
         self.waiting = deque(row for row in self.waiting if row.finish_reason is None)

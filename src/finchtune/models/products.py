@@ -94,7 +94,7 @@ def other_product(x: Tensor, layer: Layer, activation: int) -> Tensor:
         assert isinstance(W, nn.Module)
         return activated(W(x), activation)
     return torch.ops.finchtune.coded_product(
-        x, W.codes, W.scales.view(torch.float32), code_table(W.form[0]), W.shape[0], own
+        x, W.codes, W.block_scales(), code_table(W.form[0]), W.shape[0], own
     )
 
 

@@ -15,7 +15,7 @@ aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.addmm.default)
 KEPT = tuple(
     f"finchtune.{name}.default"
-    for name in ("wkv6_forward", "wkv7_forward", "product_plus", "bone", "bat_row")
+    for name in ("wkv6_forward", "wkv7_forward", "product_plus", "fp8_product", "bone", "bat_row")
 )
 THIN = 256  # a product over fewer elements is cheap to make again
 

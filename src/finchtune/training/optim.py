@@ -1,5 +1,6 @@
 """Parameter groups, the optimizer, and the learning rate as a pure function of the step."""
 
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -78,12 +79,17 @@ def parameter_groups(
     return list(groups.values())
 
 
-def adamw(
-    groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float
-) -> torch.optim.AdamW:
-    """torch's AdamW over `groups`, fused where the parameters' device has a fused form."""
+class AdamW(torch.optim.AdamW):
+    """torch's, without the decorators that import torch's compiler, which takes a second."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+def adamw(groups: list[dict[str, Any]], lr: float, betas: tuple[float, float], eps: float) -> AdamW:
+    """AdamW over `groups`, fused where the parameters' device has a fused form."""
     device = groups[0]["params"][0].device.type
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=device in ("cuda", "cpu"))
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=device in ("cuda", "cpu"))
 
 
 def set_learning_rate(groups: list[dict[str, Any]], lr: float) -> None:

@@ -11,7 +11,7 @@ class Schedule:
 
     def __init__(self, config: TrainConfig, global_batch: int, n_rows: int):
         """`global_batch` rows make a step, `n_rows` are one pass over the data."""
-        self.config = config
+        self.config, self.global_batch = config, global_batch
         self.epoch_steps = config.epoch_steps or math.ceil(n_rows / global_batch)
         self.total = self.epoch_steps * config.epoch_count
 

@@ -10,6 +10,7 @@ from finchtune.data import Data
 from finchtune.errors import NOT_FINITE, NotFinite
 from finchtune.training.engine import StepResult
 from finchtune.training.metrics import rewind
+from finchtune.training.schedule import Schedule
 
 SKIPPED = "skipped.jsonl"
 
@@ -18,22 +19,15 @@ class StepWatch:
     """Looks at every step's result: writes down what was skipped, and stops what goes wrong.
 
     Rows of skipped.jsonl: step (1-based), loss ("nan", "inf" or a number), documents (their
-    numbers in the data set). `total` is the number of the run's steps, and `start` the step that a
-    run resumes from; rows of later
-    steps are dropped, and bad steps in a row just before it still count.
+    numbers in the data set). `start` is the step that a run resumes from; rows of later steps are
+    dropped, and bad steps in a row just before it still count.
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        folder: Path,
-        data: Data,
-        global_batch: int,
-        start: int,
-        total: int,
+        self, config: TrainConfig, folder: Path, data: Data, schedule: Schedule, start: int
     ):
         self.config, self.path, self.data = config, folder / SKIPPED, data
-        self.global_batch, self.total = global_batch, total
+        self.schedule = schedule
         rows = distributed.run_on_rank_zero(lambda: self._earlier(start))
         steps = {row["step"] for row in rows}
         self.in_a_row = 0
@@ -66,13 +60,13 @@ class StepWatch:
         if not self.in_a_row:
             return 0
         distributed.print_rank_zero(
-            f"warning: the last {self.in_a_row} of {self.total} steps were skipped; the weights "
-            "are those from before them"
+            f"warning: the last {self.in_a_row} of {self.schedule.total} steps were skipped; the "
+            "weights are those from before them"
         )
         return NOT_FINITE
 
     def _record(self, step: int, result: StepResult) -> None:
-        documents = self.data.document_ids(step, 0, 1, 1, self.global_batch)
+        documents = self.data.document_ids(step, 0, 1, 1, self.schedule.global_batch)
         row = {"step": step + 1, "loss": str(result.loss), "documents": documents}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -81,7 +75,7 @@ class StepWatch:
             f"warning: step {step + 1} is skipped: its loss is {result.loss}, its gradient's norm "
             f"{result.grad_norm}; documents {shown} (see {self.path})"
         )
-        if self.in_a_row >= min(self.config.max_skips, self.total):
+        if self.in_a_row >= min(self.config.max_skips, self.schedule.total):
             raise NotFinite(
                 f"{self.in_a_row} steps in a row had NaN or infinity, the last of them step "
                 f"{step + 1}; checkpoints from before are good; look at the documents named in "

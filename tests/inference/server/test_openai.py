@@ -1,6 +1,7 @@
 """The server as OpenAI's own client sees it."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -210,3 +211,26 @@ def test_http_mistakes_are_told(address):
         chat = httpx.post(f"{address}/chat/completions", json=body)
         assert chat.status_code == 400
         assert "must be a list of messages" in chat.json()["error"]["message"]
+
+
+def test_a_text_of_no_numbers_is_an_error_of_the_server_alone(tmp_path):
+    model = small_model()
+    with torch.no_grad():
+        model.ln_out.bias[0] = 10  # never the end of a document
+        model.head.weight[0, 0] = -50
+        model.emb.weight[ord("!")] = 3e38  # finite in the file, not in the first norm
+    path = save_model(model, tmp_path / "base.pth")
+    prompts = ["Why?", "Why!", "Who?"]
+    with serving("--model", path, "--max_tokens", 50) as address:
+
+        def ask(prompt):
+            asked = {"prompt": prompt, "max_tokens": 40, "temperature": 0}
+            return httpx.post(f"{address}/completions", json=asked, timeout=60)
+
+        with ThreadPoolExecutor(3) as pool:
+            good, bad, other = pool.map(ask, prompts)
+    assert (good.status_code, bad.status_code, other.status_code) == (200, 500, 200)
+    assert good.json()["usage"]["completion_tokens"] == 40
+    error = bad.json()["error"]
+    assert error["type"] == "server_error"
+    assert "the model computes NaN or infinity instead of a text" in error["message"]

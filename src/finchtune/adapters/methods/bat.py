@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_positive_int, merge_precision
-from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
+from finchtune.adapters.frozen import (
+    compute_dtype,
+    computes_fp8,
+    dense_weight,
+    product_back,
+    product_plus,
+    reads_codes,
+    weight_parts,
+)
 from finchtune.adapters.quantise import Form
 from finchtune.adapters.shards import (
     groups,
@@ -112,20 +120,20 @@ class BatRow(torch.autograd.Function):
         assert not ctx.needs_input_grad[2], "bat has no gradient for W"
         ctx.save_for_backward(x, D, main, scales)
         ctx.form = form
-        W = dense_weight(main, scales, form, D.dtype)
-        if moves_shards(x, D, W):
+        if moves_shards(x, D) and not reads_codes(x, form):
+            W = dense_weight(main, scales, form, D.dtype)
             return torch.ops.finchtune.bat_row(x, D, W)
         moved, sums = move_shards(x, D)
-        return product_plus(sums.to(x.dtype), None, moved, W)
+        return product_plus(sums.to(x.dtype), None, moved, main, scales, form)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         """q_b = (W^T dy)_b + sum_a dy_a; dD_b = q_b x_b^T; dx = W^T dy + D^T q."""
         x, D, main, scales = ctx.saved_tensors
-        W = dense_weight(main, scales, ctx.form, dy.dtype)
-        if moves_shards(dy, D, W):
+        if moves_shards(dy, D) and not computes_fp8(dy, ctx.form):
+            W = dense_weight(main, scales, ctx.form, dy.dtype)
             return *torch.ops.finchtune.bat_row_backward(dy, x, D, W), None, None, None
-        dx = dy @ W
+        dx = product_back(dy, main, scales, ctx.form)
         sums = shard_sum(dy, D.shape[1], merge_precision(dy))
         dD = move_shards_backward(dx, x, D, sums)
         return dx, dD, None, None, None

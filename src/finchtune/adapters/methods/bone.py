@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from finchtune.adapters.base import Adapter, check_at_most, check_positive_int, merge_precision
-from finchtune.adapters.frozen import compute_dtype, dense_weight, product_plus, weight_parts
+from finchtune.adapters.frozen import (
+    compute_dtype,
+    computes_fp8,
+    dense_weight,
+    product_back,
+    product_plus,
+    reads_codes,
+    weight_parts,
+)
 from finchtune.adapters.quantise import Form
 from finchtune.adapters.shards import (
     add_to_each_shard,
@@ -64,12 +72,12 @@ class BoneLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, D: Tensor, main: Tensor, scales: Tensor | None, form: Form | None
     ) -> tuple[Tensor, Tensor]:
         """x (T, k), D (r, d) of one dtype and the parts of a W (d, k) -> (T, d), s (T, r)."""
-        W = dense_weight(main, scales, form, x.dtype)
-        if compiled(x, D, W):
+        if compiled(x, D) and not reads_codes(x, form):
+            W = dense_weight(main, scales, form, x.dtype)
             y, s = torch.ops.finchtune.bone(x, D, W)
         else:
             s = shard_sum(x, len(D))
-            y = product_plus(s, D, x, W)
+            y = product_plus(s, D, x, main, scales, form)
         ctx.save_for_backward(s, D, x if ctx.needs_input_grad[2] else None, main, scales)
         ctx.form = form
         ctx.set_materialize_grads(False)
@@ -82,14 +90,14 @@ class BoneLinear(torch.autograd.Function):
         of_x, of_D, of_W = ctx.needs_input_grad[:3]
         if dy is None:  # only when differentiating twice
             dy = s.new_zeros(len(s), D.shape[1])
-        W = dense_weight(main, scales, ctx.form, dy.dtype) if of_x else D
         dW = dy.T @ x if of_W else None
-        if compiled(dy, D, W):
+        if compiled(dy, D) and not computes_fp8(dy, ctx.form):
+            W = dense_weight(main, scales, ctx.form, dy.dtype) if of_x else D
             dx, dD = torch.ops.finchtune.bone_backward(dy, ds, s, D, W, of_x, of_D)
             return dx if of_x else None, dD if of_D else None, dW, None, None
         dx = None
         if of_x:
-            dx = dy @ W
+            dx = product_back(dy, main, scales, ctx.form)
             # Into dx itself: a gradient of s spread out and then added would take two more.
             add_to_shards(dx, dy @ D.T if ds is None else torch.addmm(ds, dy, D.T))
         return dx, s.T @ dy if of_D else None, dW, None, None

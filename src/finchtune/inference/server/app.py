@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from finchtune.errors import UserError
 from finchtune.inference.conversation import AnswerText
+from finchtune.inference.engine import NoText
 from finchtune.inference.server.protocol import Asked, parse, usage
 from finchtune.inference.server.worker import Busy, Inbox, News, Served, Ticket, Worker
 
@@ -230,15 +231,15 @@ def _status_of(error: Exception) -> int:
         return error.status_code
     if isinstance(error, Busy):
         return 503
-    return 400 if isinstance(error, UserError) else 500
+    return 400 if isinstance(error, UserError) and not isinstance(error, NoText) else 500
 
 
 def _error_body(error: Exception) -> dict[str, Any]:
     status = _status_of(error)
     message = error.detail if isinstance(error, HTTPException) else str(error)
     kind = "invalid_request_error" if status < 500 else "server_error"
-    # What a fault of ours says is for the log.
-    message = "the server failed; its log says more" if status == 500 else message
+    if not isinstance(error, HTTPException | UserError):  # what a fault of ours says is for the log
+        message = "the server failed; its log says more"
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from finchtune.data.templates import Template
 from finchtune.errors import UserError
-from finchtune.inference.engine import Engine, Request, Row
+from finchtune.inference.engine import Engine, NoText, Request, Row
 from finchtune.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Worker:
 
     def _step(self, name: str, engine: Engine) -> None:
         try:
-            advanced = engine.step()
+            advanced = engine.advance()
         except Exception as error:  # whatever it was, the other models and later requests continue
             logger.exception("writing with %s failed", name)
             self._fail(name, error)
@@ -142,7 +142,10 @@ class Worker:
             done = row.finish_reason is not None
             if done:
                 del self.tickets[row]
-            if text or done:
+            if row.finish_reason == "failed":
+                logger.error("writing with %s: %s", name, NoText())
+                ticket.inbox.put(News(ticket.index, error=NoText()))
+            elif text or done:
                 ticket.inbox.put(News(ticket.index, text, row if done else None))
 
     def _fail(self, name: str, error: Exception) -> None:

@@ -232,6 +232,17 @@ def coded_product(
     return x.new_empty(x.shape[0], n_out)
 
 
+def fp8_rows(x: Tensor, factors: Any) -> tuple[Tensor, Tensor]:
+    """Codes as x, and a scale for each row, (T, 1)."""
+    codes = x.new_empty(x.shape, dtype=torch.float8_e4m3fn)
+    return codes, x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+def turn_bytes(codes: Tensor) -> Tensor:
+    """(columns, rows)."""
+    return codes.new_empty(codes.shape[1], codes.shape[0])
+
+
 def wkv6_step_(r: Tensor, *_: Any) -> Tensor:
     """As r; the state itself is changed."""
     return r.new_empty(r.shape)
@@ -266,6 +277,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
         bonus_norm_backward,
         products,
         coded_product,
+        fp8_rows,
+        turn_bytes,
         wkv6_step_,
     )
 }

@@ -14,6 +14,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__
 #define __align__(n) __attribute__((aligned(n)))
 
@@ -23,6 +24,10 @@ struct alignas(16) uint4 {
 
 struct alignas(8) float2 {
   float x, y;
+};
+
+struct alignas(16) float4 {
+  float x, y, z, w;
 };
 
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
@@ -54,6 +59,12 @@ inline float __uint_as_float(uint32_t bits) {
   float x;
   std::memcpy(&x, &bits, sizeof x);
   return x;
+}
+
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
 }
 
 using cudaStream_t = void*;

@@ -19,6 +19,8 @@ inline void async_copy_16(void* shared, const void* global, bool valid) {
   emulation::current->open_copies.push_back(copy);
 }
 
+inline void prefetch_to_level_2(const void*) {}
+
 inline void async_commit() {
   emulation::Fiber& fiber = *emulation::current;
   fiber.copy_groups.push_back(std::move(fiber.open_copies));
