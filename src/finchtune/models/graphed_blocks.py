@@ -240,7 +240,7 @@ class BlockGraphs:
     def backward(self, rows: Rows, of_outputs: dict[int, Tensor | None]) -> list[Tensor | None]:
         """Gradients of rows and of the parameters that are reached."""
         if any(d is not None for i, d in of_outputs.items() if i >= self.n_rows):
-            # Nobody trains on new states here; who does waits longer.
+            # No graph is recorded for gradients of new states, which training does not have.
             found = self.differentiate(rows, lambda i, _: of_outputs[i])
         else:
             self.copy_in(rows)
