@@ -30,7 +30,7 @@ __device__ __forceinline__ void prepare_score_gradients(BackwardShared& shared,
   Accumulator product;
 #pragma unroll
   for (int v = 0; v < HEAD_SIZE; v += 16) {
-    multiply_add(product, shared.dy.load(row, v, lane), shared.v.load(row, v, lane));
+    multiply_add(product, shared.dy.load(row, v, lane), shared.v.load_right(row, v, lane));
   }
   const Leaf da = as_leaf(product);
   const PairPlace place(lane);
@@ -77,10 +77,10 @@ __device__ __forceinline__ KeySliceGradients key_slice_gradients(BackwardShared&
 #pragma unroll
   for (int j = 0; j < SLICES; j++) {
     const Operand g_operand = as_operand(g.x[j]), published = transposed(g_operand);
-    *shared.g_place(row, lane.warp, j, lane) = {published.pair[0], published.pair[1],
-                                                published.pair[2], published.pair[3]};
-    multiply_add(state_r, as_operand(state.x[j]), shared.dy.load(row, 16 * j, lane));
-    multiply_add(state_k, g_operand, shared.v.load(row, 16 * j, lane));
+    *shared.g_place(row, lane.warp, j, lane) = {published.pair[0], published.pair[2],
+                                                published.pair[1], published.pair[3]};
+    multiply_add(state_r, as_operand(state.x[j]), shared.dy.load_right(row, 16 * j, lane));
+    multiply_add(state_k, g_operand, shared.v.load_right(row, 16 * j, lane));
 #pragma unroll
     for (int i = 0; i < 8; i++) in.state_gradient[i / 2 % 2] += state.x[j].x[i] * g.x[j].x[i];
   }
@@ -119,11 +119,11 @@ __device__ __forceinline__ void value_slice_gradients(BackwardShared& shared, in
   Accumulator dv;  // tokens x values
   const Operand scores =
       chosen(PairPlace(lane).below, Operand{}, shared.scores[row / BLOCK].load(lane));
-  multiply_add(dv, scores, shared.dy.load_transposed(row, value, lane));
+  multiply_add(dv, scores, shared.dy.load_transposed_right(row, value, lane));
 #pragma unroll
   for (int n = 0; n < SLICES; n++) {
     const uint4 g = *shared.g_place(row, n, lane.warp, lane);
-    multiply_add(dv, shared.k.load(row, 16 * n, lane), {g.x, g.y, g.z, g.w});
+    multiply_add(dv, shared.k.load(row, 16 * n, lane), RightOperand{g.x, g.y, g.z, g.w});
   }
   shared.v.store(row, value, as_operand(dv), lane);
 }

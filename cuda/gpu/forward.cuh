@@ -79,7 +79,7 @@ __device__ __forceinline__ void forward_block(ForwardShared& shared, ValueSlice&
   state.each(lane, [total](float& s, int, int key) { s *= total[key]; });
 #pragma unroll
   for (int j = 0; j < SLICES; j++) {
-    multiply_add(state.x[j], v, shared.k.load_transposed(row, 16 * j, lane));
+    multiply_add(state.x[j], v, shared.k.load_transposed_right(row, 16 * j, lane));
   }
   __syncwarp();  // all lanes have read v
   shared.v.store(row, column, as_operand(y), lane);

@@ -67,6 +67,12 @@ struct Operand {
   uint32_t pair[4];
 };
 
+// The same as the right factor of a product, its middle pairs exchanged: the tensor cores want two
+// neighbouring registers for each half, and ldmatrix fills four of them in order.
+struct RightOperand {
+  uint32_t pair[4];
+};
+
 // A sum of products: x[2p], x[2p + 1] are pair p.
 struct Accumulator {
   float x[8] = {};
@@ -128,6 +134,11 @@ __device__ __forceinline__ void multiply_add(Accumulator& c, const Operand& a, c
   mma_bf16(c.x, a.pair, b.pair[0], b.pair[2]);
   mma_bf16(c.x + 4, a.pair, b.pair[1], b.pair[3]);
 }
+__device__ __forceinline__ void multiply_add(Accumulator& c, const Operand& a,
+                                             const RightOperand& b) {
+  mma_bf16(c.x, a.pair, b.pair[0], b.pair[1]);
+  mma_bf16(c.x + 4, a.pair, b.pair[2], b.pair[3]);
+}
 
 // (64, 64) bf16 in shared memory. The eight 16-byte pieces of a row are permuted by the row number:
 // the eight rows that ldmatrix reads at one column then lie in different banks. `row` and `column`
@@ -153,6 +164,19 @@ struct alignas(16) Tile {
   __device__ __forceinline__ Operand load_transposed(int row, int column, const Lane& lane) {
     Operand m;
     load_matrices_transposed(m.pair, at(moved(lane.transposed_place, row, column)));
+    return m;
+  }
+
+  // The same as right factors: the lanes' addresses give the order of the matrices.
+  __device__ __forceinline__ RightOperand load_right(int row, int column, const Lane& lane) {
+    RightOperand m;
+    load_matrices(m.pair, at(moved(lane.transposed_place, row, column)));
+    return m;
+  }
+  __device__ __forceinline__ RightOperand load_transposed_right(int row, int column,
+                                                                const Lane& lane) {
+    RightOperand m;
+    load_matrices_transposed(m.pair, at(moved(lane.load_place, row, column)));
     return m;
   }
 

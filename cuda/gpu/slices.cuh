@@ -49,7 +49,7 @@ struct KeySlice {
     for (int j = 0; j < SLICES; j++) {
 #pragma unroll
       for (int i = 0; i < 8; i++) x[j].x[i] *= total[i / 2 % 2];
-      multiply_add(x[j], keys, values.load_transposed(row, 16 * j, lane));
+      multiply_add(x[j], keys, values.load_transposed_right(row, 16 * j, lane));
     }
   }
 };

@@ -81,7 +81,7 @@ size_t wkv7_backward_scratch_bytes(const Wkv6Problem* p) {
 int wkv7_forward(const Wkv6Problem* p, const void* const* rows, const float* state_in, void* y,
                  float* state_out, float* checkpoints, void* stream) {
   if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
-  if (!all_aligned(rows) || !aligned(y, checkpoints)) return cudaErrorMisalignedAddress;
+  if (!all_aligned(rows) || !aligned(state_in, y, state_out, checkpoints)) return cudaErrorMisalignedAddress;
   if (wkv6::uses_tensor_cores(*p)) {
     return launch(chunk_forward_kernel, p->n_seq * p->H, wkv6::THREADS, sizeof(ChunkForwardShared),
                   stream,
@@ -101,7 +101,7 @@ int wkv7_backward(const Wkv6Problem* p, const void* const* rows, const void* dy,
                   const float* dstate_out, const float* checkpoints, void* const* gradients,
                   float* dstate_in, void* scratch, void* stream) {
   if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
-  if (!all_aligned(rows) || !all_aligned(gradients) || !aligned(dy, checkpoints))
+  if (!all_aligned(rows) || !all_aligned(gradients) || !aligned(dy, dstate_out, checkpoints, dstate_in))
     return cudaErrorMisalignedAddress;
   if (wkv6::uses_tensor_cores(*p)) {
     const auto at = [gradients](int row) { return static_cast<bf16*>(gradients[row]); };

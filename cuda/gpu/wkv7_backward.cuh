@@ -87,6 +87,7 @@ __device__ __forceinline__ void find_u(ChunkBackwardShared& shared, const float*
     const Operand u =
         as_operand(read_by_a(state, v, shared.matrices[block][TK], shared.solved_a, row, lane));
     shared.u.store(row, value, u, lane);
+    if (block + 1 == blocks) break;
     advance(state, transposed(u), v, rows, shared.total[block], row, lane);
   }
 }
@@ -120,8 +121,8 @@ struct ValueGradients {
     dv = as_operand(dv_sum);
 #pragma unroll
     for (int j = 0; j < SLICES; j++) {
-      multiply_add(g.x[j], dy, rows.r.load_transposed(row, 16 * j, lane));
-      multiply_add(g.x[j], z_transposed, rows.a.load_transposed(row, 16 * j, lane));
+      multiply_add(g.x[j], dy, rows.r.load_transposed_right(row, 16 * j, lane));
+      multiply_add(g.x[j], z_transposed, rows.a.load_transposed_right(row, 16 * j, lane));
     }
   }
 };
@@ -134,7 +135,7 @@ __device__ __forceinline__ void find_pairs(ChunkBackwardShared& shared, int row,
   Accumulator pairs;
 #pragma unroll
   for (int v = 0; v < HEAD_SIZE; v += 16) {
-    multiply_add(pairs, read.load(row, v, lane), written.load(row, v, lane));
+    multiply_add(pairs, read.load(row, v, lane), written.load_right(row, v, lane));
   }
   const bool with_diagonal = lane.warp == YU || lane.warp == YV;
   shared.matrices[row / BLOCK][lane.warp].store(as_operand(lower(pairs, with_diagonal, lane)),
@@ -191,13 +192,13 @@ __global__ void __launch_bounds__(wkv6::THREADS, CHUNK_BACKWARD_BLOCKS)
       const ValueGradients of_values(shared, g, row, lane);
       __syncthreads();  // G is complete; no warp needs the solution for bt any more
       shared.solved_b.store(row, 16 * lane.warp, of_values.z, lane);
-      KeyGradients of_keys;
+      KeyGradients of_keys(shared.rows, row, lane);
       of_keys.add_gradient(shared, state, row, lane);
       __syncthreads();  // z is complete
       find_pairs(shared, row, lane);
       of_keys.add_state(shared, state, row, lane);
       __syncthreads();  // the pairs are complete; only a warp's own columns are read from here on
-      of_keys.add_pairs(shared, row, lane);
+      of_keys.add_pairs(shared.matrices[row / BLOCK], lane);
       of_keys.store(shared, decay, row, lane);
       shared.rows.v.store(row, 16 * lane.warp, of_values.dv, lane);
     }

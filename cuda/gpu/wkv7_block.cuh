@@ -217,8 +217,8 @@ struct Scores {
 #pragma unroll
     for (int n = 0; n < HEAD_SIZE; n += 16) {
       const Operand reader = readers.load(row, n, lane);
-      multiply_add(b, reader, rows.b.load(row, n, lane));
-      multiply_add(k, reader, rows.k.load(row, n, lane));
+      multiply_add(b, reader, rows.b.load_right(row, n, lane));
+      multiply_add(k, reader, rows.k.load_right(row, n, lane));
     }
     b = lower(b, with_diagonal, lane);
     k = lower(k, with_diagonal, lane);
@@ -244,8 +244,8 @@ __device__ __forceinline__ void advance(wkv6::ValueSlice& state, const Operand& 
                                         const Lane& lane) {
 #pragma unroll
   for (int j = 0; j < SLICES; j++) {
-    multiply_add(state.x[j], u, rows.b.load_transposed(row, 16 * j, lane));
-    multiply_add(state.x[j], v, rows.k.load_transposed(row, 16 * j, lane));
+    multiply_add(state.x[j], u, rows.b.load_transposed_right(row, 16 * j, lane));
+    multiply_add(state.x[j], v, rows.k.load_transposed_right(row, 16 * j, lane));
   }
   state.each(lane, [total](float& s, int, int key) { s *= total[key]; });
 }

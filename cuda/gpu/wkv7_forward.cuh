@@ -66,7 +66,7 @@ __device__ __forceinline__ void prepare_forward(ChunkForwardShared& shared, cons
       sum.x[2 * p] = low_half(rt.pair[p]);
       sum.x[2 * p + 1] = high_half(rt.pair[p]);
     }
-    multiply_add(sum, rb, rows.a.load_transposed(row, n, lane));
+    multiply_add(sum, rb, rows.a.load_transposed_right(row, n, lane));
     __syncwarp();  // all lanes have read rt
     rows.r.store(row, n, as_operand(sum), lane);
   }

@@ -75,8 +75,8 @@ __device__ __forceinline__ KeySlice state_before(ChunkBackwardShared& shared,
     const Operand k = rows.k.load_transposed(earlier, key, lane);
 #pragma unroll
     for (int j = 0; j < SLICES; j++) {
-      multiply_add(state.x[j], b, shared.u.load_transposed(earlier, 16 * j, lane));
-      multiply_add(state.x[j], k, rows.v.load_transposed(earlier, 16 * j, lane));
+      multiply_add(state.x[j], b, shared.u.load_transposed_right(earlier, 16 * j, lane));
+      multiply_add(state.x[j], k, rows.v.load_transposed_right(earlier, 16 * j, lane));
 #pragma unroll
       for (int i = 0; i < 8; i++) state.x[j].x[i] *= total_pair[i / 2 % 2];
     }
@@ -87,34 +87,36 @@ __device__ __forceinline__ KeySlice state_before(ChunkBackwardShared& shared,
 // Gradients of rt, kt, at, bt, channels x tokens, and what the gradient of the log decay of every
 // token of the block has in common, for the lane's two channels.
 struct KeyGradients {
+  Operand rt, kt, at, bt;
   Accumulator r, k, a, b;
-  float through[2];
+  float through[2] = {};
+
+  __device__ __forceinline__ KeyGradients(RowTiles& rows, int row, const Lane& lane)
+      : rt(rows.r.load_transposed(row, 16 * lane.warp, lane)),
+        kt(rows.k.load_transposed(row, 16 * lane.warp, lane)),
+        at(rows.a.load_transposed(row, 16 * lane.warp, lane)),
+        bt(rows.b.load_transposed(row, 16 * lane.warp, lane)) {}
 
   // The share of G, the gradient of the state after the block, published in shared memory.
   __device__ __forceinline__ void add_gradient(ChunkBackwardShared& shared, const KeySlice& state,
                                                int row, const Lane& lane) {
-    RowTiles& rows = shared.rows;
-    const int key = 16 * lane.warp;
-    through[0] = through[1] = 0.0f;
 #pragma unroll
     for (int j = 0; j < SLICES; j++) {
-      const Operand g = shared.solved_a.load_transposed(16 * j, key, lane);
-      multiply_add(k, g, rows.v.load(row, 16 * j, lane));
-      multiply_add(b, g, shared.u.load(row, 16 * j, lane));
+      const Operand g = shared.solved_a.load_transposed(16 * j, 16 * lane.warp, lane);
+      multiply_add(k, g, shared.rows.v.load_right(row, 16 * j, lane));
+      multiply_add(b, g, shared.u.load_right(row, 16 * j, lane));
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const uint32_t pair = g.pair[i / 2];
         through[i / 2 % 2] += state.x[j].x[i] * (i % 2 == 0 ? low_half(pair) : high_half(pair));
       }
     }
-    const Leaf kt = as_leaf(rows.k.load_transposed(row, key, lane));
-    const Leaf bt = as_leaf(rows.b.load_transposed(row, key, lane));
-    const Leaf dk = as_leaf(k), db = as_leaf(b);
+    const Leaf k_leaf = as_leaf(kt), b_leaf = as_leaf(bt), dk = as_leaf(k), db = as_leaf(b);
 #pragma unroll
     for (int c = 0; c < 2; c++) {
 #pragma unroll
       for (int t = 0; t < 4; t++) {
-        through[c] += kt.x[c][t] * dk.x[c][t] + bt.x[c][t] * db.x[c][t];
+        through[c] += k_leaf.x[c][t] * dk.x[c][t] + b_leaf.x[c][t] * db.x[c][t];
       }
       through[c] = wkv6::quad_sum(through[c]);
     }
@@ -126,23 +128,15 @@ struct KeyGradients {
 #pragma unroll
     for (int j = 0; j < SLICES; j++) {
       const Operand s = as_operand(state.x[j]);
-      multiply_add(r, s, shared.dy.load(row, 16 * j, lane));
-      multiply_add(a, s, shared.solved_b.load(row, 16 * j, lane));
+      multiply_add(r, s, shared.dy.load_right(row, 16 * j, lane));
+      multiply_add(a, s, shared.solved_b.load_right(row, 16 * j, lane));
     }
   }
 
   // The share of the other tokens of the block.
-  __device__ __forceinline__ void add_pairs(ChunkBackwardShared& shared, int row,
-                                            const Lane& lane) {
-    RowTiles& rows = shared.rows;
-    const int key = 16 * lane.warp;
-    const SharedOperand* const pairs = shared.matrices[row / BLOCK];
+  __device__ __forceinline__ void add_pairs(const SharedOperand* pairs, const Lane& lane) {
     const Operand zu = pairs[ZU].load(lane), zv = pairs[ZV].load(lane);
     const Operand yu = pairs[YU].load(lane), yv = pairs[YV].load(lane);
-    const Operand at = rows.a.load_transposed(row, key, lane);
-    const Operand bt = rows.b.load_transposed(row, key, lane);
-    const Operand kt = rows.k.load_transposed(row, key, lane);
-    const Operand rt = rows.r.load_transposed(row, key, lane);
     multiply_add(a, bt, zu);
     multiply_add(a, kt, zv);
     multiply_add(r, bt, yu);
@@ -162,10 +156,8 @@ struct KeyGradients {
                                         int row, const Lane& lane) {
     RowTiles& rows = shared.rows;
     const int key = 16 * lane.warp;
-    const Leaf rt = as_leaf(rows.r.load_transposed(row, key, lane));
-    const Leaf kt = as_leaf(rows.k.load_transposed(row, key, lane));
-    const Leaf at = as_leaf(rows.a.load_transposed(row, key, lane));
-    const Leaf bt = as_leaf(rows.b.load_transposed(row, key, lane));
+    const Leaf r_leaf = as_leaf(rt), k_leaf = as_leaf(kt);
+    const Leaf a_leaf = as_leaf(at), b_leaf = as_leaf(bt);
     Leaf dr = as_leaf(r), dk = as_leaf(k), da = as_leaf(a), db = as_leaf(b), dw;
 #pragma unroll
     for (int c = 0; c < 2; c++) {
@@ -173,9 +165,9 @@ struct KeyGradients {
 #pragma unroll
       for (int t = 0; t < 4; t++) {
         log2[t] = log2_decay(decay.w.x[c][t]);
-        read_before[t] = at.x[c][t] * da.x[c][t];
-        crossing[t] = rt.x[c][t] * dr.x[c][t] - kt.x[c][t] * dk.x[c][t] -
-                      bt.x[c][t] * db.x[c][t] + read_before[t];
+        read_before[t] = a_leaf.x[c][t] * da.x[c][t];
+        crossing[t] = r_leaf.x[c][t] * dr.x[c][t] - k_leaf.x[c][t] * dk.x[c][t] -
+                      b_leaf.x[c][t] * db.x[c][t] + read_before[t];
       }
       const TokenSums products(log2, lane), later(crossing, lane);
 #pragma unroll
@@ -189,7 +181,6 @@ struct KeyGradients {
         dw.x[c][t] = log2[t] == STRONGEST ? 0.0f : of_log * log2[t] * (1.0f / wkv6::LOG2_E);
       }
     }
-    __syncwarp();  // all lanes have read what is overwritten now
     rows.r.store(row, key, transposed(as_operand(dr)), lane);
     rows.k.store(row, key, transposed(as_operand(dk)), lane);
     rows.a.store(row, key, transposed(as_operand(da)), lane);

@@ -1,12 +1,12 @@
-"""Instructions that a warp issues for one chunk of 64 tokens in the WKV6 tensor-core kernels.
+"""Instructions that a warp issues for one chunk of 64 tokens in the WKV tensor-core kernels.
 
     python scripts/dev/count_sass.py                 # compute capability 9.0
-    python scripts/dev/count_sass.py --arch 80 89 --json counts.json
+    python scripts/dev/count_sass.py --arch 80 89 --operators wkv7 --json counts.json
 
 Counted in the machine code that nvcc and nvdisasm give: the longest path through the loop over
-chunks, a full chunk with checkpoints and states. Loops inside count as often as they run: the
-preparation of a block once for each 16 channels, the loop over blocks four times, the recomputation
-of states once for each earlier block. Out-of-line code for diverged warps is left out: they never
+chunks, a full chunk with checkpoints and states. Loops inside count as often as they run: WKV6's
+preparation of a block once for each 16 channels, loops over blocks four times, the recomputation of
+states once for each earlier block. Out-of-line code for diverged warps is left out: they never
 diverge there.
 """
 
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,9 +26,15 @@ from finchtune.files import write_json
 from finchtune.ops.kernels.build import SOURCE_FOLDER
 from finchtune.ops.kernels.toolkit import BuildError, cuda_home
 
-# How often each loop inside the one over chunks runs for one iteration of the loop around it, in
-# the order of their first instructions.
-ITERATIONS = {"forward_kernel": [4, 4], "backward_kernel": [4, 4, 1.5]}
+# Of each kernel the source, and how often each loop inside the one over chunks runs for one
+# iteration of the loop around it, in the order of their first instructions.
+KERNELS: dict[str, tuple[str, list[float]]] = {
+    "forward_kernel": ("wkv6", [4, 4]),
+    "backward_kernel": ("wkv6", [4, 4, 1.5]),
+    "chunk_forward_kernel": ("wkv7", [4]),
+    "chunk_backward_kernel": ("wkv7", [4, 4, 1.5]),
+}
+SOURCES = sorted({source for source, _ in KERNELS.values()})
 FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr"]
 KINDS = {"tensor core": "HMMA", "barriers": "BAR.SYNC", "shuffles": "SHFL", "matrix loads": "LDSM"}
 
@@ -46,9 +53,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
+    parser.add_argument("--operators", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--json", help="also write the counts to this file")
     given = parser.parse_args()
-    found = {arch: count(arch) for arch in given.arch}
+    found = {arch: count(arch, given.operators) for arch in given.arch}
     for arch, kernels in found.items():
         for name, counts in kernels.items():
             said = ", ".join(f"{kind} {n:.0f}" for kind, n in counts.items())
@@ -68,29 +76,39 @@ def nvdisasm() -> str:
     return program
 
 
-def count(arch: int) -> dict[str, dict[str, float]]:
-    """The counts of each kernel in ITERATIONS, compiled for this architecture."""
-    try:
-        nvcc, source = cuda_home() / "bin" / "nvcc", SOURCE_FOLDER / "gpu" / "wkv6.cu"
-    except BuildError as error:
-        raise UserError(str(error)) from error
+def listing(nvcc: Path, name: str, arch: int) -> str:
+    """The machine code of a file of cuda/gpu for this architecture."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "wkv6.cubin")
+        cubin = Path(folder, "kernels.cubin")
+        source = SOURCE_FOLDER / "gpu" / f"{name}.cu"
         command = [nvcc, "-cubin", f"-arch=sm_{arch}", *FLAGS, source, "-o", cubin]
         subprocess.run(command, check=True)
-        listing = subprocess.run(
+        return subprocess.run(
             [nvdisasm(), "-c", cubin], check=True, capture_output=True, text=True
         ).stdout
-    return {name: chunk_counts(blocks_of(listing, name), ITERATIONS[name]) for name in ITERATIONS}
 
 
-def blocks_of(listing: str, kernel: str) -> dict[str, Block]:
+def count(arch: int, sources: Collection[str]) -> dict[str, dict[str, float]]:
+    """The counts of each kernel of these sources, compiled for this architecture."""
+    try:
+        nvcc = cuda_home() / "bin" / "nvcc"
+    except BuildError as error:
+        raise UserError(str(error)) from error
+    code = {source: listing(nvcc, source, arch) for source in sources}
+    return {
+        name: chunk_counts(blocks_of(code[source], source, name), iterations)
+        for name, (source, iterations) in KERNELS.items()
+        if source in code
+    }
+
+
+def blocks_of(listing: str, namespace: str, kernel: str) -> dict[str, Block]:
     """The basic blocks of the tensor-core kernel of this name, by label, in order."""
     blocks: dict[str, Block] = {}
     inside, current = False, Block()
     for text in listing.splitlines():
         if text.startswith(".text."):
-            inside = re.search(rf"N4wkv6\d+{kernel}ENS_", text) is not None
+            inside = re.search(rf"N4{namespace}\d+{kernel}ENS_", text) is not None
             current = Block()
             if inside:
                 blocks["start"] = current

@@ -1,11 +1,13 @@
 """How the tests compile CUDA kernels, and for which GPUs."""
 
+import json
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.support import REPOSITORY, run_script
 
 CUDA = Path(__file__).parents[2] / "cuda" / "gpu"
 
@@ -60,3 +62,14 @@ def compile_report(source: str, capability: int, folder: Path) -> list[dict]:
             }
         )
     return kernels
+
+
+def count_instructions(operator: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Of each tensor-core kernel for a chunk, by kind; skips the test where a tool is missing."""
+    json_file = folder / "counts.json"
+    script = REPOSITORY / "scripts" / "dev" / "count_sass.py"
+    done = run_script(script, "--operators", operator, "--json", json_file)
+    if done.returncode == 2 and re.search("nvdisasm|nvcc", done.stderr):
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    return json.loads(json_file.read_text())["90"]

@@ -1,6 +1,6 @@
 """WKV7's CUDA kernels compile for every GPU they are for, within its registers."""
 
-from helpers.nvcc import compile_report, every_capability, needs_nvcc
+from helpers.nvcc import compile_report, count_instructions, every_capability, needs_nvcc
 
 KERNELS = {
     "chunk_forward_kernel": 1,
@@ -11,6 +11,8 @@ KERNELS = {
 # Of a multiprocessor's 65,536: four and two thread blocks of 128 threads.
 REGISTER_LIMIT = {"chunk_forward_kernel": 128, "chunk_backward_kernel": 255}
 SPILL_LIMIT = 32
+# Instructions of a warp for one chunk on compute capability 9.0.
+INSTRUCTION_LIMIT = {"chunk_forward_kernel": 2600, "chunk_backward_kernel": 7800}
 # 512 threads hold the largest matrices, 32 elements each, with 128 registers each.
 SPILL_LIMIT_OF_MANY = 1100
 
@@ -26,3 +28,11 @@ def test_kernels_fit(capability, tmp_path):
         few = kernel["argument"] != 32
         assert kernel["spilled"] <= (SPILL_LIMIT if few else SPILL_LIMIT_OF_MANY), kernel
         assert kernel["registers"] <= REGISTER_LIMIT.get(kernel["name"], 255), kernel
+
+
+def test_instructions_of_a_chunk(tmp_path):
+    counts = count_instructions("wkv7", tmp_path)
+    assert counts["chunk_forward_kernel"]["tensor core"] == 186
+    assert counts["chunk_backward_kernel"]["tensor core"] == 608
+    for kernel, limit in INSTRUCTION_LIMIT.items():
+        assert 0.6 * limit < counts[kernel]["all"] <= limit, counts
