@@ -177,12 +177,18 @@ __global__ void __launch_bounds__(wkv6::THREADS, CHUNK_BACKWARD_BLOCKS)
     load_chunk(shared.dy, args.dy + offset, pieces, valid);
     wkv6::async_commit();
     const RawDecays decays(w, chunk, valid, problem, lane);
+    wkv6::prefetch_to_level_2(checkpoint + 32 * threadIdx.x);  // a line of 128 bytes each
     wkv6::async_wait<0>();
-    __syncthreads();
+    __syncwarp();  // a warp loads the rows of the block that it prepares
     if (lane.warp < blocks) prepare_backward(shared, decays, lane);
     __syncthreads();
     find_u(shared, checkpoint, blocks, lane);
     __syncthreads();
+    if (chunk > 0) {
+      const int64_t next = pieces.of_chunk(chunk - 1);
+      args.rows.prefetch(next, pieces, CHUNK);
+      prefetch_chunk(args.dy + next, args.dy + next, pieces, CHUNK);
+    }
 #pragma unroll 1
     for (int row = (blocks - 1) * BLOCK; row >= 0; row -= BLOCK) {
       const bf16* const w_of_block = w + static_cast<int64_t>(chunk * CHUNK + row) * step;

@@ -57,6 +57,13 @@ __device__ __forceinline__ float log2_decay(float w) {
 // The inputs of a problem, and their tiles; the tiles become rt, kt, at, bt.
 struct RowPointers {
   const bf16 *r, *k, *v, *w, *a, *b;
+
+  // Has the rows of a chunk brought to the level-2 cache.
+  __device__ __forceinline__ void prefetch(int64_t offset, const Pieces& pieces, int valid) const {
+    prefetch_chunk(r + offset, k + offset, pieces, valid);
+    prefetch_chunk(w + offset, v + offset, pieces, valid);
+    prefetch_chunk(a + offset, b + offset, pieces, valid);
+  }
 };
 struct RowTiles {
   Tile r, k, v, a, b;

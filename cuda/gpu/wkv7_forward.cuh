@@ -114,9 +114,10 @@ __global__ void __launch_bounds__(wkv6::THREADS, CHUNK_FORWARD_BLOCKS)
     if (args.checkpoints != nullptr)
       store_state(state, args.checkpoints + work.checkpoint_index(problem, chunk) * matrix, lane);
     wkv6::async_wait<0>();
-    __syncthreads();
+    __syncwarp();  // a warp loads the rows of the block that it prepares
     if (lane.warp < blocks) prepare_forward(shared, decays, lane);
     __syncthreads();
+    args.rows.prefetch(pieces.of_chunk(chunk + 1), pieces, valid_tokens(work, chunk + 1));
 #pragma unroll 1
     for (int block = 0; block < blocks; block++) forward_block(shared, state, block * BLOCK, lane);
     __syncthreads();
