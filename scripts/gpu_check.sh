@@ -51,8 +51,11 @@ stage facts 20 bash -c 'nvidia-smi --query-gpu=name,memory.total,driver_version,
 LINES_OF=40 stage build 150 "$python" scripts/dev/build_kernels.py $devices
 stage tests 100 "$python" -m pytest -q -p no:cacheprovider --noconftest -o addopts= \
   --import-mode=importlib --tb=short --maxfail=20 -m "not slow" tests/**/test_*_gpu.py
-LINES_OF=40 stage wkv 60 "$python" scripts/bench/wkv.py --device $device --dtypes bf16 \
-  --seconds $seconds --shapes $wkv_shapes --json "$logs/wkv.json"
+for operator in wkv6 wkv7; do
+  LINES_OF=40 stage $operator 60 "$python" scripts/bench/wkv.py --operator $operator \
+    --device $device --dtypes bf16 --seconds $seconds --shapes $wkv_shapes \
+    --json "$logs/$operator.json"
+done
 steps steps 90 --methods bone bat lora bat_col --shapes $small --repeats $repeats
 steps table6 40 --methods lora bone bat --shapes $table6 --repeats $repeats
 steps graphs 60 --methods bone --shapes $small $large --graphs 0 1 --repeats $repeats
@@ -65,9 +68,12 @@ steps generation 40 --sizes 1.6b --methods bone --shapes $small --repeats 2 --ge
 steps settings 60 --methods bone --grad_cp 0 2 --shapes $small --repeats 3
 steps quantised 60 --methods bone --quant nf4 fp8 --shapes $small --repeats 3
 steps fp8 40 --methods bone --quant fp8_compute --shapes $small $large --repeats 3
-LINES_OF=40 stage counters 45 ncu --clock-control none -k 'regex:^(forward|backward)_kernel' -c 2 \
-  --section SpeedOfLight --section Occupancy --section WarpStateStats --section SchedulerStats \
-  "$python" scripts/bench/wkv.py --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64
+for operator in wkv6 wkv7; do
+  LINES_OF=40 stage counters_$operator 45 ncu --clock-control none -c 2 \
+    -k 'regex:^(chunk_)?(forward|backward)_kernel' --section SpeedOfLight --section Occupancy \
+    --section WarpStateStats --section SchedulerStats "$python" scripts/bench/wkv.py \
+    --operator $operator --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64
+done
 steps sizes 60 --sizes 1.6b 7b --methods bone --shapes $small --repeats 3
 
 echo "the whole logs: $logs"

@@ -46,7 +46,7 @@ def collect(logs: Path) -> dict[str, Any]:
 
 
 def markdown(found: dict[str, Any]) -> list[str]:
-    """Three tables: the stages, WKV6, training steps."""
+    """Three tables: the stages, WKV6 and WKV7, training steps."""
     lines = ["| stage | status | seconds |", "|---|---|---|"]
     lines += [f"| {name} | {x['status']} | {x['seconds']} |" for name, x in found.items()]
     lines += ["", *wkv_table(found), "", *steps_table(found)]
@@ -58,12 +58,13 @@ def markdown(found: dict[str, Any]) -> list[str]:
 
 
 def wkv_table(found: dict[str, Any]) -> list[str]:
-    lines = ["| WKV6 B,T,H,N | pass | form | ms | GB/s | of bound |", "|---|---|---|---|---|---|"]
-    for x in found.get("wkv", {}).get("figures", {}).get("results", []):
+    lines = ["| operator | B,T,H,N | pass | form | ms | GB/s | of bound |", "|" + "---|" * 7]
+    stages = [found.get(name, {}).get("figures", {}) for name in ("wkv6", "wkv7")]
+    for x in (x for figures in stages for x in figures.get("results", [])):
         shape = ",".join(map(str, x["shape"]))
         lines.append(
-            f"| {shape} | {x['pass']} | {x['form']} | {x['ms']:.3f} | {x['gb_per_s']:.0f} "
-            f"| {x['of_bound']:.0%} |"
+            f"| {x['operator']} | {shape} | {x['pass']} | {x['form']} | {x['ms']:.3f} "
+            f"| {x['gb_per_s']:.0f} | {x['of_bound']:.0%} |"
         )
     return lines
 

@@ -9,6 +9,7 @@ from finchtune.adapters import attach
 from finchtune.errors import UserError, run_cli
 from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
 from finchtune.ops.wkv6 import wkv6
+from finchtune.ops.wkv7 import wkv7
 
 # B, T, H, N, dtype, boundaries of packed sequences
 CALLS = [
@@ -21,18 +22,26 @@ CALLS = [
 ]
 
 
-def call(B: int, T: int, H: int, N: int, dtype: torch.dtype, bounds: list[int] | None) -> None:
+def call(
+    operator: str, B: int, T: int, H: int, N: int, dtype: torch.dtype, bounds: list[int] | None
+) -> None:
     """Forward and backward on random inputs; what comes out must be finite."""
     n = B if bounds is None else len(bounds) - 1
-    rows = torch.randn(4, B, T, H, N, device="cuda").to(dtype).unbind()
-    leaves = [x.requires_grad_() for x in rows]
-    leaves += [torch.randn(H, N, device="cuda", requires_grad=True)]
+    count = 4 if operator == "wkv6" else 6
+    rows = torch.randn(count, B, T, H, N, device="cuda").to(dtype).unbind()
+    if operator == "wkv7":  # its decays and what it removes are small in a model too
+        *others, w, a, b = rows
+        a = torch.nn.functional.normalize(a, dim=-1)
+        rows = (*others, -w.abs() - 0.5, -a, a * b.sigmoid())
+    leaves = [x.detach().requires_grad_() for x in rows]
+    if operator == "wkv6":
+        leaves += [torch.randn(H, N, device="cuda", requires_grad=True)]
     leaves += [torch.randn(n, H, N, N, device="cuda", requires_grad=True)]
     cu_seqlens = None if bounds is None else torch.tensor(bounds, device="cuda")
-    y, state = wkv6(*leaves, cu_seqlens)
+    y, state = (wkv6 if operator == "wkv6" else wkv7)(*leaves, cu_seqlens)
     gradients = torch.autograd.grad(y.float().square().sum() + state.sum(), leaves)
     torch.cuda.synchronize()
-    assert all(x.isfinite().all() for x in (y, state, *gradients)), (B, T, H, N, dtype)
+    assert all(x.isfinite().all() for x in (y, state, *gradients)), (operator, B, T, H, N, dtype)
 
 
 def train(method: str, quant: str | None) -> None:
@@ -49,11 +58,12 @@ def train(method: str, quant: str | None) -> None:
 def main() -> None:
     if not torch.cuda.is_available():
         raise UserError("this needs a CUDA device")
-    for arguments in CALLS:
-        call(*arguments)
+    for operator in ("wkv6", "wkv7"):
+        for arguments in CALLS:
+            call(operator, *arguments)
     for method, quant in (("bone", "nf4"), ("bat", None)):
         train(method, quant)
-    print(f"{len(CALLS)} calls, all finite")
+    print(f"{2 * len(CALLS)} calls, all finite")
 
 
 if __name__ == "__main__":

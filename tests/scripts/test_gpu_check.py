@@ -15,7 +15,17 @@ import sys
 for name in ("deepspeed", "tokenizers", "transformers", "sentencepiece"):
     sys.modules[name] = None
 """
-RUNNABLE = ("build", "wkv", "steps", "table6", "graphs", "profiles", "generation", "quantised")
+RUNNABLE = (
+    "build",
+    "wkv6",
+    "wkv7",
+    "steps",
+    "table6",
+    "graphs",
+    "profiles",
+    "generation",
+    "quantised",
+)
 
 
 @pytest.mark.slow
