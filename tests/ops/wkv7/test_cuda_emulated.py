@@ -72,6 +72,15 @@ def test_tensor_cores_over_several_heads(emulator, regime):
     check_bf16(emulator, inputs, TENSOR_CORES_RMS[regime])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("regime", ["typical", "weak", "strong"])
+@pytest.mark.parametrize("T", [17, 63, 64, 65, 203, 1000])
+def test_tensor_cores_at_every_length_and_regime(emulator, T, regime):
+    inputs = make_inputs(regime, 2, T, 2, 64)
+    check_bf16(emulator, inputs, TENSOR_CORES_RMS[regime])
+    check_bf16(emulator, inputs, TENSOR_CORES_RMS[regime], order="random")
+
+
 def test_tensor_cores_with_stronger_decays_than_a_model_has(emulator):
     inputs = make_inputs("typical", 1, 70, 1, 64)
     inputs = [*inputs[:3], torch.rand_like(inputs[3]) * 9 - 8, *inputs[4:]]  # w up to 1
