@@ -60,6 +60,14 @@ def test_a_rank_keeps_its_status_whatever_goes_wrong_as_the_process_is_cleared_u
     assert done.stderr.startswith("error: /no/such/file")
 
 
+def test_a_rank_keeps_the_status_of_a_fault_too():
+    faulty = ABORTING.replace("main()", "from finchtune.cli import info\ninfo.main = None\nmain()")
+    command = [sys.executable, "-c", faulty, "info", "x"]
+    done = subprocess.run(command, env=os.environ | {"RANK": "0"}, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("TypeError: 'NoneType' object is not callable")
+
+
 MISTAKEN = """
 import sys, torch
 from finchtune import distributed

@@ -1,5 +1,6 @@
 """One of several processes that train together, pairs of them sharing a context."""
 
+import os
 import sys
 
 import torch
@@ -42,6 +43,7 @@ def main():
     if distributed.rank() == 0:
         torch.save(found, sys.argv[1])
     distributed.shutdown()
+    os._exit(0)  # as commands end: DeepSpeed holds on to gloo's threads
 
 
 if __name__ == "__main__":

@@ -68,9 +68,10 @@ def run(verb: str, **options: Any) -> NoReturn:
     report = getattr(module, "report_error", print_error)
     try:
         run_cli(lambda: module.main(sys.argv[1:], **options), report)
-    except SystemExit as end:
-        if distributed.launched() and isinstance(end.code, int):
-            statuses.append(end.code)
+    except BaseException as end:
+        status = end.code if isinstance(end, SystemExit) else 1
+        if distributed.launched() and isinstance(status, int):
+            statuses.append(status)
         raise
 
 

@@ -1,5 +1,6 @@
 """Reading ahead in a background thread."""
 
+import atexit
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """The same items in the same order, up to `depth` of them made ahead of their use.
 
     What `items` raises is raised here, in its turn. The thread ends with the iterator: at the
-    end, at `close()`, or when the iterator is dropped.
+    end, at `close()`, or when the iterator is dropped; at the latest before the interpreter does.
     """
     # Items come as (True, item); the last entry is (False, the error or None).
     ready: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
@@ -37,6 +38,14 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
+
+    def end() -> None:
+        stop.set()
+        thread.join()
+
+    # A traceback may hold the iterator. The end of the interpreter aborts the process where it
+    # finds a thread within torch.
+    atexit.register(end)
     try:
         while True:
             more, value = ready.get()
@@ -47,5 +56,5 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
             else:
                 raise value
     finally:
-        stop.set()
-        thread.join()
+        atexit.unregister(end)
+        end()

@@ -1,6 +1,7 @@
 """The thread that owns the engines: requests in from the event loop, text out to it."""
 
 import asyncio
+import atexit
 import logging
 import queue
 import threading
@@ -87,9 +88,11 @@ class Worker:
 
     def start(self) -> None:
         self.thread.start()
+        atexit.register(self.stop)  # for who ends the process at once: see data/prefetch.py
 
     def stop(self) -> None:
         """End the thread after its current step; what is not done is dropped."""
+        atexit.unregister(self.stop)
         self.commands.put(None)
         self.thread.join()
 
