@@ -27,6 +27,12 @@ METHODS = {
     "bat": {"method": "bat", "r": 8, "mode": "row"},
     "lora, dropout": {"method": "lora", "r": 4, "dropout": 0.3},
     "bone on nf4": {"method": "bone", "r": 8, "quant": "nf4"},
+    "bone on fp8_compute": {
+        "method": "bone",
+        "r": 8,
+        "quant": "fp8_compute",
+        "targets": r"blocks\.\d+\.att\.key",
+    },
     "dora": {"method": "dora", "r": 4},
     "one linear": {"method": "bone", "r": 8, "targets": r"blocks\.\d+\.ffn\.key"},
     "one block": {"method": "bone", "r": 8},
