@@ -74,6 +74,6 @@ for operator in wkv6 wkv7; do
     --section WarpStateStats --section SchedulerStats "$python" scripts/bench/wkv.py \
     --operator $operator --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64
 done
-steps sizes 60 --sizes 1.6b 7b --methods bone --shapes $small --repeats 3
+steps sizes 60 --sizes 1.6b 2.9b 7b --methods bone --shapes $small --repeats 3
 
 echo "the whole logs: $logs"

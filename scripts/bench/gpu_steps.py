@@ -1,4 +1,4 @@
-"""Training steps of the released RWKV-6 sizes on one GPU: how fast, how full, how many launches.
+"""Training steps of released sizes on one GPU: how fast, how full, how many launches.
 
     python scripts/bench/gpu_steps.py --sizes 3b --methods lora bone bat --shapes 4x512 1x512
     python scripts/bench/gpu_steps.py --sizes 7b --quant nf4 --grad_cp 1 --shapes 8x2048 --profile
@@ -40,7 +40,8 @@ from finchtune.models.cuda_graph import Work
 from finchtune.models.graphed_blocks import GraphedBlocks, cuda_graphs
 from train import METHODS, BareLoop, Case, LowerBound, random_model
 
-SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096)}
+# Generation, layers, width; 2.9b is an RWKV-7's.
+SIZES = {"1.6b": (6, 24, 2048), "3b": (6, 32, 2560), "7b": (6, 32, 4096), "2.9b": (7, 32, 2560)}
 TINY = (2, 128)
 # Dense bf16 operations per second, from NVIDIA's data sheets; otherwise a large product's speed.
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}
@@ -124,9 +125,10 @@ def cases(given: argparse.Namespace) -> list[tuple[str, StepCase]]:
         batch, _, length = shape.partition("x")
         if not (batch.isdigit() and length.isdigit() and int(batch) and int(length)):
             raise UserError(f"--shapes: {shape!r} is not batch x length, as in 4x512")
-        layers, width = TINY if given.dry else SIZES[size]
-        sizes = layers, width, 512 if given.dry else 65536, int(length), int(batch)
-        case = StepCase(*sizes, method, "bf16", grad_cp, graphs=graphs)
+        generation, *sizes = SIZES[size]
+        layers, width = TINY if given.dry else sizes
+        shape = layers, width, 512 if given.dry else 65536, int(length), int(batch)
+        case = StepCase(*shape, method, "bf16", grad_cp, graphs=graphs, generation=generation)
         found.append((size, replace(case, quant=None if quant == "none" else quant)))
     return found
 
@@ -235,8 +237,10 @@ def launches(step: Callable[[], object], bench: Bench) -> dict[str, Any]:
 
 def generation(size: str, device: torch.device, dry: bool) -> dict[str, float]:
     """Tokens per second of one sequence, and of 64 at once."""
-    layers, width = TINY if dry else SIZES[size]
-    model = random_model(Case(layers, width, 512, peft="none", precision="bf16"), device)
+    number, *sizes = SIZES[size]
+    layers, width = TINY if dry else sizes
+    case = Case(layers, width, 512, peft="none", precision="bf16", generation=number)
+    model = random_model(case, device)
     n_tokens, n_rows = (4, 4) if dry else (100, 64)
     timed: dict[str, Callable[[], int]] = {
         "one": lambda: len(list(generate(model, [1], n_tokens, 0.0, stop_tokens=()))),

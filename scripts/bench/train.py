@@ -33,7 +33,8 @@ from finchtune.adapters import QuantisedWeight, attach
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
 from finchtune.memory.measure import MIB, peak_bytes, seconds
-from finchtune.models.rwkv6 import RWKV6, ModelConfig
+from finchtune.models.generations import generations, meta_model
+from finchtune.models.language_model import LanguageModel
 from finchtune.ops import cross_entropy as loss
 from finchtune.training.optim import adamw, parameter_groups
 
@@ -62,6 +63,7 @@ class Case:
     loss: str = "chunked"
     against: str = "bound"
     quant: str | None = None
+    generation: int = 6
 
 
 SMALL = Case(n_layer=6, n_embd=256, vocab_size=65536, ctx_len=256)
@@ -166,11 +168,11 @@ def measure(case: Case, device_name: str, threads: int, repeats: int) -> dict[st
     }
 
 
-def random_model(case: Case, device: torch.device) -> RWKV6:
+def random_model(case: Case, device: torch.device) -> LanguageModel:
     """A model with its adapters, filled at random; orthogonal matrices would take minutes."""
-    with torch.device("meta"):
-        model = RWKV6(ModelConfig(case.n_layer, case.n_embd, case.vocab_size), case.grad_cp)
-    model = model.to(DTYPES[case.precision]).to_empty(device=device)
+    generation = next(x for x in generations().values() if x.number == case.generation)
+    sizes = generation.sizes(case.n_layer, case.n_embd, case.vocab_size)
+    model = meta_model(sizes, case.grad_cp).to(DTYPES[case.precision]).to_empty(device=device)
     for parameter in model.parameters():
         with torch.no_grad():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
@@ -180,7 +182,7 @@ def random_model(case: Case, device: torch.device) -> RWKV6:
 
 
 def deepspeed_step(
-    case: Case, model: RWKV6, tokens: Tensor, labels: Tensor
+    case: Case, model: LanguageModel, tokens: Tensor, labels: Tensor
 ) -> Callable[[], object]:
     """A step as train.py makes it."""
     from finchtune.config import TrainConfig
@@ -196,7 +198,7 @@ def deepspeed_step(
 class BareLoop:
     """The same step in plain torch: fp32 master weights of bf16 tensors, clipping, AdamW."""
 
-    def __init__(self, case: Case, model: RWKV6, tokens: Tensor, labels: Tensor):
+    def __init__(self, case: Case, model: LanguageModel, tokens: Tensor, labels: Tensor):
         self.case, self.model, self.tokens, self.labels = case, model, tokens, labels
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.master_weights = [
@@ -232,23 +234,24 @@ class BareLoop:
 class LowerBound:
     """The matrix products of the base that no implementation of the step can leave out."""
 
-    def __init__(self, case: Case, model: RWKV6):
+    def __init__(self, case: Case, model: LanguageModel):
         self.full = case.peft == "none"
         self.again = case.grad_cp == 1
         self.tokens = case.micro_bsz * case.ctx_len
         self.head = model.head.weight.T
         self.buffers: dict[tuple, Tensor] = {}
+        self.gated = hasattr(model.blocks[0].ffn, "receptance")
         self.blocks = [list(self.block_products(block)) for block in model.blocks]
 
     def block_products(self, block: nn.Module) -> Iterator[tuple[Tensor, bool]]:
         """(weight (..., in, out), whether in the first block its input holds nothing trained)."""
-        att, ffn = block.att, block.ffn
-        for name in ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2"):
-            yield getattr(att, name).detach(), True
-        for linear in (att.receptance, att.key, att.value, att.gate):
-            yield self.dense(linear.weight).T, True
-        for linear in (att.output, ffn.key, ffn.receptance, ffn.value):
-            yield self.dense(linear.weight).T, False
+        for name, low_rank in block.att.named_parameters(recurse=False):
+            if name[-1] in "12":
+                yield low_rank.detach(), True
+        for part in (block.att, block.ffn):
+            for name, layer in part.named_children():
+                if name != "ln_x":
+                    yield self.dense(layer.weight).T, part is block.att and name != "output"
 
     def dense(self, weight: Tensor | QuantisedWeight) -> Tensor:
         """The weight; in place of a quantised one a random tensor, the same for all of a shape."""
@@ -286,7 +289,9 @@ class LowerBound:
             self.forward(self.head, chunk)
             self.backward(self.head, chunk, True)
         for layer, products in reversed(list(enumerate(self.blocks))):
-            for weight, _ in products if self.again else ():
+            # Backward needs no term of a sum: a last product that is only added is not made again.
+            again = products if self.gated else products[:-1]
+            for weight, _ in again if self.again else ():
                 self.forward(weight, self.tokens)
             for weight, reads_embedding in products:
                 # Below the first adapter nothing is trained, so nothing needs a gradient.

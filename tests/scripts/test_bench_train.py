@@ -30,8 +30,11 @@ def flops(work):
 
 @pytest.mark.parametrize("peft", ["none", "bone", "lora"])
 @pytest.mark.parametrize("grad_cp", [0, 1])
-def test_the_lower_bound_is_the_steps_products_without_the_adapters(peft, grad_cp):
-    case = replace(TINY, peft=peft, grad_cp=grad_cp)
+@pytest.mark.parametrize("generation", [6, 7])
+def test_the_lower_bound_is_the_steps_products_without_the_adapters(
+    generation, peft, grad_cp, kernels
+):
+    case = replace(TINY, peft=peft, grad_cp=grad_cp, generation=generation)
     model = bench.random_model(case, torch.device("cpu"))
     step = bench.BareLoop(case, model, *torch.randint(512, (2, 1, 64)))
     adapters = sum(p.numel() for n, p in model.named_parameters() if ".adapter." in n)
