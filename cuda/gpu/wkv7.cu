@@ -81,7 +81,8 @@ size_t wkv7_backward_scratch_bytes(const Wkv6Problem* p) {
 int wkv7_forward(const Wkv6Problem* p, const void* const* rows, const float* state_in, void* y,
                  float* state_out, float* checkpoints, void* stream) {
   if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
-  if (!all_aligned(rows) || !aligned(state_in, y, state_out, checkpoints)) return cudaErrorMisalignedAddress;
+  if (!all_aligned(rows) || !aligned(state_in, y, state_out, checkpoints))
+    return cudaErrorMisalignedAddress;
   if (wkv6::uses_tensor_cores(*p)) {
     return launch(chunk_forward_kernel, p->n_seq * p->H, wkv6::THREADS, sizeof(ChunkForwardShared),
                   stream,
@@ -101,15 +102,15 @@ int wkv7_backward(const Wkv6Problem* p, const void* const* rows, const void* dy,
                   const float* dstate_out, const float* checkpoints, void* const* gradients,
                   float* dstate_in, void* scratch, void* stream) {
   if (!wkv6::valid(*p)) return cudaErrorInvalidValue;
-  if (!all_aligned(rows) || !all_aligned(gradients) || !aligned(dy, dstate_out, checkpoints, dstate_in))
+  if (!all_aligned(rows) || !all_aligned(gradients) ||
+      !aligned(dy, dstate_out, checkpoints, dstate_in))
     return cudaErrorMisalignedAddress;
   if (wkv6::uses_tensor_cores(*p)) {
     const auto at = [gradients](int row) { return static_cast<bf16*>(gradients[row]); };
-    return launch(chunk_backward_kernel, p->n_seq * p->H, wkv6::THREADS,
-                  sizeof(ChunkBackwardShared), stream,
-                  ChunkBackwardArgs{*p, pointers(rows), static_cast<const bf16*>(dy), dstate_out,
-                                    checkpoints, at(R), at(K), at(V), at(DECAY), at(A), at(B),
-                                    dstate_in});
+    return launch(
+        chunk_backward_kernel, p->n_seq * p->H, wkv6::THREADS, sizeof(ChunkBackwardShared), stream,
+        ChunkBackwardArgs{*p, pointers(rows), static_cast<const bf16*>(dy), dstate_out, checkpoints,
+                          at(R), at(K), at(V), at(DECAY), at(A), at(B), dstate_in});
   }
   return with_form(*p, [&](auto element, auto elements) {
     using T = decltype(element);

@@ -128,8 +128,7 @@ struct ValueGradients {
 };
 
 // The pairs of tokens, one of the four matrices for each warp.
-__device__ __forceinline__ void find_pairs(ChunkBackwardShared& shared, int row,
-                                           const Lane& lane) {
+__device__ __forceinline__ void find_pairs(ChunkBackwardShared& shared, int row, const Lane& lane) {
   Tile& read = lane.warp == ZU || lane.warp == ZV ? shared.solved_b : shared.dy;
   Tile& written = lane.warp == ZU || lane.warp == YU ? shared.u : shared.rows.v;
   Accumulator pairs;
@@ -143,8 +142,8 @@ __device__ __forceinline__ void find_pairs(ChunkBackwardShared& shared, int row,
 }
 
 __device__ __forceinline__ void store_gradients(ChunkBackwardShared& shared,
-                                                const ChunkBackwardArgs& args,
-                                                const Pieces& pieces, int64_t offset, int valid) {
+                                                const ChunkBackwardArgs& args, const Pieces& pieces,
+                                                int64_t offset, int valid) {
   store_chunk(args.dr + offset, shared.rows.r, pieces, valid);
   store_chunk(args.dk + offset, shared.rows.k, pieces, valid);
   store_chunk(args.dv + offset, shared.rows.v, pieces, valid);

@@ -114,8 +114,8 @@ struct Columns {
   // The matrix, as an operand.
   __device__ __forceinline__ void store_matrix(SharedOperand& operand, const Lane& lane) const {
     const int column = lane.lane % BLOCK;
-    bf16* const elements = reinterpret_cast<bf16*>(operand.lanes + column % 8 / 2) +
-                           column / 8 * 4 + column % 2;
+    bf16* const elements =
+        reinterpret_cast<bf16*>(operand.lanes + column % 8 / 2) + column / 8 * 4 + column % 2;
     if (lane.lane != column) return;
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) {
@@ -265,8 +265,8 @@ __device__ __forceinline__ void load_state(wkv6::ValueSlice& state, const float*
 #pragma unroll
     for (int p = 0; p < 4; p++) {
       const int value = 16 * lane.warp + lane.row + p % 2 * 8, key = 16 * j + p / 2 * 8;
-      const float2 pair = *reinterpret_cast<const float2*>(source + value * HEAD_SIZE + key +
-                                                           2 * lane.quad);
+      const float2 pair =
+          *reinterpret_cast<const float2*>(source + value * HEAD_SIZE + key + 2 * lane.quad);
       state.x[j].x[2 * p] = pair.x, state.x[j].x[2 * p + 1] = pair.y;
     }
   }
