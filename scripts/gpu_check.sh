@@ -1,13 +1,14 @@
 #!/bin/bash
 # Does the GPU side build here, is it right, how fast is it: one run of less than nine minutes.
 #
-#   bash scripts/gpu_check.sh [FOLDER]          results: FOLDER/gpu_check.json and gpu_check.md
-#   bash scripts/gpu_check.sh --dry [FOLDER]    the same stages, tiny and on the CPU
+#   bash scripts/gpu_check.sh [FOLDER [STAGE...]]   results: FOLDER/gpu_check.json and gpu_check.md
+#   bash scripts/gpu_check.sh --dry [FOLDER [STAGE...]]   the same, tiny and on the CPU
 #
 # Needs torch with CUDA, nvcc, ninja and pytest; neither DeepSpeed nor tokenizers. Uses
 # flash-linear-attention, compute-sanitizer and ncu where they are. What is worth most comes first.
 # Each stage has a limit of its own, none stops the next, none begins after DEADLINE seconds; the
-# results are written anew after each, so that a run that is cut off leaves those of its stages.
+# results are written anew after each, so that a run that is cut off leaves those of its stages. Those
+# that found no time can be named for a second run.
 set -u
 shopt -s globstar
 cd "$(dirname "$0")/.."
@@ -15,11 +16,13 @@ dry=; [ "${1:-}" = --dry ] && { dry=--dry; shift; }
 out=${1:-${OUT:-gpu_check}}; mkdir -p "$out"; out=$(cd "$out" && pwd)
 export PYTHONPATH=src:tests PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
+only=" ${*:2} "
 DEADLINE=520
 logs=$(mktemp -d)
 
 stage() { # NAME LIMIT COMMAND...
   local name=$1 limit=$2 began=$SECONDS left=$((DEADLINE - SECONDS)) rc; shift 2
+  [[ $only = "  " || $only = *" $name "* ]] || return
   [ "$left" -lt "$limit" ] && limit=$left
   if [ "$limit" -lt 5 ]; then rc=skipped; echo "no time is left" > "$logs/$name.log"
   elif ! command -v "$1" > /dev/null; then rc=skipped; echo "no $1 here" > "$logs/$name.log"

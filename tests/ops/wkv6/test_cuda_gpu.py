@@ -118,7 +118,28 @@ def test_other_streams():
     assert torch.equal(y, expected)
 
 
-@pytest.mark.slow
+def test_views_are_taken():
+    """Slices of other tensors: not dense, or dense and not at a multiple of 16 bytes."""
+    r, k, v, w, u, state, *_ = (x.cuda() for x in random_inputs("typical", 2, 2, 70, 3, 64))
+    rows = [x.bfloat16() for x in (r, k, v, w)]
+    expected = wkv6(*rows, u, state)
+    strided = torch.stack(rows, dim=-1).unbind(-1)
+    shifted = [torch.empty(x.numel() + 3, dtype=x.dtype, device="cuda")[3:] for x in rows]
+    shifted = [y.view_as(x).copy_(x) for x, y in zip(rows, shifted, strict=True)]
+    for views in (strided, shifted):
+        assert all(map(torch.equal, wkv6(*views, u, state), expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_the_tensors_device_need_not_be_the_current_one():
+    inputs = [x.bfloat16() for x in random_inputs("typical", 2, 2, 300, 3, 64)[:5]]
+    expected, _ = wkv6(*(x.cuda(0) for x in inputs))
+    with torch.cuda.device(0):
+        y, _ = wkv6(*(x.cuda(1) for x in inputs))
+    assert y.device.index == 1
+    torch.testing.assert_close(y.cpu(), expected.cpu())
+
+
 def test_more_than_two_to_the_31_elements():
     """The end of a tensor that 32-bit offsets cannot reach equals a run on that end alone."""
     B, T, H, N = 1, 140_000, 240, 64
