@@ -24,6 +24,7 @@ CASES = {
     "pissa": {"method": "pissa", "r": 32},
     "bat": {"method": "bat", "r": 64},
     "bone, nf4": {"method": "bone", "r": 64, "quant": "nf4"},
+    "bat, nf4": {"method": "bat", "r": 64, "quant": "nf4"},
     "bone, int8": {"method": "bone", "r": 64, "quant": "int8"},
 }
 

@@ -113,9 +113,10 @@ def test_a_quantised_base_without_adapters(quant, generation):
 
 @torch.no_grad()
 @pytest.mark.parametrize("quant", [None, "nf4"])
+@pytest.mark.parametrize("method", ["bone", "bat"])
 @every_generation
-def test_a_sequence_with_an_adapter_depends_on_no_other(quant, generation):
-    model = attach(small_model(generation=generation), "bone", r=8, quant=quant).eval()
+def test_a_sequence_with_an_adapter_depends_on_no_other(method, quant, generation):
+    model = attach(small_model(generation=generation), method, r=8, quant=quant).eval()
     for name, parameter in model.named_parameters():
         if ".adapter." in name:
             torch.nn.init.normal_(parameter, std=0.1)

@@ -73,6 +73,13 @@ class Adapter(nn.Module):
         """
         raise UserError(f"what {self.name} adds is no LoRA; merge it, with merge/merge.py")
 
+    def shard_map(self) -> Tensor | None:
+        """D (in/r, r, r), if `merged` gives W_ab + W_ab D_b + D_b for the r x r shards of W.
+
+        So text can be written with products with W alone, see `move_shards`.
+        """
+        return None
+
     def of_outputs(self, begin: int, end: int) -> "Adapter":
         """The same change of the outputs from `begin` to `end` alone; its tensors are views."""
         part = copy.copy(self)

@@ -1,7 +1,8 @@
 """Linear layers as text is written with them: without autograd, by compiled CPU operators.
 
-A layer with an adapter that adds a product of two thin matrices is computed as such; a quantised
-weight is decoded in pieces that stay in the cache. Other adapters run as they are.
+A layer with an adapter that adds a product of two thin matrices is computed as such, and one whose
+adapter moves shards of its input too; a quantised weight is decoded in pieces that stay in the
+cache. Other adapters run as they are.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from finchtune.adapters.linear import AdaptedLinear, QuantisedLinear
 from finchtune.adapters.quantise import QuantisedWeight, code_table
+from finchtune.adapters.shards import add_to_shards, move_shards
 from finchtune.errors import UserError
 
 NONE, TANH, SQUARED_RELU = range(3)  # activations of the operator `products`
@@ -26,7 +28,15 @@ class Sum:
     B: Tensor
 
 
-Layer = Tensor | Sum | nn.Module
+@dataclass(frozen=True)
+class Moved:
+    """W (x + u) + the sum of all u_b at every shard, of u_b = D_b x_b: see `Adapter.shard_map`."""
+
+    W: Tensor | QuantisedWeight
+    D: Tensor
+
+
+Layer = Tensor | Sum | Moved | nn.Module
 
 
 def prepared(layer: nn.Module, dtype: torch.dtype) -> Layer:
@@ -40,6 +50,9 @@ def prepared(layer: nn.Module, dtype: torch.dtype) -> Layer:
         return layer.weight
     if not isinstance(layer, AdaptedLinear) or layer.bias is not None:
         return layer
+    D = layer.adapter.shard_map()
+    if D is not None:
+        return Moved(layer.weight, D.to(dtype).contiguous())
     try:
         A, B, scale = layer.adapter.low_rank()
     except UserError:  # what the adapter adds is no such product
@@ -56,11 +69,18 @@ def products(
     they are. All matrices are multiplied in one call, then all B in another: with few rows a call
     costs as much as a small product.
     """
+    moved = {
+        i: move_shards(inputs[i], layer.D)
+        for i, layer in enumerate(layers)
+        if isinstance(layer, Moved)
+    }
+    inputs = [moved[i][0] if i in moved else x for i, x in enumerate(inputs)]
     sums = {i: layer for i, layer in enumerate(layers) if isinstance(layer, Sum)}
     whole = {i: W for i, layer in enumerate(layers) if isinstance(W := matrix_of(layer), Tensor)}
     chosen = [*whole, *sums]
     matrices = [*whole.values(), *(one.A for one in sums.values())]
-    own = [NONE if i in sums else activations[i] for i in whole] + [NONE] * len(sums)
+    unfinished = sums.keys() | moved.keys()
+    own = [NONE if i in unfinished else activations[i] for i in whole] + [NONE] * len(sums)
     found = multiplied([inputs[i] for i in chosen], matrices, own)
     results = dict(zip(whole, found, strict=False))
     for i, layer in enumerate(layers):
@@ -70,12 +90,15 @@ def products(
     added = multiplied(found[len(whole) :], thin, [NONE] * len(sums))
     for i, more in zip(sums, added, strict=True):
         results[i] = activated(results[i].add_(more), activations[i])
+    for i, (_, u) in moved.items():
+        add_to_shards(results[i], u)
+        results[i] = activated(results[i], activations[i])
     return [results[i] for i in range(len(layers))]
 
 
 def matrix_of(layer: Layer) -> Tensor | QuantisedWeight | None:
     """What of a layer is one matrix; None for one that runs as it is."""
-    if isinstance(layer, Sum):
+    if isinstance(layer, Sum | Moved):
         return layer.W
     return layer if isinstance(layer, Tensor) else None
 
@@ -89,7 +112,7 @@ def multiplied(
 
 def other_product(x: Tensor, layer: Layer, activation: int) -> Tensor:
     """x by a quantised weight alone, or through a layer that runs as it is."""
-    W, own = (layer.W, NONE) if isinstance(layer, Sum) else (layer, activation)
+    W, own = (layer.W, NONE) if isinstance(layer, Sum | Moved) else (layer, activation)
     if not isinstance(W, QuantisedWeight):
         assert isinstance(W, nn.Module)
         return activated(W(x), activation)

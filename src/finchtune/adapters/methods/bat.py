@@ -86,6 +86,9 @@ class Bat(Adapter):
         moved = torch.einsum("aibl,blj->aibj", shards, D)
         return moved.add_(shards).add_(D.transpose(0, 1)).reshape(W.shape)
 
+    def shard_map(self) -> Tensor | None:
+        return self.bone if self.mode == "row" else None
+
     def unmerged(self, W: Tensor) -> Tensor:
         """Solves W'_ab = W_ab (1 + D) + D for W_ab."""
         dtype = merge_precision(W)
