@@ -13,12 +13,13 @@ import statistics
 import time
 
 import torch
+from random_models import add_generation, initialised, sizes_of
 
 from finchtune.adapters import attach
 from finchtune.config import TrainConfig
 from finchtune.errors import run_cli
 from finchtune.memory.estimate import StorageCount, estimate
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.models.config import ModelSizes
 from finchtune.training.optim import adamw, parameter_groups
 from finchtune.training.setup import model_plan
 
@@ -40,9 +41,9 @@ PAPER = {
 class Steps:
     """A small model with one method, and what its steps take."""
 
-    def __init__(self, config: TrainConfig, sizes: ModelConfig, dtype: torch.dtype, device: str):
+    def __init__(self, config: TrainConfig, sizes: ModelSizes, dtype: torch.dtype, device: str):
         torch.manual_seed(0)
-        model = init_weights(RWKV6(sizes, int(config.grad_cp))).to(device, dtype)
+        model = initialised(sizes, int(config.grad_cp)).to(device, dtype)
         self.model = attach(model, config.peft, **config.adapter_hyperparameters)
         groups = parameter_groups(self.model.named_parameters())
         self.optimizer = adamw(groups, 1e-4, (0.9, 0.99), 1e-8)
@@ -77,14 +78,16 @@ def main() -> None:
     if given.threads:
         torch.set_num_threads(given.threads)
     device = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    small = ModelConfig(given.n_layer, given.n_embd, given.vocab_size)
+    number = given.generation
+    small = sizes_of(number, given.n_layer, given.n_embd, given.vocab_size)
+    large = sizes_of(number, 32, 2560, 65536)
     for grad_cp, dtype in itertools.product(given.grad_cp, given.dtypes):
         shared = {"ctx_len": given.ctx_len, "micro_bsz": given.micro_bsz, "grad_cp": grad_cp}
         configs = {name: TrainConfig(**shared, **flags) for name, flags in METHODS.items()}
         print(
             f"\n{dtype}, --grad_cp {grad_cp}, {given.micro_bsz} x {given.ctx_len} tokens, {device}"
         )
-        print(f"L{small.n_layer} C{small.n_embd}, run; 3B: an RWKV6-3B, counted but not run")
+        print(f"L{small.n_layer} C{small.n_embd}, run; 3B: RWKV-{number}'s, counted but not run")
         print("method    tokens/s  step MB  to LoRA  to Bone |  3B MB  to LoRA  to Bone | paper")
         runs = {name: Steps(c, small, DTYPES[dtype], device) for name, c in configs.items()}
         times: dict[str, list[float]] = {name: [] for name in runs}
@@ -92,7 +95,6 @@ def main() -> None:
             for name, run in runs.items():
                 times[name].append(run.step())
         step = {name: run.peak() for name, run in runs.items()}
-        large = ModelConfig(32, 2560, 65536)
         whole = {
             n: estimate(c, model_plan(c, large, DTYPES[dtype])).total for n, c in configs.items()
         }
@@ -112,6 +114,7 @@ def columns(peaks: dict[str, int], name: str) -> str:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    add_generation(parser)
     parser.add_argument("--n_layer", type=int, default=4)
     parser.add_argument("--n_embd", type=int, default=512)
     parser.add_argument("--vocab_size", type=int, default=4096)

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
+from random_models import add_generation, sizes_of
 
 from finchtune import distributed
 from finchtune.config import TrainConfig
@@ -26,15 +27,15 @@ from finchtune.data import Batch
 from finchtune.distributed.launch import run_processes
 from finchtune.errors import run_cli
 from finchtune.memory.estimate import Estimate, StorageCount, estimate
-from finchtune.models.rwkv6 import RWKV6, ModelConfig
+from finchtune.models import meta_model
+from finchtune.models.config import ModelSizes
 from finchtune.training.engine import Engine
 from finchtune.training.precision import choose_precision
 from finchtune.training.setup import build_model, model_plan
 from finchtune.weights.tensors import write_tensors
 
-SMALL = ModelConfig(n_layer=4, n_embd=256, vocab_size=4096)
-DEEP = ModelConfig(n_layer=12, n_embd=128, vocab_size=512)
-LARGE_VOCABULARY = ModelConfig(n_layer=2, n_embd=256, vocab_size=65536)
+SMALL, DEEP, LARGE_VOCABULARY = (4, 256, 4096), (12, 128, 512), (2, 256, 65536)
+"""Layers, channels, tokens of the vocabulary."""
 METHODS = ("none", "bone", "bat", "lora", "pissa")
 STRATEGIES = ("2", "3", "2_offload", "3_offload")
 TOLERANCE = 0.10
@@ -42,7 +43,7 @@ STEPS = 3
 ROWS_PER_PROCESS = 10  # max_tasks_per_child would do the same, but hangs (Python 3.11)
 
 
-def rows(devices: int) -> Iterator[tuple[ModelConfig, TrainConfig]]:
+def cases(devices: int) -> Iterator[tuple[tuple[int, int, int], TrainConfig]]:
     """Sizes and configurations to measure."""
     common = {"load_model": "-", "micro_bsz": 2, "ctx_len": 256, "devices": devices}
     if devices > 1:
@@ -83,7 +84,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--devices", type=int, default=1, help="processes [1]")
-    devices = parser.parse_args().devices
+    add_generation(parser)
+    given = parser.parse_args()
+    devices, generation = given.devices, given.generation
     if distributed.processes_to_start(devices, 1):
         return run_processes(devices, sys.argv)
     distributed.print_rank_zero(
@@ -91,7 +94,8 @@ def main() -> int:
         f"{'measured':>12}{'estimated':>12}{'ratio':>8}   MiB of one process, {devices} in all"
     )
     ratios = []
-    for (sizes, config), (measured, found) in zip(rows(devices), measure_all(devices), strict=True):
+    todo = [(sizes_of(generation, *sizes), config) for sizes, config in cases(devices)]
+    for (sizes, config), (measured, found) in zip(todo, measure_all(todo, devices), strict=True):
         ratios.append(estimated_bytes(found) / measured)
         distributed.print_rank_zero(line(sizes, config, measured, found))
     worst = max(ratios, key=lambda ratio: abs(ratio - 1))
@@ -101,13 +105,14 @@ def main() -> int:
     return int(abs(worst - 1) > TOLERANCE)
 
 
-def measure_all(devices: int) -> Iterator[tuple[int, Estimate]]:
+def measure_all(
+    todo: list[tuple[ModelSizes, TrainConfig]], devices: int
+) -> Iterator[tuple[int, Estimate]]:
     """Measure every row, in order."""
     if devices > 1:
-        yield from itertools.starmap(measure, rows(devices))
+        yield from itertools.starmap(measure, todo)
         distributed.shutdown()
         return
-    todo = list(rows(devices))
     spawn = multiprocessing.get_context("spawn")
     for start in range(0, len(todo), ROWS_PER_PROCESS):
         group = todo[start : start + ROWS_PER_PROCESS]
@@ -115,7 +120,7 @@ def measure_all(devices: int) -> Iterator[tuple[int, Estimate]]:
             yield from pool.map(measure, *zip(*group, strict=True))
 
 
-def line(sizes: ModelConfig, config: TrainConfig, measured: int, found: Estimate) -> str:
+def line(sizes: ModelSizes, config: TrainConfig, measured: int, found: Estimate) -> str:
     """One row of the table."""
     name = f"L{sizes.n_layer} C{sizes.n_embd} V{sizes.vocab_size}"
     shape = f"{config.accumulate_grad_batches}x{config.micro_bsz} x {config.ctx_len}"
@@ -132,7 +137,7 @@ def estimated_bytes(found: Estimate) -> int:
     return found.total + found.host
 
 
-def measure(sizes: ModelConfig, config: TrainConfig) -> tuple[int, Estimate]:
+def measure(sizes: ModelSizes, config: TrainConfig) -> tuple[int, Estimate]:
     """(highest bytes of this process's tensors during three steps, what was estimated)."""
     device = torch.device("cpu")
     if not torch.distributed.is_initialized():
@@ -153,11 +158,10 @@ def measure(sizes: ModelConfig, config: TrainConfig) -> tuple[int, Estimate]:
     return count.peak, found
 
 
-def weight_file(sizes: ModelConfig, dtype: torch.dtype, folder: Path) -> Path:
+def weight_file(sizes: ModelSizes, dtype: torch.dtype, folder: Path) -> Path:
     """A weight file of random numbers in another dtype, so that loading it allocates memory."""
     other = torch.bfloat16 if dtype == torch.float32 else torch.float32
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in RWKV6(sizes).state_dict().items()}
+    shapes = {name: tensor.shape for name, tensor in meta_model(sizes).state_dict().items()}
     path = folder / "base.pth"
     write_tensors({n: torch.randn(shape, dtype=other) * 0.02 for n, shape in shapes.items()}, path)
     return path

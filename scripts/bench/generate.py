@@ -9,6 +9,7 @@ alike; medians over the rounds. The first text of each batch is compared with th
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import tempfile
@@ -18,24 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import add_generation, sizes_of, stirred
 
 from finchtune.errors import run_cli
 from finchtune.inference.generate import generate_batch
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.models.generations import generation_of_sizes
 from finchtune.weights.base import load_model
 from finchtune.weights.tensors import write_tensors
-
-
-def random_model(config: ModelConfig, path: Path) -> Path:
-    """A file of random weights in which no tensor is zero."""
-    model = init_weights(RWKV6(config), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            scale = 0.02 if parameter.dim() == 2 else 0.1
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=scale)
-    write_tensors(model.state_dict(), path)
-    return path
 
 
 def package_greedy(runtime: Any, prompt: list[int], n_tokens: int) -> list[int]:
@@ -57,11 +47,13 @@ def timed(work: Callable[[], list]) -> tuple[float, list]:
 
 def compare(path: Path, given: argparse.Namespace) -> None:
     """Time all alternately and print a table."""
-    os.environ.pop("RWKV_V7_ON", None)
+    model = load_model(path, torch.float32).eval()
+    # Which generation the package reads is decided as it is imported.
+    os.environ["RWKV_V7_ON"] = str(int(generation_of_sizes(model.config).number == 7))
     from rwkv.model import RWKV as Package
 
-    package = Package(model=str(path), strategy="cpu fp32", verbose=False)
-    model = load_model(path, torch.float32).eval()
+    with contextlib.redirect_stdout(None):  # it lists every tensor
+        package = Package(model=str(path).removesuffix(".pth"), strategy="cpu fp32")
     draw = torch.Generator().manual_seed(2)
     size = (max(given.batch), given.prompt)
     prompts = torch.randint(1, model.config.vocab_size, size, generator=draw).tolist()
@@ -98,6 +90,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="a .pth instead of a random model")
+    add_generation(parser)
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=65536)
@@ -109,8 +102,11 @@ def main() -> None:
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads; load {os.getloadavg()[0]:.1f}")
     with tempfile.TemporaryDirectory() as folder:
-        config = ModelConfig(given.n_layer, given.n_embd, given.vocab_size)
-        compare(given.model or random_model(config, Path(folder, "random.pth")), given)
+        path = given.model or Path(folder, "random.pth")
+        if not given.model:
+            sizes = sizes_of(given.generation, given.n_layer, given.n_embd, given.vocab_size)
+            write_tensors(stirred(sizes).state_dict(), path)
+        compare(path, given)
 
 
 if __name__ == "__main__":

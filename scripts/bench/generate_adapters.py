@@ -13,9 +13,9 @@ import statistics
 import time
 
 import torch
+from random_models import add_generation, sizes_of, stirred
 
 from finchtune import attach, generate_batch
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
 
 CASES = {
     "plain": None,
@@ -29,20 +29,11 @@ CASES = {
 }
 
 
-def random_model(config: ModelConfig) -> RWKV6:
-    """A model of random weights in which no tensor is zero."""
-    model = init_weights(RWKV6(config), seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.02)
-    return model.eval()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    add_generation(parser)
     parser.add_argument("--n_layer", type=int, default=12)
     parser.add_argument("--n_embd", type=int, default=768)
     parser.add_argument("--vocab_size", type=int, default=65536)
@@ -51,7 +42,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args()
-    base = random_model(ModelConfig(given.n_layer, given.n_embd, given.vocab_size))
+    sizes = sizes_of(given.generation, given.n_layer, given.n_embd, given.vocab_size)
+    base = stirred(sizes).eval()
     models = {
         name: attach(copy.deepcopy(base), **case).eval() if case else base
         for name, case in CASES.items()

@@ -3,6 +3,7 @@
     python scripts/bench/gpu_steps.py --sizes 3b --methods lora bone bat --shapes 4x512 1x512
     python scripts/bench/gpu_steps.py --sizes 7b --quant nf4 --grad_cp 1 --shapes 8x2048 --profile
     python scripts/bench/gpu_steps.py --methods bone --shapes 4x512 8x2048 --graphs 0 1
+    python scripts/bench/gpu_steps.py --sizes 2.9b --shapes 4x512       # an RWKV-7
     python scripts/bench/gpu_steps.py --dry            # tiny sizes, on a CPU: does it run
 
 Models are filled at random; a step is forward, backward, clipping and AdamW in plain torch. For
@@ -36,12 +37,16 @@ from finchtune.files import write_json
 from finchtune.inference.generate import generate, generate_batch
 from finchtune.memory.estimate import ModelPlan, activations
 from finchtune.memory.measure import MIB, peak_bytes, seconds
+from finchtune.models import generations
 from finchtune.models.cuda_graph import Work
 from finchtune.models.graphed_blocks import GraphedBlocks, cuda_graphs
 from train import METHODS, BareLoop, Case, LowerBound, random_model
 
-# Generation, layers, width; 2.9b is an RWKV-7's.
-SIZES = {"1.6b": (6, 24, 2048), "3b": (6, 32, 2560), "7b": (6, 32, 4096), "2.9b": (7, 32, 2560)}
+SIZES = {
+    name.lower(): (one.number, sizes.n_layer, sizes.n_embd)
+    for one in generations().values()
+    for name, sizes in one.released.items()
+}
 TINY = (2, 128)
 # Dense bf16 operations per second, from NVIDIA's data sheets; otherwise a large product's speed.
 PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "4090": 165e12}

@@ -17,12 +17,12 @@ import time
 from pathlib import Path
 
 import torch
+from random_models import add_generation, initialised, sizes_of
 
 from finchtune.adapters import attach
 from finchtune.data.batch import padded
 from finchtune.data.chunks import cut
 from finchtune.data.sampling import Segment
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
 from finchtune.training.chunked import exact_backward, own_calls, truncated_backward
 
 
@@ -46,8 +46,8 @@ def step(model, batch, chunk: int, exact: bool = True) -> float:
 
 def made(given: argparse.Namespace, length: int, chunk: int):
     """A model, and a row of `length` tokens: plain training recomputes blocks, chunks do not."""
-    sizes = ModelConfig(given.layers, given.channels, 4096, head_size=64)
-    model = init_weights(RWKV6(sizes, 0 if chunk else 1), 0)
+    sizes = sizes_of(given.generation, given.layers, given.channels, 4096)
+    model = initialised(sizes, 0 if chunk else 1)
     attach(model, "bone", r=64)
     ids = torch.randint(0, 4096, (length + 1,)).numpy()
     return model, padded([Segment(ids, None, 0)], length)
@@ -74,6 +74,7 @@ def peak() -> float:
 
 def memory(given: argparse.Namespace) -> None:
     common = ["--layers", given.layers, "--channels", given.channels, "--repeats", given.repeats]
+    common += ["--generation", given.generation]
     for length, size in [(given.lengths[0], 0), *((n, given.chunk) for n in given.lengths)]:
         words = ["one", "--length", length, "--chunk", size, *common]
         subprocess.run([sys.executable, __file__, *map(str, words)], check=True)
@@ -98,32 +99,36 @@ def speed(given: argparse.Namespace) -> None:
         print(json.dumps(result | {"to_plain": spread}), flush=True)
 
 
-def recall(train: Path, test: Path, steps: int, chunk: int, seeds: int, rate: float) -> None:
+def recall(given: argparse.Namespace) -> None:
+    """Print the share of right answers of each seed and way."""
     records, held_out = (
-        [json.loads(line) for line in path.read_text().splitlines()] for path in (train, test)
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (given.train, given.test)
     )
-    for seed in range(seeds):
+    for seed in range(given.seeds):
         for exact in (True, False):
-            curve = train_recall(records, held_out, steps, chunk, seed, rate, exact)
+            curve = train_recall(given, records, held_out, seed, exact)
             name = "exact" if exact else "truncated"
             print(json.dumps({"bptt": name, "seed": seed, "right": curve}), flush=True)
 
 
-def train_recall(records, held_out, steps, chunk, seed, rate, exact) -> dict[int, float]:
+def train_recall(given, records, held_out, seed: int, exact: bool) -> dict[int, float]:
     """Share of right first digits on held-out records, by step."""
-    model = init_weights(RWKV6(ModelConfig(2, 64, 128, head_size=16)), seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
+    model = initialised(sizes_of(given.generation, 2, 64, 128, head_size=16), seed=seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=given.rate, betas=(0.9, 0.98), weight_decay=0.0
+    )
     order = torch.Generator().manual_seed(seed)
     curve = {}
-    for number in range(1, steps + 1):
+    for number in range(1, given.steps + 1):
         chosen = torch.randint(len(records), (16,), generator=order).tolist()
-        step(model, batch_of([records[i] for i in chosen]), chunk, exact)
+        step(model, batch_of([records[i] for i in chosen]), given.chunk, exact)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, number / 50)
+            group["lr"] = given.rate * min(1.0, number / 50)
         optimizer.step()
         optimizer.zero_grad()
-        if number % max(1, steps // 10) == 0:
+        if number % max(1, given.steps // 10) == 0:
             curve[number] = score(model, held_out)
     return curve
 
@@ -149,6 +154,7 @@ def score(model, records) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["memory", "speed", "recall", "one"])
+    add_generation(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 17)])
     parser.add_argument("--length", type=int, help="of one measurement")
     parser.add_argument("--layers", type=int, default=6)
@@ -168,7 +174,7 @@ def main() -> None:
     elif given.what == "speed":
         speed(given)
     else:
-        recall(given.train, given.test, given.steps, given.chunk, given.seeds, given.rate)
+        recall(given)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from random_models import add_generation, sizes_of
 from torch import Tensor, nn
 
 from finchtune import distributed
@@ -33,8 +34,7 @@ from finchtune.adapters import QuantisedWeight, attach
 from finchtune.errors import UserError, run_cli
 from finchtune.files import write_json
 from finchtune.memory.measure import MIB, peak_bytes, seconds
-from finchtune.models.generations import generations, meta_model
-from finchtune.models.language_model import LanguageModel
+from finchtune.models import LanguageModel, meta_model
 from finchtune.ops import cross_entropy as loss
 from finchtune.training.optim import adamw, parameter_groups
 
@@ -85,6 +85,7 @@ def main() -> None:
     for table in given.tables:
         print(f"\n{table}, {device}\n{HEADER}")
         cases = [c for c in TABLES[table] if table != "length" or c.ctx_len in given.lengths]
+        cases = [replace(c, generation=given.generation) for c in cases]
         for case in (replace(c, precision=p) for p in given.dtypes for c in cases):
             # A process of its own: what one row leaves in memory is not counted in the next.
             spawn = multiprocessing.get_context("spawn")
@@ -93,19 +94,16 @@ def main() -> None:
             print(line(case, row), flush=True)
             rows.append({"table": table} | dataclasses.asdict(case) | row)
     if given.json:
-        machine = {
-            "device": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
-            "torch": torch.__version__,
-            "threads": given.threads,
-            "repeats": given.repeats,
-        }
-        write_json(given.json, machine | {"rows": rows})
+        name = torch.cuda.get_device_name() if device == "cuda" else platform.processor()
+        machine = {"device": name, "torch": torch.__version__, "threads": given.threads}
+        write_json(given.json, machine | {"repeats": given.repeats, "rows": rows})
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_generation(parser)
     parser.add_argument("--tables", nargs="+", default=list(TABLES), choices=TABLES)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, choices=LENGTHS,
@@ -170,8 +168,7 @@ def measure(case: Case, device_name: str, threads: int, repeats: int) -> dict[st
 
 def random_model(case: Case, device: torch.device) -> LanguageModel:
     """A model with its adapters, filled at random; orthogonal matrices would take minutes."""
-    generation = next(x for x in generations().values() if x.number == case.generation)
-    sizes = generation.sizes(case.n_layer, case.n_embd, case.vocab_size)
+    sizes = sizes_of(case.generation, case.n_layer, case.n_embd, case.vocab_size)
     model = meta_model(sizes, case.grad_cp).to(DTYPES[case.precision]).to_empty(device=device)
     for parameter in model.parameters():
         with torch.no_grad():

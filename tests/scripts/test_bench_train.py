@@ -16,6 +16,7 @@ SPEC = importlib.util.spec_from_file_location(
 )
 bench = importlib.util.module_from_spec(SPEC)
 sys.modules["bench_train"] = bench  # where dataclasses look their module up
+sys.path.append(str(REPOSITORY / "scripts" / "bench"))  # where it finds its helper
 SPEC.loader.exec_module(bench)
 
 TINY = bench.Case(n_layer=3, n_embd=64, vocab_size=512, ctx_len=64)
