@@ -42,7 +42,8 @@ int64_t backward_blocks(const Wkv6Problem& p) {
 
 static_assert(2 * (sizeof(ChunkForwardShared) + wkv6::RESERVED) <= 100 * 1024);  // 8.6, 8.9, 12.0
 static_assert(sizeof(ChunkBackwardShared) <= wkv6::BLOCK_LIMIT);
-static_assert(2 * (sizeof(ChunkBackwardShared) + wkv6::RESERVED) <= 164 * 1024);  // 8.0
+static_assert(CHUNK_BACKWARD_BLOCKS * (sizeof(ChunkBackwardShared) + wkv6::RESERVED) <=
+              wkv6::MULTIPROCESSOR_LIMIT);
 static_assert(CHUNK_FORWARD_BLOCKS * (sizeof(ChunkForwardShared) + wkv6::RESERVED) <=
               wkv6::MULTIPROCESSOR_LIMIT);
 

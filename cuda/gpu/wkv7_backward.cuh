@@ -10,7 +10,9 @@
 //   G <- G + dY^T rt + z^T at
 //
 // where zu = z u^T and zv = z V^T below the diagonal, yu = dY u^T and yv = dY V^T with it. As in the
-// forward, the inverse is applied by substitution in fp32 to what does not depend on G. Per chunk:
+// forward, the inverse is applied by substitution in fp32 to what does not depend on G. Where tokens
+// read and write the same key again and again, u and z are small beside S and G, which grow elsewhere:
+// factors that they depend on are taken as two bf16 each. Per chunk:
 //
 //   1. warp x prepares block x: W and TK, (I - AB)^-T bt and RB (I - AB)^-1, AK, RK;
 //   2. u of every block, the states made once more from the checkpoint before the chunk;
@@ -52,7 +54,20 @@ __device__ __forceinline__ void prepare_backward(ChunkBackwardShared& shared, co
   Columns a, b;
   scale_rows(rows, w, shared.total[block], a, b, row, lane);
   __syncwarp();
-  const Scores of_a(rows.a, rows, false, row, lane), of_r(rows.r, rows, true, row, lane);
+  a.store_rest(shared.solved_a, rows.a, row, lane);
+  b.store_rest(shared.solved_b, rows.b, row, lane);
+  __syncwarp();
+  Scores of_a, of_r;
+  of_a.add(rows.a, rows.b, rows.k, row, lane);
+  of_a.add(shared.solved_a, rows.b, rows.k, row, lane);
+  of_a.mask(false, lane);
+  of_r.add(rows.r, rows.b, rows.k, row, lane);
+#pragma unroll
+  for (int n = 0; n < HEAD_SIZE; n += 16) {
+    multiply_add(of_r.b, rows.r.load(row, n, lane), shared.solved_b.load_right(row, n, lane));
+  }
+  of_r.mask(true, lane);
+  __syncwarp();  // all lanes have read the rest of at
   ab->store(of_a.b, lane);
   ak->store(of_a.k, lane);
   rb->store(of_r.b, lane);
@@ -70,6 +85,7 @@ __device__ __forceinline__ void prepare_backward(ChunkBackwardShared& shared, co
   a.store(shared.solved_a, row, lane);
   a.store_matrix(prepared[TK], lane);
   b.store(shared.solved_b, row, lane);
+  b.store_rest(shared.rest_b, shared.solved_b, row, lane);
   b.store_matrix(prepared[RT_TRANSPOSED], lane);
 }
 
@@ -84,8 +100,8 @@ __device__ __forceinline__ void find_u(ChunkBackwardShared& shared, const float*
   for (int block = 0; block < blocks; block++) {
     const int row = BLOCK * block;
     const Operand v = rows.v.load_transposed(row, value, lane);
-    const Operand u =
-        as_operand(read_by_a(state, v, shared.matrices[block][TK], shared.solved_a, row, lane));
+    const Operand u = as_operand(
+        read_by_a<true>(state, v, shared.matrices[block][TK], shared.solved_a, row, lane));
     shared.u.store(row, value, u, lane);
     if (block + 1 == blocks) break;
     advance(state, transposed(u), v, rows, shared.total[block], row, lane);
@@ -112,7 +128,10 @@ struct ValueGradients {
     for (int j = 0; j < SLICES; j++) {
       const Operand g_operand = as_operand(g.x[j]);
       shared.solved_a.store(value, 16 * j, g_operand, lane);
-      multiply_add(z_sum, shared.solved_b.load(row, 16 * j, lane), g_operand);
+      const Operand reader = shared.solved_b.load(row, 16 * j, lane);
+      multiply_add(z_sum, reader, g_operand);
+      multiply_add(z_sum, reader, rest_of(g.x[j], g_operand));
+      multiply_add(z_sum, shared.rest_b.load(row, 16 * j, lane), g_operand);
       multiply_add(dv_sum, rows.k.load(row, 16 * j, lane), g_operand);
     }
     z = as_operand(z_sum);

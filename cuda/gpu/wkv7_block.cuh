@@ -111,6 +111,15 @@ struct Columns {
 #pragma unroll
     for (int t = 0; t < BLOCK; t++) pair_in(tile, row + t, lane) = pack(x[t][0], x[t][1]);
   }
+  // What rounding took from the rows that `rounded` holds.
+  __device__ __forceinline__ void store_rest(Tile& rest, Tile& rounded, int row,
+                                             const Lane& lane) const {
+#pragma unroll
+    for (int t = 0; t < BLOCK; t++) {
+      const uint32_t pair = pair_in(rounded, row + t, lane);
+      pair_in(rest, row + t, lane) = pack(x[t][0] - low_half(pair), x[t][1] - high_half(pair));
+    }
+  }
   // The matrix, as an operand.
   __device__ __forceinline__ void store_matrix(SharedOperand& operand, const Lane& lane) const {
     const int column = lane.lane % BLOCK;
@@ -214,25 +223,40 @@ __device__ __forceinline__ Accumulator lower(const Accumulator& m, bool with_dia
   return result;
 }
 
-// The scores of the tokens of a block, as those that read (`readers`: at or rt), with the same
-// tokens, as those that were written (bt, kt): tokens x tokens.
+// The scores of the tokens of a block, as those that read (at or rt), with the same tokens, as those
+// that were written (bt, kt): tokens x tokens, at first without the mask.
 struct Scores {
   Accumulator b, k;
 
-  __device__ __forceinline__ Scores(Tile& readers, RowTiles& rows, bool with_diagonal, int row,
-                                    const Lane& lane) {
+  __device__ __forceinline__ void add(Tile& readers, Tile& b_rows, Tile& k_rows, int row,
+                                      const Lane& lane) {
 #pragma unroll
     for (int n = 0; n < HEAD_SIZE; n += 16) {
       const Operand reader = readers.load(row, n, lane);
-      multiply_add(b, reader, rows.b.load_right(row, n, lane));
-      multiply_add(k, reader, rows.k.load_right(row, n, lane));
+      multiply_add(b, reader, b_rows.load_right(row, n, lane));
+      multiply_add(k, reader, k_rows.load_right(row, n, lane));
     }
+  }
+  __device__ __forceinline__ void mask(bool with_diagonal, const Lane& lane) {
     b = lower(b, with_diagonal, lane);
     k = lower(k, with_diagonal, lane);
   }
 };
 
-// u of a block for the warp's value channels, tokens x values. `v`: values x tokens.
+// What rounding to bf16 took from a fragment.
+__device__ __forceinline__ Operand rest_of(const Accumulator& m, const Operand& rounded) {
+  Accumulator rest;
+#pragma unroll
+  for (int p = 0; p < 4; p++) {
+    rest.x[2 * p] = m.x[2 * p] - low_half(rounded.pair[p]);
+    rest.x[2 * p + 1] = m.x[2 * p + 1] - high_half(rounded.pair[p]);
+  }
+  return as_operand(rest);
+}
+
+// u of a block for the warp's value channels, tokens x values. `v`: values x tokens. TWICE: the state
+// as two operands, that it may be large beside what a reads.
+template <bool TWICE>
 __device__ __forceinline__ Accumulator read_by_a(const wkv6::ValueSlice& state, const Operand& v,
                                                  const SharedOperand& tk, Tile& w, int row,
                                                  const Lane& lane) {
@@ -240,7 +264,9 @@ __device__ __forceinline__ Accumulator read_by_a(const wkv6::ValueSlice& state, 
   multiply_add(u, tk.load(lane), v);
 #pragma unroll
   for (int j = 0; j < SLICES; j++) {
-    multiply_add(u, w.load(row, 16 * j, lane), as_operand(state.x[j]));
+    const Operand reader = w.load(row, 16 * j, lane), s = as_operand(state.x[j]);
+    multiply_add(u, reader, s);
+    if (TWICE) multiply_add(u, reader, rest_of(state.x[j], s));
   }
   return u;
 }

@@ -38,7 +38,9 @@ __device__ __forceinline__ void prepare_forward(ChunkForwardShared& shared, cons
   Columns a, b;
   scale_rows(rows, w, shared.total[block], a, b, row, lane);
   __syncwarp();
-  const Scores of_a(rows.a, rows, false, row, lane);
+  Scores of_a, of_r;
+  of_a.add(rows.a, rows.b, rows.k, row, lane);
+  of_a.mask(false, lane);
   __syncwarp();  // all lanes have read at; its rows hold AB and AK until W takes them
   Matrix* const matrices = reinterpret_cast<Matrix*>(rows.a.at(row * 128));
   matrices[0].store(of_a.b, lane);
@@ -52,7 +54,8 @@ __device__ __forceinline__ void prepare_forward(ChunkForwardShared& shared, cons
   a.store_matrix(shared.tk[block], lane);
   __syncwarp();
 
-  const Scores of_r(rows.r, rows, true, row, lane);
+  of_r.add(rows.r, rows.b, rows.k, row, lane);
+  of_r.mask(true, lane);
   const Operand rb = as_operand(of_r.b);
   Accumulator yv = of_r.k;
   multiply_add(yv, rb, transposed(shared.tk[block].load(lane)));
@@ -85,7 +88,7 @@ __device__ __forceinline__ void forward_block(ChunkForwardShared& shared, wkv6::
   for (int j = 0; j < SLICES; j++) {
     multiply_add(y, rows.r.load(row, 16 * j, lane), as_operand(state.x[j]));
   }
-  const Accumulator u = read_by_a(state, v, shared.tk[block], rows.a, row, lane);
+  const Accumulator u = read_by_a<false>(state, v, shared.tk[block], rows.a, row, lane);
   advance(state, transposed(as_operand(u)), v, rows, shared.total[block], row, lane);
   __syncwarp();  // all lanes have read v
   rows.v.store(row, column, as_operand(y), lane);

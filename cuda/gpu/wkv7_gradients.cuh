@@ -19,6 +19,7 @@ struct ChunkBackwardShared {
   Tile dy;
   Tile solved_a;  // AK of the blocks, then W, then G as values x keys
   Tile solved_b;  // the transposed solution for bt, then z
+  Tile rest_b;    // what rounding took from that solution
   Tile u;         // AB and RB of the blocks, then u, then dw
   // TK and the transposes of RB (I - AB)^-1, AK and RK; then the pairs.
   SharedOperand matrices[BLOCKS][PAIRS];

@@ -12,7 +12,7 @@ KERNELS = {
 REGISTER_LIMIT = {"chunk_forward_kernel": 128, "chunk_backward_kernel": 255}
 SPILL_LIMIT = 32
 # Instructions of a warp for one chunk on compute capability 9.0.
-INSTRUCTION_LIMIT = {"chunk_forward_kernel": 2600, "chunk_backward_kernel": 7800}
+INSTRUCTION_LIMIT = {"chunk_forward_kernel": 2600, "chunk_backward_kernel": 8900}
 # 512 threads hold the largest matrices, 32 elements each, with 128 registers each.
 SPILL_LIMIT_OF_MANY = 1100
 
@@ -33,6 +33,6 @@ def test_kernels_fit(capability, tmp_path):
 def test_instructions_of_a_chunk(tmp_path):
     counts = count_instructions("wkv7", tmp_path)
     assert counts["chunk_forward_kernel"]["tensor core"] == 186
-    assert counts["chunk_backward_kernel"]["tensor core"] == 608
+    assert counts["chunk_backward_kernel"]["tensor core"] == 728
     for kernel, limit in INSTRUCTION_LIMIT.items():
         assert 0.6 * limit < counts[kernel]["all"] <= limit, counts

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers.wkv import errors, evaluate, rms
-from helpers.wkv7_cases import NAMES, in_dtype, make_inputs
+from helpers.wkv7_cases import NAMES, REGIMES, in_dtype, make_inputs
 
 from finchtune.ops.wkv7 import wkv7, wkv7_reference
 
@@ -26,7 +26,7 @@ def test_fp32(T, N):
     assert max(found.values()) <= 3e-6, found
 
 
-@pytest.mark.parametrize("regime", ["typical", "weak", "strong"])
+@pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize(("B", "T", "H"), [(2, 17, 2), (2, 64, 3), (1, 203, 2), (6, 70, 60)])
 def test_tensor_cores(B, T, H, regime):
     inputs = in_dtype(on_gpu(make_inputs(regime, B, T, H, 64)), torch.bfloat16)
