@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.byte_level_bpe import write_byte_level_bpe
 from helpers.support import run_script, save_model, small_model
 from hypothesis import settings
 
@@ -55,20 +56,8 @@ def trained_model(word_problems, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def byte_level_bpe(tmp_path_factory) -> str:
     """A tokenizer.json like the Pile's: byte-level BPE, <|endoftext|> first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    tokenizer.train_from_iterator(["Finch 芬奇 🐦 def f(x): return x ** 2\n" * 5], trainer)
-    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return str(path)
+    text = "Finch 芬奇 🐦 def f(x): return x ** 2\n" * 5
+    return str(write_byte_level_bpe(tmp_path_factory.mktemp("bpe") / "tokenizer.json", 300, text))
 
 
 @pytest.fixture

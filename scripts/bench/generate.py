@@ -28,6 +28,18 @@ from finchtune.weights.base import load_model
 from finchtune.weights.tensors import write_tensors
 
 
+def add_size_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of a random model, and of the texts that are written."""
+    add_generation(parser)
+    parser.add_argument("--n_layer", type=int, default=12)
+    parser.add_argument("--n_embd", type=int, default=768)
+    parser.add_argument("--vocab_size", type=int, default=65536)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=40, help="tokens to write")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=5)
+
+
 def package_greedy(runtime: Any, prompt: list[int], n_tokens: int) -> list[int]:
     """The `rwkv` package's greedy text."""
     tokens: list[int] = []
@@ -90,14 +102,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", type=Path, help="a .pth instead of a random model")
-    add_generation(parser)
-    parser.add_argument("--n_layer", type=int, default=12)
-    parser.add_argument("--n_embd", type=int, default=768)
-    parser.add_argument("--vocab_size", type=int, default=65536)
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=40, help="tokens to write")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=5)
+    add_size_flags(parser)
     given = parser.parse_args()
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads; load {os.getloadavg()[0]:.1f}")

@@ -13,7 +13,8 @@ import statistics
 import time
 
 import torch
-from random_models import add_generation, sizes_of, stirred
+from generate import add_size_flags
+from random_models import sizes_of, stirred
 
 from finchtune import attach, generate_batch
 
@@ -33,14 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    add_generation(parser)
-    parser.add_argument("--n_layer", type=int, default=12)
-    parser.add_argument("--n_embd", type=int, default=768)
-    parser.add_argument("--vocab_size", type=int, default=65536)
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=40, help="tokens to write")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--rounds", type=int, default=5)
+    add_size_flags(parser)
     given = parser.parse_args()
     sizes = sizes_of(given.generation, given.n_layer, given.n_embd, given.vocab_size)
     base = stirred(sizes).eval()

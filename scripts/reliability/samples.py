@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from harness import run_verb
 from helpers.adapted import make_adapter
+from helpers.byte_level_bpe import write_byte_level_bpe
 
 from finchtune.data import templates
 from finchtune.data.binidx import BinIdxWriter
@@ -83,21 +84,4 @@ def write_data(folder: Path) -> None:
     with BinIdxWriter(folder / "bare", "<u2") as writer:
         for document in ([5, 6, 7, 0], [], [200, 0], [1]):
             writer.add(document)
-    write_tokenizer(folder / "tokenizer.json")
-
-
-def write_tokenizer(path: Path) -> None:
-    """A small tokenizer like the Pile's: byte-level BPE, <|endoftext|> first."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=262,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["two plus two is four\n" * 5], trainer)
-    tokenizer.save(str(path))
+    write_byte_level_bpe(folder / "tokenizer.json", 262, "two plus two is four\n" * 5)

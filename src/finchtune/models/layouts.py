@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from finchtune.models.config import ModelSizes
+
 RESCALE = 6
 """Every so many layers some runtimes halve the hidden states, so that fp16 does not overflow."""
 
@@ -69,6 +71,23 @@ def fla_entries(told: Told, of_layer: Callable[[int], list[Entry]]) -> list[Entr
         found += norms({f"{theirs}.{norm}": f"{ours}.{own}" for norm, own in pairs.items()})
         found += of_layer(layer)
     return [*found, *norms({"model.norm": "ln_out"}), Entry("lm_head.weight", ("head.weight",))]
+
+
+def fla_told(sizes: ModelSizes) -> dict[str, Any]:
+    """What config.json of fla's form says of every generation."""
+    return {
+        "attn_mode": "chunk",
+        "hidden_act": "sqrelu",
+        "hidden_ratio": None,
+        "hidden_size": sizes.n_embd,
+        "intermediate_size": sizes.dim_ffn,
+        "norm_bias": True,
+        "norm_eps": 1e-5,
+        "norm_first": True,
+        "num_heads": sizes.n_head,
+        "num_hidden_layers": sizes.n_layer,
+        "vocab_size": sizes.vocab_size,
+    }
 
 
 class Naming(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finchtune.models.layouts import Entry, flat, reshaped, swapped
+from finchtune.models.layouts import Entry, fla_told, flat, reshaped, swapped
 from finchtune.models.rwkv6.config import ModelConfig
 
 OURS, THEIRS = "wkvrg", "rwkvg"
@@ -85,20 +85,9 @@ def multiplied(value: Tensor) -> Tensor:
 
 def told(sizes: ModelConfig) -> dict[str, Any]:
     """config.json."""
-    return {
-        "attn_mode": "chunk",
+    return fla_told(sizes) | {
         "expand_k": 1.0,
         "expand_v": 1.0,
         "gate_low_rank_dim": sizes.dim_decay_lora,
-        "hidden_act": "sqrelu",
-        "hidden_ratio": None,
-        "hidden_size": sizes.n_embd,
-        "intermediate_size": sizes.dim_ffn,
-        "norm_bias": True,
-        "norm_eps": 1e-5,
-        "norm_first": True,
-        "num_heads": sizes.n_head,
-        "num_hidden_layers": sizes.n_layer,
         "proj_low_rank_dim": sizes.dim_mix_lora,
-        "vocab_size": sizes.vocab_size,
     }

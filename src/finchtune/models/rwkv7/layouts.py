@@ -14,6 +14,7 @@ from finchtune.models.layouts import (
     Layout,
     Told,
     fla_entries,
+    fla_told,
     flat,
     norms,
     reshaped,
@@ -128,25 +129,14 @@ def fla_layer(layer: int) -> list[Entry]:
     return found + [Entry(f"{f}.{n}.weight", (f"{ours}.ffn.{n}.weight",)) for n in ("key", "value")]
 
 
-def fla_told(sizes: ModelConfig) -> dict[str, Any]:
+def fla_config(sizes: ModelConfig) -> dict[str, Any]:
     """config.json."""
-    return {
-        "attn_mode": "chunk",
+    return fla_told(sizes) | {
         "decay_low_rank_dim": sizes.dim_decay_lora,
         "a_low_rank_dim": sizes.dim_rate_lora,
         "v_low_rank_dim": sizes.dim_value_lora,
         "gate_low_rank_dim": sizes.dim_gate_lora,
         "head_dim": sizes.head_size,
-        "hidden_act": "sqrelu",
-        "hidden_ratio": None,
-        "hidden_size": sizes.n_embd,
-        "intermediate_size": sizes.dim_ffn,
-        "norm_bias": True,
-        "norm_eps": 1e-5,
-        "norm_first": True,
-        "num_heads": sizes.n_head,
-        "num_hidden_layers": sizes.n_layer,
-        "vocab_size": sizes.vocab_size,
     }
 
 
@@ -164,7 +154,7 @@ LAYOUTS = {
         partial(fla_entries, of_layer=fla_layer),
         name="RWKV7ForCausalLM",
         mark="head_dim",
-        told=fla_told,
+        told=fla_config,
         check=fla_check,
     ),
     "gguf": Layout(
