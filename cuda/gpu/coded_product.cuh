@@ -23,12 +23,6 @@ struct CodedProductArgs {
   T* y;
 };
 
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
-  return x;
-}
-
 // ROWS is at least args.rows: those beyond are computed as the last one, and not stored. So are
 // outputs beyond the last.
 template <typename T, int KIND, int ROWS>

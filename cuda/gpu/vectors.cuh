@@ -58,6 +58,13 @@ __device__ __forceinline__ float lanes_sum(float x) {
   return x;
 }
 
+// The sum over a warp, for each of its lanes.
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
+  return x;
+}
+
 // Thread blocks that each take a stripe of rows and as many columns as they have threads, V wide.
 struct Stripes {
   int64_t rows, tall;          // tall: rows of a stripe

@@ -59,6 +59,10 @@ constexpr const char* kSchemas[] = {
     "gated_norm_backward(Tensor dout, Tensor y, Tensor gate, Tensor weight, Tensor bias, "
     "int groups, float eps, bool of_weight) "
     "-> (Tensor y, Tensor gate, Tensor weight, Tensor bias)",
+    "added_norm(Tensor x, Tensor? y, Tensor weight, Tensor bias, float eps) "
+    "-> (Tensor total, Tensor normed, Tensor moments)",
+    "added_norm_backward(Tensor dnormed, Tensor? dtotal, Tensor total, Tensor moments, "
+    "Tensor weight, bool of_weight) -> (Tensor x, Tensor weight, Tensor bias)",
     "squared_relu(Tensor x) -> Tensor",
     "squared_relu_backward(Tensor dy, Tensor y) -> Tensor",
     "sigmoid_gate(Tensor gate, Tensor y) -> Tensor",

@@ -24,6 +24,7 @@ from finchtune.ops.context import wkv6_across
 from finchtune.ops.elementwise import (
     GatedNorm,
     LowRank,
+    added_norm,
     fixed_mixtures,
     low_ranks,
     mixtures,
@@ -137,9 +138,10 @@ class Block(NormedBlock):
         att_shift, wkv, ffn_shift = state or (None, None, None)
         if self.is_first:
             x = self.ln0(x)
-        y, att_shift, wkv = self.att(self.ln1(x), att_shift, wkv, cu_seqlens)
-        x = x + y
-        y, ffn_shift = self.ffn(self.ln2(x), ffn_shift, cu_seqlens)
+        x, normed = added_norm(x, None, self.ln1)
+        y, att_shift, wkv = self.att(normed, att_shift, wkv, cu_seqlens)
+        x, normed = added_norm(x, y, self.ln2)
+        y, ffn_shift = self.ffn(normed, ffn_shift, cu_seqlens)
         return x + y, BlockState(att_shift, wkv, ffn_shift)
 
 

@@ -154,6 +154,21 @@ def gated_norm_backward(
     return y.new_empty(y.shape), y.new_empty(y.shape), of_each, torch.empty_like(of_each)
 
 
+def added_norm(x: Tensor, y: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
+    """x + y, empty without y; its norm; two moments of each row."""
+    rows = x.numel() // x.shape[-1]
+    total = x.new_empty(0 if y is None else x.shape)
+    return total, x.new_empty(x.shape), x.new_empty(rows, 2, dtype=torch.float32)
+
+
+def added_norm_backward(
+    dnormed: Tensor, dtotal: Any, total: Tensor, moments: Any, weight: Tensor, of_weight: bool
+) -> tuple[Tensor, ...]:
+    """The gradients of x, weight and bias, the last two empty where not asked for."""
+    of_each = total.new_empty(weight.shape if of_weight else 0, dtype=torch.float32)
+    return total.new_empty(total.shape), of_each, torch.empty_like(of_each)
+
+
 def squared_relu(x: Tensor) -> Tensor:
     """As x."""
     return x.new_empty(x.shape)
@@ -267,6 +282,8 @@ SHAPES: dict[str, Callable[..., Any]] = {
         shift_backward,
         gated_norm,
         gated_norm_backward,
+        added_norm,
+        added_norm_backward,
         squared_relu,
         squared_relu_backward,
         sigmoid_gate,
