@@ -95,7 +95,7 @@ def outputs_and_gradients(function, inputs, seed=1):
     found = function(*inputs)
     outputs = found if isinstance(found, tuple) else (found,)
     generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(y.shape, generator=generator).to(y.dtype) for y in outputs]
+    upstream = [torch.randn(y.shape, generator=generator).to(y) for y in outputs]
     wanted = [x for x in inputs if x.requires_grad]
     return [*outputs, *torch.autograd.grad(outputs, wanted, upstream)]
 
