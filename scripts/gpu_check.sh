@@ -67,7 +67,7 @@ stage memcheck 45 compute-sanitizer --tool memcheck --error-exitcode 9 --print-l
   "$python" scripts/dev/wkv_small.py
 stage racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 --print-limit 4 \
   "$python" scripts/dev/wkv_small.py
-steps generation 40 --sizes 1.6b --methods bone --shapes $small --repeats 2 --generate
+steps generation 50 --sizes 1.6b --methods bone --quant none nf4 --shapes $small --repeats 2 --generate
 steps settings 60 --methods bone --grad_cp 0 2 --shapes $small --repeats 3
 steps quantised 60 --methods bone --quant nf4 fp8 --shapes $small --repeats 3
 steps fp8 40 --methods bone --quant fp8_compute --shapes $small $large --repeats 3

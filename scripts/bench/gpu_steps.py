@@ -87,7 +87,11 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
         save(given.json, result)  # now, since the run may be cut off
     if given.generate:
-        result["generation"] = generation(given.sizes[0], device, given.dry)
+        speeds: dict[str, float] = {}
+        for quant in given.quant:
+            speeds |= generation(given.sizes[0], quant, device, given.dry)
+        print(json.dumps(speeds))
+        result["generation"] = speeds
         save(given.json, result)
 
 
@@ -240,12 +244,13 @@ def launches(step: Callable[[], object], bench: Bench) -> dict[str, Any]:
     }
 
 
-def generation(size: str, device: torch.device, dry: bool) -> dict[str, float]:
-    """Tokens per second of one sequence, and of 64 at once."""
+def generation(size: str, quant: str, device: torch.device, dry: bool) -> dict[str, float]:
+    """Tokens per second of one sequence, and of 64 at once; with Bone where a base is quantised."""
     number, *sizes = SIZES[size]
     layers, width = TINY if dry else sizes
     case = Case(layers, width, 512, peft="none", precision="bf16", generation=number)
-    model = random_model(case, device)
+    prefix = "" if quant == "none" else f"{quant}_"
+    model = random_model(replace(case, peft="bone", quant=quant) if prefix else case, device)
     n_tokens, n_rows = (4, 4) if dry else (100, 64)
     timed: dict[str, Callable[[], int]] = {
         "one": lambda: len(list(generate(model, [1], n_tokens, 0.0, stop_tokens=()))),
@@ -257,8 +262,7 @@ def generation(size: str, device: torch.device, dry: bool) -> dict[str, float]:
     for name, work in timed.items():
         work()
         began = time.perf_counter()
-        found[f"{name}_tokens_per_s"] = work() / (time.perf_counter() - began)
-    print(json.dumps(found))
+        found[f"{prefix}{name}_tokens_per_s"] = work() / (time.perf_counter() - began)
     return found
 
 

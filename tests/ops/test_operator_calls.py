@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.support import REPOSITORY, run_script
 
-MOST_CALLS = {"bone": 60, "bat_row": 75}
+MOST_CALLS = {"bone": 56, "bat_row": 56}
 
 
 @pytest.mark.parametrize("generation", [6, 7])

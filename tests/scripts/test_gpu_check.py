@@ -50,7 +50,9 @@ def test_every_stage_runs_and_is_reported(kernels, tmp_path):
     assert found["profiles"]["figures"]["rows"][1]["longest"]
     shapes = [(row["ctx_len"], row["graphs"]) for row in found["graphs"]["figures"]["rows"]]
     assert shapes == [(16, 0), (16, 1), (32, 0), (32, 1)]
-    assert found["generation"]["figures"]["generation"]["batch_tokens_per_s"] > 0
+    speeds = found["generation"]["figures"]["generation"]
+    assert speeds["batch_tokens_per_s"] > 0
+    assert speeds["nf4_one_tokens_per_s"] > 0
     table = (out / "gpu_check.md").read_text()
     assert "| 3b | bone | none | 1 | 1 | 1 x 16 |" in table
     assert "11,052 MB" in table

@@ -78,10 +78,9 @@ class CompiledBlock:
         att_shift, ffn_shift = filled(att_shift, rows.count), filled(ffn_shift, rows.count)
         if block.is_first:
             x = block.ln0(x)
-        normed = block.ln1(x)
+        x, normed = block.ln1(x)
         y, wkv, *more = self.time_mix(normed, rows, att_shift, wkv, *more)
-        x = x + y
-        normed_2 = block.ln2(x)
+        x, normed_2 = block.ln2(x, y)
         x = x + self.channel_mix(normed_2, rows, ffn_shift)
         return x, BlockState(rows.last(normed), wkv, rows.last(normed_2)), *more
 

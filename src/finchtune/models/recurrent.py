@@ -13,6 +13,7 @@ from finchtune.distributed.context import ContextGroup
 from finchtune.models.config import ModelSizes
 from finchtune.models.language_model import INITIAL_STATE, LanguageModel, last_of
 from finchtune.ops.context import shift_across
+from finchtune.ops.elementwise import AddedNorm
 from finchtune.ops.wkv import zero_state
 
 
@@ -114,8 +115,8 @@ class NormedBlock(nn.Module):
 
     def __init__(self, att: nn.Module, ffn: nn.Module, n_embd: int, layer: int):
         super().__init__()
-        self.ln1 = nn.LayerNorm(n_embd)
-        self.ln2 = nn.LayerNorm(n_embd)
+        self.ln1 = AddedNorm(n_embd)
+        self.ln2 = AddedNorm(n_embd)
         if layer == 0:
             self.ln0 = nn.LayerNorm(n_embd)
         self.att, self.ffn = att, ffn

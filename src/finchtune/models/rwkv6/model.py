@@ -24,7 +24,6 @@ from finchtune.ops.context import wkv6_across
 from finchtune.ops.elementwise import (
     GatedNorm,
     LowRank,
-    added_norm,
     fixed_mixtures,
     low_ranks,
     mixtures,
@@ -138,9 +137,9 @@ class Block(NormedBlock):
         att_shift, wkv, ffn_shift = state or (None, None, None)
         if self.is_first:
             x = self.ln0(x)
-        x, normed = added_norm(x, None, self.ln1)
+        x, normed = self.ln1(x)
         y, att_shift, wkv = self.att(normed, att_shift, wkv, cu_seqlens)
-        x, normed = added_norm(x, y, self.ln2)
+        x, normed = self.ln2(x, y)
         y, ffn_shift = self.ffn(normed, ffn_shift, cu_seqlens)
         return x + y, BlockState(att_shift, wkv, ffn_shift)
 

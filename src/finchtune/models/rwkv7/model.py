@@ -25,7 +25,6 @@ from finchtune.ops.context import wkv7_across
 from finchtune.ops.elementwise import (
     BonusNorm,
     LowRank,
-    added_norm,
     fixed_mixtures,
     low_ranks,
     squared_relu,
@@ -182,9 +181,9 @@ class Block(NormedBlock):
         att_shift, wkv, ffn_shift = state or (None, None, None)
         if self.is_first:
             x = self.ln0(x)
-        x, normed = added_norm(x, None, self.ln1)
+        x, normed = self.ln1(x)
         y, first, att_shift, wkv = self.att(normed, first, att_shift, wkv, cu_seqlens)
-        x, normed = added_norm(x, y, self.ln2)
+        x, normed = self.ln2(x, y)
         y, ffn_shift = self.ffn(normed, ffn_shift, cu_seqlens)
         return x + y, first, BlockState(att_shift, wkv, ffn_shift)
 

@@ -10,13 +10,13 @@ from finchtune.ops.elementwise.dispatch import (
     squared_relu,
 )
 from finchtune.ops.elementwise.heads import BonusNorm, wkv7_inputs
-from finchtune.ops.elementwise.norms import added_norm
+from finchtune.ops.elementwise.norms import AddedNorm
 
 __all__ = [
+    "AddedNorm",
     "BonusNorm",
     "GatedNorm",
     "LowRank",
-    "added_norm",
     "fixed_mixtures",
     "low_ranks",
     "mixtures",

@@ -11,7 +11,7 @@ from finchtune.ops.kernels import device_type, fits
 MOST_BYTES = 24000  # of a row that the kernels take
 
 
-class AddedNorm(torch.autograd.Function):
+class CompiledAddedNorm(torch.autograd.Function):
     """x + y and its layer norm. Keeps the sum, and two moments of each row.
 
     Backward joins the gradients of both, which autograd would add in one more pass.
@@ -47,11 +47,14 @@ class AddedNorm(torch.autograd.Function):
         )
 
 
-def added_norm(x: Tensor, y: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + y, which is x itself without y, and its layer norm over the last dimension."""
-    given = [x, norm.weight, norm.bias, *([] if y is None else [y])]
-    short = x.shape[-1] * x.element_size() <= MOST_BYTES
-    if device_type(x) == "cuda" and short and x.numel() and fits(*given):
-        return AddedNorm.apply(x, y, norm.weight, norm.bias, norm.eps)
-    total = x if y is None else x + y
-    return total, norm(total)
+class AddedNorm(nn.LayerNorm):
+    """The sum of two tensors and its layer norm. A module, whose parameters ZeRO-3 gathers."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        """x, y (..., C) -> x + y, which is x itself without y, and its norm over C."""
+        given = [x, self.weight, self.bias, *([] if y is None else [y])]
+        short = x.shape[-1] * x.element_size() <= MOST_BYTES
+        if device_type(x) == "cuda" and short and x.numel() and fits(*given):
+            return CompiledAddedNorm.apply(x, y, self.weight, self.bias, self.eps)
+        total = x if y is None else x + y
+        return total, super().forward(total)
