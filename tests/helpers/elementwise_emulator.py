@@ -20,6 +20,8 @@ from helpers.emulation import (
     integers,
 )
 from helpers.heads_emulator import HeadOperators
+from helpers.norm_emulator import NormOperators
+from helpers.quantised_emulator import QuantisedOperators
 from helpers.support import cpu_path_in_use
 from torch import Tensor
 
@@ -206,7 +208,8 @@ class Operators:
 
 
 HELPERS = ("shift", "mix", "norm", "elements", "heads")
-SOURCES = {"elementwise.cu": Operators, "heads.cu": HeadOperators}
+USUAL = {"elementwise.cu": Operators, "heads.cu": HeadOperators}
+SOURCES = {**USUAL, "norm.cu": NormOperators, "quantised.cu": QuantisedOperators}
 
 
 @functools.cache
@@ -216,18 +219,22 @@ def emulated_library(source: str) -> ctypes.CDLL:
 
 
 def emulation_configure(*settings: int) -> None:
-    """For all libraries, what tests/ops/wkv6/emulation/host.cpp names."""
-    for source in SOURCES:
+    """For the usual libraries, what tests/ops/wkv6/emulation/host.cpp names."""
+    for source in USUAL:
         emulated_library(source).emulation_configure(*settings)
 
 
 @contextlib.contextmanager
-def cuda_kernels_in_place() -> Iterator[None]:
-    """Within, CPU tensors go through the CUDA kernels, by way of the same operators."""
+def cuda_kernels_in_place(*sources: str) -> Iterator[None]:
+    """Within, CPU tensors go through the CUDA kernels, by way of the same operators.
+
+    Those of the files named, else of the usual ones.
+    """
     library = torch.library.Library("finchtune", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that others are overridden
-        for source, kind in SOURCES.items():
+        for source in sources or USUAL:
+            kind = SOURCES[source]
             operators = kind(emulated_library(source))
             for name in vars(kind):
                 if name not in HELPERS and not name.startswith("__"):

@@ -1,17 +1,10 @@
-"""The CUDA kernels of cuda/gpu/norm.h, run on the CPU: see elementwise_emulator.py."""
+"""The CUDA kernels of cuda/gpu/norm.h as operators."""
 
-import contextlib
 import ctypes
-import functools
-import tempfile
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.elementwise_emulator import DTYPE_CODES, Call
-from helpers.emulation import compile_emulated
+from helpers.emulation import DTYPE_CODES, Call
 
 
 class LayerNorm(ctypes.Structure):
@@ -51,24 +44,3 @@ class NormOperators:
         parameters = p_both if of_weight else None
         call.launch("added_norm_backward", norm, *inputs, p_dx, parameters, scratch)
         return dx.clone(), both[0].clone(), both[1].clone()
-
-
-@functools.cache
-def emulated_norm() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp("norm"))
-    return compile_emulated("norm.cu", folder / "libnorm_emulated.so")
-
-
-@contextlib.contextmanager
-def norms_in_place() -> Iterator[None]:
-    """Within, the operators run the CUDA kernels on CPU tensors."""
-    operators = NormOperators(emulated_norm())
-    library = torch.library.Library("finchtune", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that others are overridden
-        for name in ("added_norm", "added_norm_backward"):
-            library.impl(name, getattr(operators, name), "CPU")
-    try:
-        yield
-    finally:
-        library._destroy()

@@ -1,21 +1,9 @@
-"""The CUDA kernels of cuda/gpu/quantised.h, run on the CPU: see elementwise_emulator.py."""
+"""The CUDA kernels of cuda/gpu/quantised.h as operators."""
 
-import contextlib
 import ctypes
-import functools
-import tempfile
-import warnings
-from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from helpers.elementwise_emulator import (
-    DTYPE_CODES,
-    Call,
-    cuda_kernels_in_place,
-    integers,
-)
-from helpers.emulation import compile_emulated
+from helpers.emulation import DTYPE_CODES, Call, integers
 
 
 class QuantisedOperators:
@@ -53,25 +41,3 @@ class QuantisedOperators:
         turned, pointer = call.made(codes.shape[::-1], codes.dtype)
         call.launch("turn_bytes", *integers(*codes.shape), call.given(codes), pointer)
         return turned
-
-
-@functools.cache
-def emulated_quantised() -> ctypes.CDLL:
-    folder = Path(tempfile.mkdtemp("quantised"))
-    return compile_emulated("quantised.cu", folder / "libquantised_emulated.so")
-
-
-@contextlib.contextmanager
-def quantised_in_place() -> Iterator[None]:
-    """As `cuda_kernels_in_place`, with these kernels too."""
-    operators = QuantisedOperators(emulated_quantised())
-    with cuda_kernels_in_place():
-        library = torch.library.Library("finchtune", "IMPL")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch says that others are overridden
-            for name in ("coded_product", "fp8_rows", "turn_bytes"):
-                library.impl(name, getattr(operators, name), "CPU")
-        try:
-            yield
-        finally:
-            library._destroy()

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 from helpers.elementwise_cases import outputs_and_gradients, random_inputs
+from helpers.elementwise_emulator import cuda_kernels_in_place, emulated_library
 from helpers.emulation import ORDERS
-from helpers.norm_emulator import emulated_norm, norms_in_place
 from helpers.support import every_generation, relative_error, small_model
 
 from finchtune.ops.elementwise import AddedNorm
@@ -18,7 +18,7 @@ SHAPES = {"single elements": (2, 7, 45), "vectors": (70, 48), "long rows": (3, 2
 
 @pytest.fixture(autouse=True)
 def emulated(kernels):
-    with norms_in_place(), cpu_standing_for("cuda"):
+    with cuda_kernels_in_place("norm.cu"), cpu_standing_for("cuda"):
         yield
 
 
@@ -83,7 +83,7 @@ def test_the_operators_say_what_they_return():
 
 def test_every_thread_schedule_gives_the_same_bits():
     inputs = random_inputs([(70, 48), (70, 48), (48,), (48,)], torch.float32)
-    library, runs = emulated_norm(), []
+    library, runs = emulated_library("norm.cu"), []
     for order, eager in itertools.product(range(len(ORDERS)), (False, True)):
         library.emulation_configure(order, eager, 1, 8)
         runs.append(outputs_and_gradients(joined, inputs))

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 import torch
+from helpers.elementwise_emulator import cuda_kernels_in_place, emulated_library
 from helpers.emulation import ORDERS
-from helpers.quantised_emulator import emulated_quantised, quantised_in_place
 from helpers.support import relative_error
 
 from finchtune.adapters import METHODS, AdaptedLinear, QuantisedWeight
@@ -21,7 +21,7 @@ ops = torch.ops.finchtune
 
 @pytest.fixture(autouse=True)
 def emulated(kernels):
-    with quantised_in_place():
+    with cuda_kernels_in_place("elementwise.cu", "quantised.cu"):
         yield
 
 
@@ -92,7 +92,7 @@ def test_codes_are_turned(shape):
 
 
 def test_every_thread_schedule_gives_the_same_bits():
-    x, library = torch.randn(3, 2272), emulated_quantised()
+    x, library = torch.randn(3, 2272), emulated_library("quantised.cu")
     weights = [QuantisedWeight(torch.randn(5, 2272), kind) for kind in KINDS]
     codes = torch.randint(256, (80, 80), dtype=torch.uint8)
     runs = []
