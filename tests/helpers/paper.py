@@ -44,11 +44,13 @@ def dialogue(number: int) -> dict:
     return {"question_id": number, "category": "math", "turns": ["Add 1 and 1.", "Add 1 again."]}
 
 
-def paper_inputs(folder: Path) -> dict[str, Path]:
-    """A small RWKV-6 over bytes, sums to train on, and a file for each test."""
+def paper_inputs(folder: Path, generation: int = 6) -> dict[str, Path]:
+    """A small RWKV over bytes, sums to train on, and a file for each test."""
     math = [{"problem": "What is 1 + 1?", "solution": r"\boxed{2}"}]
     return {
-        "model": save_model(small_model(n_layer=1, n_embd=64), folder / "base.pth"),
+        "model": save_model(
+            small_model(n_layer=1, n_embd=64, generation=generation), folder / "base.pth"
+        ),
         "gsm8k": write_lines(folder / "sums.jsonl", sums(40)),
         "math": write_lines(folder / "math.jsonl", math),
         "humaneval": write_lines(folder / "humaneval.jsonl", [problem("one"), problem("two")]),

@@ -123,6 +123,14 @@ def test_tables_and_figures_share_their_cells(inputs, tmp_path):
     assert len(list(out.glob("*.png"))) == 4
 
 
+def test_a_table_of_an_rwkv7(tmp_path):
+    given = words(paper_inputs(tmp_path, 7), tmp_path / "out", "math", tests=("gsm8k",))
+    smoke("table5", *given, *FEW, *STEPS)
+    results = [read_json(path) for path in (tmp_path / "out").glob("*/result.json")]
+    trained = {result["training"]["trained"] for result in results}
+    assert trained == {8 * (4 * 64 + 256 + 64)}, "six linears in a block"
+
+
 def test_table_4_chooses_learning_rates_and_goes_on_where_it_was_stopped(inputs, tmp_path):
     out = tmp_path / "out"
     given = [*words(inputs, out, "math", tests=("gsm8k",)), *FEW, *STEPS]
