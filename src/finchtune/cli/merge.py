@@ -1,5 +1,6 @@
 """Merge an adapter into its base model's weights."""
 
+import argparse
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,7 @@ RWKV_PEFT = {"rslora": False, "mode": "row", "quant": "none"}
 """What the scripts for one method, and --type, take for granted, as in RWKV-PEFT."""
 
 
-def main(arguments: list[str] | None = None, methods: Collection[str] | None = None) -> None:
-    """`methods` restricts which methods' adapters are merged."""
-    arguments = arguments or []
-    theirs = bool(methods) or "--type" in arguments
+def parse(arguments: list[str]) -> argparse.Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--base_model", required=True, help="the .pth that was fine-tuned")
     parser.add_argument(
@@ -35,7 +33,14 @@ def main(arguments: list[str] | None = None, methods: Collection[str] | None = N
         help="compare the logits of the merged and of the adapted model on this text; both are "
         "loaded whole, one after the other",
     )
-    given = parser.parse_args(our_arguments(arguments, methods))
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None, methods: Collection[str] | None = None) -> None:
+    """`methods` restricts which methods' adapters are merged."""
+    arguments = arguments or []
+    theirs = bool(methods) or "--type" in arguments
+    given = parse(our_arguments(arguments, methods))
     inputs = (given.base_model, given.peft_checkpoint, given.lora_init)
     check_output(given.output, *inputs, suffixes=(".pth", ".safetensors"))
     base_hash = hashing(given.base_model)  # already while torch is imported
