@@ -16,3 +16,13 @@ def test_a_text_may_be_longer_than_a_file_name(tmp_path):
     assert "verified on 300 tokens" in verify(*given, "x" * 300)
     with pytest.raises(UserError, match="`verify` needs a text"):
         verify(*given, "")
+
+
+def test_a_base_in_fp8_is_verified_without_rounding_activations(tmp_path):
+    sizes = {"n_embd": 128, "dim_ffn": 448}
+    given = {"r": 8, "quant": "fp8_compute"}
+    base, model, adapter = make_adapter(tmp_path, "bone", given, sizes=sizes)
+    merged = tmp_path / "merged.pth"
+    merge_files(base, adapter, merged)
+    line = verify(base, read_adapter(adapter), model.adapter_spec, merged, "Some text.")
+    assert "verified on 10 tokens" in line

@@ -75,6 +75,12 @@ class QuantisedWeight(nn.Module):
         """The scale of each block, float32."""
         return of_blocks(self.scales, self.form).view(torch.float32)
 
+    def leave_fp8(self) -> None:
+        """Make "fp8_compute" the same weight as "fp8", by which products round no activations."""
+        kind, shape = self.form
+        if kind == BY_ROW:
+            self.scales, self.form = of_blocks(self.scales, self.form), ("fp8", shape)
+
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in) that the codes stand for."""
         return dequantise(self.codes, self.scales, self.form, dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finchtune.adapters import QuantisedWeight
 from finchtune.errors import UserError
 from finchtune.tokenizer import load_tokenizer
 from finchtune.weights.adapter_files import adapted_model
@@ -37,6 +38,9 @@ def verify(
     if not ids:
         raise UserError("`verify` needs a text of at least one token")
     tokens = torch.tensor([ids], device=device)
+    for module in model.modules():
+        if isinstance(module, QuantisedWeight):
+            module.leave_fp8()
     expected = model(tokens)[0][0].cpu()
     rounding = load_model(merged).head.weight.dtype
     del model
