@@ -53,7 +53,6 @@ __device__ __forceinline__ void prepare_backward(ChunkBackwardShared& shared, co
   Matrix* const ak = reinterpret_cast<Matrix*>(shared.solved_a.at(row * 128));
   Columns a, b;
   scale_rows(rows, w, shared.total[block], a, b, row, lane);
-  __syncwarp();
   a.store_rest(shared.solved_a, rows.a, row, lane);
   b.store_rest(shared.solved_b, rows.b, row, lane);
   __syncwarp();
