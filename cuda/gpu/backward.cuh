@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
   if (chunk >= 0) load_backward_chunk(shared, args, pieces, pieces.of_chunk(chunk), valid);
   for (; chunk >= 0; chunk--) {
     const int blocks = used_blocks(valid);
-    const int64_t offset = pieces.of_chunk(chunk), next = pieces.of_chunk(chunk - 1);
     checkpoint -= checkpoint_step;
     prefetch_checkpoint(checkpoint);
     wait_for_block<0>(shared.w, pieces, valid);
@@ -194,10 +193,10 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
 #pragma unroll 1
     for (int row = (blocks - 1) * BLOCK; row >= 0; row -= BLOCK) {
       const Operand k = k_columns.load(chunk, row, valid);
-      if (row == 0 && chunk > 0) prefetch_inputs(args, pieces, next);
       KeySlice state = state_before(shared, checkpoint, row, lane);
       const KeySliceGradients gradients =
           key_slice_gradients(shared, state, g, du, k, u, row, lane);
+      if (row == 0 && chunk > 0) prefetch_inputs(args, pieces, pieces.of_chunk(chunk - 1));
       __syncthreads();  // G is complete, and no warp needs v of this block any more
       value_slice_gradients(shared, row, lane);
       __syncthreads();  // all warps are done with G and kt
@@ -206,8 +205,10 @@ __global__ void __launch_bounds__(THREADS, BACKWARD_BLOCKS) backward_kernel(Back
     __syncthreads();
     // No barrier before the loads: a thread overwrites what it has just stored itself, and dy, last
     // read before the barrier above.
-    store_backward_chunk(shared, args, pieces, offset, valid);
-    if (chunk > 0) load_backward_chunk(shared, args, pieces, next, CHUNK);
+    store_backward_chunk(shared, args, pieces, pieces.of_chunk(chunk), valid);
+    if (chunk > 0) {
+      load_backward_chunk(shared, args, pieces, pieces.of_chunk(chunk - 1), CHUNK);
+    }
     valid = CHUNK;
   }
 

@@ -71,8 +71,11 @@ LOAD_W = "    if (next_valid > 0) load_chunk(shared.w, args.w + next, pieces, ne
 LOAD_KEYS = "    if (next_valid > 0) load_keys(shared, args, pieces, next, next_valid);\n"
 LOAD_V = "    if (next_valid > 0) load_chunk(shared.v, args.v + next, pieces, next_valid);\n"
 STORE_Y = "    store_chunk(args.y + offset, shared.v, pieces, valid);\n"
-LOAD_ALL = "    if (chunk > 0) load_backward_chunk(shared, args, pieces, next, CHUNK);\n"
-STORE_ALL = "    store_backward_chunk(shared, args, pieces, offset, valid);\n"
+LOAD_ALL = """    if (chunk > 0) {
+      load_backward_chunk(shared, args, pieces, pieces.of_chunk(chunk - 1), CHUNK);
+    }
+"""
+STORE_ALL = "    store_backward_chunk(shared, args, pieces, pieces.of_chunk(chunk), valid);\n"
 
 FAULTS = [
     Fault("ldmatrix address", "fragments.cuh", "lane % 16, lane / 16)", "lane % 16, lane / 8 % 2)"),
