@@ -6,6 +6,7 @@ meaning and distractors: names without a number, and numbers of things that are 
 """
 
 import argparse
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,10 +40,11 @@ def recall(rng: random.Random, length: int, keys: int, distractors: float, digit
 
 
 def records(given: argparse.Namespace) -> Iterator[dict]:
-    """Records without end, their lengths between --shortest and --length."""
+    """Records without end, their lengths from --shortest to --length, as many at twice a length."""
     rng = random.Random(given.seed)
+    spread = math.log(given.length / (given.shortest or given.length))
     while True:
-        length = rng.randint(given.shortest or given.length, given.length)
+        length = round(given.length / math.exp(rng.uniform(0, spread)))
         yield recall(rng, length, given.keys, given.distractors, given.digits)
 
 

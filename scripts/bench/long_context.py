@@ -45,9 +45,9 @@ def step(model, batch, chunk: int, exact: bool = True) -> float:
 
 
 def made(given: argparse.Namespace, length: int, chunk: int):
-    """A model, and a row of `length` tokens: plain training recomputes blocks, chunks do not."""
+    """A model, and a row of `length` tokens; plain training always recomputes whole blocks."""
     sizes = sizes_of(given.generation, given.layers, given.channels, 4096)
-    model = initialised(sizes, 0 if chunk else 1)
+    model = initialised(sizes, given.grad_cp if chunk else 1)
     attach(model, "bone", r=64)
     ids = torch.randint(0, 4096, (length + 1,)).numpy()
     return model, padded([Segment(ids, None, 0)], length)
@@ -74,7 +74,7 @@ def peak() -> float:
 
 def memory(given: argparse.Namespace) -> None:
     common = ["--layers", given.layers, "--channels", given.channels, "--repeats", given.repeats]
-    common += ["--generation", given.generation]
+    common += ["--generation", given.generation, "--grad_cp", given.grad_cp]
     for length, size in [(given.lengths[0], 0), *((n, given.chunk) for n in given.lengths)]:
         words = ["one", "--length", length, "--chunk", size, *common]
         subprocess.run([sys.executable, __file__, *map(str, words)], check=True)
@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--channels", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--grad_cp", type=int, default=0, help="beside chunks")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--train", type=Path)
     parser.add_argument("--test", type=Path)

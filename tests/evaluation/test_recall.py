@@ -52,3 +52,18 @@ def test_sizes_that_cannot_be(tmp_path):
     for words in (["--keys", 0], ["--shortest", 5000], ["--digits", 0]):
         done = run_script("scripts/make_recall.py", "--train", 1, "--output", tmp_path, *words)
         assert_one_error_line(done, words[0])
+
+
+@pytest.mark.slow
+def test_the_benchmark_learns_what_stands_in_another_chunk(tmp_path):
+    """A name and a digit: by gradients of the whole context, and not by those within a chunk."""
+    sizes = "--train 640 --test 40 --length 60 --shortest 50 --keys 1 --digits 1 --distractors 0"
+    made = run_script("scripts/make_recall.py", *sizes.split(), "--output", tmp_path)
+    assert made.returncode == 0, made.stderr
+    files = "--train", tmp_path / "train.jsonl", "--test", tmp_path / "test.jsonl"
+    words = "--steps 120 --scores 1 --seeds 0 --rate 5e-3".split()
+    done = run_script("scripts/bench/recall.py", *files, *words)
+    assert done.returncode == 0, done.stderr
+    exact, truncated = map(json.loads, done.stdout.splitlines())
+    assert (exact["bptt"], truncated["bptt"]) == ("exact", "truncated")
+    assert exact["right"] > 0.5 > truncated["right"]
