@@ -70,7 +70,7 @@ __device__ __forceinline__ void prepare_forward(ChunkForwardShared& shared, cons
       sum.x[2 * p + 1] = high_half(rt.pair[p]);
     }
     multiply_add(sum, rb, rows.a.load_transposed_right(row, n, lane));
-    __syncwarp();  // all lanes have read rt
+    // A lane overwrites the elements of rt that it has loaded, after a product of all lanes.
     rows.r.store(row, n, as_operand(sum), lane);
   }
 }
