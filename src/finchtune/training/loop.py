@@ -100,7 +100,7 @@ def describe_resumed(checkpoint: Path, start: int, total: int) -> None:
 
 
 class Run:
-    """A run that is ready for its steps. `done` counts those that are finished."""
+    """A run that is ready for its steps."""
 
     def __init__(
         self,
