@@ -85,6 +85,17 @@ def test_changed_flags_are_told_from_the_manifest_alone(tmp_path):
         check_flags(path, dataclasses.replace(config, bone_r=8, random_seed=43))
 
 
+@pytest.mark.parametrize("kind", ["none", "state", "infctx"])
+def test_a_checkpoint_from_before_train_type_took_several_words_is_resumed(tmp_path, kind):
+    config = config_for(tmp_path, train_type=[] if kind == "none" else [kind])
+    record = {"config": dataclasses.asdict(config) | {"train_type": kind}}
+    state = {"trained": {"a": torch.zeros(2)}, "adam_step": 1}
+    path = save_checkpoint(tmp_path, 1, state, tensors_of(state), record)
+    check_flags(path, config)
+    with pytest.raises(UserError, match=r"`train_type` .* -> "):
+        check_flags(path, dataclasses.replace(config, train_type=["state", "infctx"]))
+
+
 @pytest.mark.slow
 def test_resuming_with_other_flags_or_data_is_refused_in_one_line(tmp_path):
     folder = make_folder(tmp_path)

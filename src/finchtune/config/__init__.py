@@ -19,10 +19,11 @@ from finchtune.config.flags import (
     ModelFlags,
     RecordFlags,
     StepFlags,
+    as_words,
 )
 from finchtune.methods import flag_methods, method_flags
 
-__all__ = ["GROUPS", "METHODS", "STATE_LR", "TrainConfig", "config_yaml"]
+__all__ = ["GROUPS", "METHODS", "STATE_LR", "TrainConfig", "as_words", "config_yaml"]
 
 
 @dataclass

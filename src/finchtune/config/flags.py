@@ -30,6 +30,16 @@ def flag(default: Any, text: str, choices: tuple[Any, ...] = (), free: bool = Fa
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def as_words(value: Any) -> Any:
+    """The value of a flag of several words as a list; earlier runs recorded one word, or none.
+
+    Whatever else was recorded is returned as it is.
+    """
+    if isinstance(value, str):
+        return [] if value == "none" else [value]
+    return value
+
+
 def with_method_flags(cls: type) -> type:
     """Give a class of flags those of the methods, which stand in their files."""
     for name, own in method_flags().items():

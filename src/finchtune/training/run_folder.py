@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finchtune import distributed
-from finchtune.config import TrainConfig
+from finchtune.config import TrainConfig, as_words
 from finchtune.errors import CheckpointError, UserError
 from finchtune.files import missing_parents, remove, remove_empty, remove_leftovers
 from finchtune.training.checkpoints import (
@@ -102,6 +102,7 @@ def check_flags(checkpoint: Path, config: TrainConfig) -> None:
     old = manifest.get("config")
     if not isinstance(old, dict):
         raise CheckpointError(f"`resume` {checkpoint}: its manifest holds no configuration")
+    old = old | {"train_type": as_words(old.get("train_type"))}
     free = {field.name for field in dataclasses.fields(TrainConfig) if field.metadata["free"]}
     changed = [k for k in new if k not in free and old.get(k) != new[k]]
     told = [f"`{k}` {old.get(k)} -> {new[k]}" for k in changed]
