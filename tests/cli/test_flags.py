@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+import yaml
 from helpers.support import run_script
 
 from finchtune.adapters import METHODS, get_method, hyperparameters_of
@@ -266,9 +267,19 @@ def test_a_configuration_comes_back_from_its_yaml(tmp_path):
     assert changed == dataclasses.replace(config, lora_r=4), "the command line wins"
 
 
+@pytest.mark.parametrize("kind", ["none", "state", "infctx"])
+def test_a_configuration_comes_back_from_before_train_type_took_several_words(tmp_path, kind):
+    config = parse("--peft", "bone", "--train_type", kind)
+    old = yaml.safe_load(config_yaml(config)) | {"train_type": kind}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(old))
+    assert parse_train_flags(["--config", str(tmp_path / "config.yaml")]) == config
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("train_type: stat", "--train_type stat: choose one of .* did you mean state"),
+        ("train_parts: ln", "--train_parts takes words"),
         ("ctx_lne: 8", "unknown key 'ctx_lne'; did you mean ctx_len"),
         ("epochs: 8", "unknown key 'epochs'; did you mean epoch_count"),
         ("ctx_len: 8.5", "--ctx_len takes a whole number, not 8.5"),

@@ -6,6 +6,7 @@ import json
 import types
 from typing import Any, get_args, get_origin
 
+from finchtune.config import as_words
 from finchtune.errors import UserError
 
 LIST_HINT = "words, or a JSON list"
@@ -34,9 +35,10 @@ def convert(field: dataclasses.Field[Any], value: Any) -> Any:
     """A word (or words) -> the field's type. Raises UserError for one that does not fit."""
     name = field.name
     if is_list(field):
-        words = convert_list(name, value)
+        choices = field.metadata["choices"]
+        words = convert_list(name, as_words(value) if choices else value)
         for word in words:
-            check_choice(name, word, field.metadata["choices"])
+            check_choice(name, word, choices)
         return words
     kind = type_of(field)
     if kind is bool:
