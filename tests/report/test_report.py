@@ -109,6 +109,23 @@ def test_the_picture_says_what_it_shows(tmp_path):
         assert method_of(config | trained) == told
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"), [("none", "bone r 8"), ("state", "bone r 8, states"), ("infctx", "bone r 8")]
+)
+def test_runs_from_before_train_type_took_several_words_are_named_and_differ_in_nothing(
+    tmp_path, kind, told
+):
+    words = [] if kind == "none" else [kind]
+    config = {"peft": "bone", "bone_r": 8}
+    runs = [
+        make_run(tmp_path / name, config=config | {"train_type": value})
+        for name, value in (("old", kind), ("new", words))
+    ]
+    assert [method_of(read_run(run).config) for run in runs] == [told, told]
+    text = write_report(runs, tmp_path / "report.html").read_text()
+    assert "<tr><th>train_type</th>" not in text
+
+
 def test_several_runs_list_only_what_differs(tmp_path):
     common = {"peft": "bone", "ctx_len": 512}
     runs = [make_run(tmp_path / f"run{i}", config=common | {"lr_init": lr, "bone_load": None})

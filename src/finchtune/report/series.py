@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from finchtune.config import as_words
 from finchtune.errors import UserError
 from finchtune.files import read_object, read_yaml
 
@@ -60,6 +61,8 @@ def read_run(folder: str | Path) -> RunLog:
     try:
         config = read_yaml(folder / "config.yaml")
         log.config = config if isinstance(config, dict) else {}
+        if "train_type" in log.config:
+            log.config["train_type"] = as_words(log.config["train_type"])
     except UserError as error:
         log.problems.append(error.line.removeprefix(f"{folder}/"))
     return log
