@@ -87,7 +87,7 @@ def test_of_every_generation_all_weights_and_dropout(peft, generation):
     [
         ({"strategy": "deepspeed_stage_3"}, "deepspeed_stage_1 or 2, not 3"),
         ({"grad_cp": 0}, "`grad_cp` 1, not 0"),
-        ({"train_type": "infctx"}, "not for infctx"),
+        ({"train_type": ["infctx"]}, "not for infctx"),
         ({"context_parallel": 2}, "not for infctx"),
         ({"dataload": "pack"}, "not `dataload` pack"),
     ],

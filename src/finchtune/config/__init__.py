@@ -40,6 +40,7 @@ class TrainConfig(
     """What one training run does. Field names are flag names."""
 
     def __post_init__(self) -> None:
+        assert isinstance(self.train_type, list), self.train_type
         self.train_type = [kind for kind in TRAIN_TYPES if kind in self.train_type]
         if self.lr_init is None:
             self.lr_init = STATE_LR if self.trains_state and self.adapter == "none" else LR
