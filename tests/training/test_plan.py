@@ -5,13 +5,14 @@ import math
 import re
 
 import pytest
+import torch
 from helpers.support import assert_one_error_line, run_script, save_model, small_model
 
 from finchtune.cli.flags import parse_train_flags
 from finchtune.errors import UserError
 from finchtune.ops.kernels import kernels_absent
 from finchtune.training.plan import planned_sizes, print_plan
-from finchtune.training.setup import open_data
+from finchtune.training.setup import open_data, planned_model
 
 
 def planned(capsys, *words):
@@ -172,11 +173,25 @@ def test_a_plan_says_which_operators_it_counts(capsys, kernels):
     assert total.search(plain)[1] == elsewhere != total.search(said)[1]
 
 
+@pytest.mark.parametrize("method", ["--train_type state", "--peft bone --bone_r 8"])
+@pytest.mark.parametrize("part", ["ffn", "ffn.key"])
+def test_parts_whose_weights_are_quantised_are_refused(folder, method, part):
+    words = f"--plan --quant nf4 {method} --train_parts time_maa {part}"
+    config = parse_train_flags([*map(str, data_flags(folder)), *words.split()])
+    with pytest.raises(UserError, match=rf"{part}: blocks\.0\.ffn\.key\.weight is quantised"):
+        planned_model(config, planned_sizes(config.load_model), torch.float32)
+    config.train_parts.pop()
+    model = planned_model(config, planned_sizes(config.load_model), torch.float32)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert "blocks.0.ffn.time_maa_k" in trained
+
+
 @pytest.mark.parametrize(
     "words",
     [
         "--peft bone --bone_r 8 --train_parts nonsense",
         "--peft bat --bat_r 8 --train_parts att.key",
+        "--train_type state --quant nf4 --train_parts ffn",
         "--precision fp16 --accelerator cpu",
         "--peft bat --bat_r 7",
         "--n_embd 65",

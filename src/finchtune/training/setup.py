@@ -7,6 +7,7 @@ from torch import Tensor
 
 from finchtune import distributed
 from finchtune.adapters import (
+    QuantisedWeight,
     adapted_layers,
     attach,
     block_targets,
@@ -93,6 +94,13 @@ def choose_trained(
 def train_part(model: LanguageModel, part: str) -> None:
     """Make the parameters with `part` in their names trainable; UserError if that cannot be."""
     chosen = {name: p for name, p in model.named_parameters() if part in name}
+    modules = model.named_modules()
+    coded = [name for name, m in modules if isinstance(m, QuantisedWeight) and part in name]
+    if coded and part:
+        raise UserError(
+            f"`train_parts` {part}: {coded[0]} is quantised, and cannot be trained itself; name "
+            "other parts, or drop `quant`"
+        )
     if not chosen or not part:
         raise UserError(f"`train_parts` {part or repr(part)}: no parameter has this in its name")
     layers = adapted_layers(model) if hasattr(model, "adapter_spec") else {}
