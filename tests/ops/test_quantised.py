@@ -10,10 +10,13 @@ from helpers.support import relative_error
 
 from finchtune.adapters import METHODS, AdaptedLinear, QuantisedWeight
 from finchtune.adapters.fp8 import rounded_rows
-from finchtune.adapters.quantise import code_table
+from finchtune.adapters.frozen import coded_product
 from finchtune.ops.kernels import cpu_standing_for, kernels_set_aside
 
-KINDS = ("nf4", "fp4", "int8", "fp8")
+KINDS = ("nf4", "fp4", "int8", "fp8", "fp8_compute")
+SIZES = [(1, 32, 64), (3, 96, 37), (5, 64, 6), (8, 2272, 10)]
+ROW_SIZES = [(1, 64, 64), (3, 128, 48), (8, 2304, 16)]  # that fp8_compute takes
+FEW = [(kind, sizes) for kind in KINDS for sizes in (ROW_SIZES if kind == "fp8_compute" else SIZES)]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 ops = torch.ops.finchtune
@@ -25,18 +28,17 @@ def emulated(kernels):
         yield
 
 
-def coded_product(x, W):
-    return ops.coded_product(x, W.codes, W.block_scales(), code_table(W.form[0]), W.shape[0], 0)
+def few_rows_product(x, W):
+    return coded_product(x, W.codes, W.scales, W.form)
 
 
 @every_dtype
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sizes", [(1, 32, 64), (3, 96, 37), (5, 64, 6), (8, 2272, 10)], ids=str)
+@pytest.mark.parametrize(("kind", "sizes"), FEW, ids=str)
 def test_few_rows_times_codes(kind, dtype, sizes):
     """Nearer than with the weight in x's dtype: here it is never rounded to that."""
     rows, n_in, n_out = sizes
     x, W = torch.randn(rows, n_in).to(dtype), QuantisedWeight(torch.randn(n_out, n_in), kind)
-    y = coded_product(x, W)
+    y = few_rows_product(x, W)
     assert y.dtype == dtype
     expected = x.double() @ W.dense(torch.float32).double().T
     assert relative_error(y, expected) < TOLERANCE[dtype]
@@ -46,7 +48,7 @@ def test_few_rows_times_codes(kind, dtype, sizes):
 def test_few_rows_refuse_what_does_not_fit(shape):
     W = QuantisedWeight(torch.randn(4, shape[1]), "int8")
     with pytest.raises(AssertionError, match="error 1"):
-        coded_product(torch.randn(shape), W)
+        few_rows_product(torch.randn(shape), W)
 
 
 @every_dtype
@@ -92,13 +94,13 @@ def test_codes_are_turned(shape):
 
 
 def test_every_thread_schedule_gives_the_same_bits():
-    x, library = torch.randn(3, 2272), emulated_library("quantised.cu")
-    weights = [QuantisedWeight(torch.randn(5, 2272), kind) for kind in KINDS]
+    x, library = torch.randn(3, 2304), emulated_library("quantised.cu")
+    weights = [QuantisedWeight(torch.randn(16, 2304), kind) for kind in KINDS]
     codes = torch.randint(256, (80, 80), dtype=torch.uint8)
     runs = []
     for order, eager in itertools.product(range(len(ORDERS)), (False, True)):
         library.emulation_configure(order, eager, 1, 8)
-        found = [coded_product(x, W) for W in weights]
+        found = [few_rows_product(x, W) for W in weights]
         rounded, scales = ops.fp8_rows(x[:, :2064], None)
         runs.append([*found, rounded.float(), scales, ops.turn_bytes(codes)])
     library.emulation_configure(0, False, 1, 8)
@@ -110,8 +112,8 @@ LINEARS = [("bone", {"r": 8}), ("bat", {"r": 8}), ("lora", {"r": 4}), ("pissa", 
 
 
 def adapted(name, settings, kind, dtype):
-    linear = torch.nn.Linear(64, 32, bias=False, dtype=dtype)
-    adapter = METHODS[name](64, 32, **settings)
+    linear = torch.nn.Linear(128, 32, bias=False, dtype=dtype)
+    adapter = METHODS[name](128, 32, **settings)
     adapter.init(linear.weight.detach())
     with torch.no_grad():
         for parameter in adapter.parameters():
@@ -120,11 +122,13 @@ def adapted(name, settings, kind, dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8_compute"])
 @pytest.mark.parametrize(("name", "settings"), LINEARS)
 def test_layers_of_few_rows_never_rebuild_the_weight(name, settings, kind, monkeypatch):
+    """With fp8_compute on a GPU without products in fp8."""
+    monkeypatch.setattr("finchtune.adapters.frozen.can_multiply", lambda device: False)
     layer = adapted(name, settings, kind, torch.bfloat16)
-    x = torch.randn(3, 1, 64).bfloat16()
+    x = torch.randn(3, 1, 128).bfloat16()
     expected = layer(x)
     with cpu_standing_for("cuda"):
         many = layer(torch.cat([x] * 3))  # nine rows
@@ -137,7 +141,7 @@ def test_layers_of_few_rows_never_rebuild_the_weight(name, settings, kind, monke
 @pytest.mark.parametrize(("name", "settings"), LINEARS)
 def test_layers_in_fp8_are_as_without_kernels(name, settings):
     layer = adapted(name, settings, "fp8_compute", torch.bfloat16)
-    x = torch.randn(11, 64).bfloat16().requires_grad_()
+    x = torch.randn(11, 128).bfloat16().requires_grad_()
     inputs, dy = [x, *layer.adapter.parameters()], torch.randn(11, 32).bfloat16()
     with cpu_standing_for("cuda"):
         y = layer(x)

@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from finchtune.adapters.fp8 import can_multiply, fp8_product, fp8_product_back, plus
-from finchtune.adapters.quantise import BY_ROW, Form, QuantisedWeight, code_table, dequantise
+from finchtune.adapters.quantise import (
+    BY_ROW,
+    Form,
+    QuantisedWeight,
+    code_table,
+    dequantise,
+    of_blocks,
+)
 from finchtune.ops.kernels import device_type, fits
 
 Weight = Tensor | QuantisedWeight
@@ -64,7 +71,7 @@ def reads_codes(x: Tensor, form: Form | None) -> bool:
 def coded_product(x: Tensor, codes: Tensor, scales: Tensor, form: Form) -> Tensor:
     """x W^T of few rows (n, k), exact but for fp32 sums. No gradients."""
     kind, (n_out, _) = form
-    factors = scales.view(torch.float32)
+    factors = of_blocks(scales, form).view(torch.float32)
     return torch.ops.finchtune.coded_product(x, codes, factors, code_table(kind), n_out, 0)
 
 
