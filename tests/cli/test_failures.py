@@ -235,3 +235,24 @@ def test_no_memory_is_explained_with_three_remedies():
         flags = f"--load_model m --data_file d --peft {peft} {words}".split()
         smallest = parse_train_flags(flags)
         assert len(failures.flags_that_lower_memory(smallest)) >= 3
+
+
+@pytest.mark.parametrize(
+    ("words", "advised"),
+    [
+        ("--train_type state --micro_bsz 4", "--train_type state infctx"),
+        ("--peft bone --strategy deepspeed_stage_3_offload", "--train_type infctx"),
+        ("--cuda_graphs 1", "--cuda_graphs 0"),
+        ("--cuda_graphs 1 --train_type state", "--strategy deepspeed_stage_2_offload"),
+        ("--cuda_graphs 1 --peft bone --strategy deepspeed_stage_2_offload", "--cuda_graphs 0"),
+    ],
+)
+def test_what_no_memory_advises_is_taken_and_trains_the_same(words, advised):
+    words = f"--load_model m --data_file d --precision bf16 --ctx_len 4096 {words}".split()
+    config = parse_train_flags(words)
+    advice = failures.flags_that_lower_memory(config)
+    assert advised in advice
+    for flags in set(advice) - {"a smaller --load_model"}:
+        given = flags.replace("more --devices under", "--devices 2").removesuffix(" (same batch)")
+        changed = parse_train_flags([*words, *given.split()])
+        assert changed.trained == config.trained or "--peft" in flags

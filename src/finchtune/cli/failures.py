@@ -69,23 +69,26 @@ def estimated_need(config: TrainConfig) -> str:
 def flags_that_lower_memory(config: TrainConfig) -> list[str]:
     """At least three changes of flags that make a run smaller, the cheapest first."""
     flags = []
+    stage = 2 if config.cuda_graphs else 3  # graphs need whole weights on each device
     if config.micro_bsz > 1:
         half = max(n for n in range(1, config.micro_bsz) if config.micro_bsz % n == 0)
         micro_batches = config.accumulate_grad_batches * config.micro_bsz // half
         more = "" if config.global_bsz else f" --accumulate_grad_batches {micro_batches}"
         flags.append(f"--micro_bsz {half}{more} (same batch)")
+    if config.cuda_graphs:
+        flags.append("--cuda_graphs 0")
     if config.grad_cp != 1:
         flags.append("--grad_cp 1")
     if config.precision == "fp32" or (config.precision is None and config.accelerator == "cpu"):
         flags.append("--precision bf16")
     if not config.offload:
-        flags.append("--strategy deepspeed_stage_3_offload")
+        flags.append(f"--strategy deepspeed_stage_{stage}_offload")
     if config.trains_all:
         flags.append("--peft bone")
-    if not config.chunked and config.ctx_len > 1024:
-        flags.append("--train_type infctx")
+    if not (config.chunked or config.cuda_graphs) and config.ctx_len > 1024:
+        flags.append(f"--train_type {' '.join([*config.train_type, 'infctx'])}")
     flags.append(f"--ctx_len {max(16, config.ctx_len // 2)}")
-    flags += ["more --devices under --strategy deepspeed_stage_3", "a smaller --load_model"]
+    flags += [f"more --devices under --strategy deepspeed_stage_{stage}", "a smaller --load_model"]
     return flags[:5]
 
 
