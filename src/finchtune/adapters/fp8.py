@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 from finchtune.errors import UserError
 from finchtune.ops.kernels import device_type, fits
 
-LARGEST = 448.0  # of e4m3
+LARGEST_E4M3 = 448.0
 LEAST_CAPABILITY = (8, 9)
 E4M3 = torch.float8_e4m3fn
 
@@ -48,13 +48,27 @@ def check_fp8(shape: torch.Size, device: torch.device) -> None:
         )
 
 
+def over_scales(values: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Rows (n, k) fp32, each over its scale, and the scales (n, 1): largest magnitudes / `largest`.
+
+    Rows of zeros, whose scale is 0, stay.
+    """
+    scales = values.abs().amax(1, keepdim=True) / largest
+    return values / torch.where(scales == 0, 1, scales), scales
+
+
+def to_e4m3(scaled: Tensor) -> Tensor:
+    """The nearest of e4m3's numbers, also of what a rounded scale leaves beyond the largest."""
+    return scaled.clamp(-LARGEST_E4M3, LARGEST_E4M3).to(E4M3)
+
+
 def rounded_rows(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """x (T, k), its columns times `factors` (k) -> e4m3 (T, k) and scales (T, 1) fp32."""
     if device_type(x) == "cuda" and fits(x):
         return torch.ops.finchtune.fp8_rows(x, factors)
     values = x.float() if factors is None else x.float() * factors
-    scales = values.abs().amax(1, keepdim=True) / LARGEST
-    return (values / torch.where(scales == 0, 1, scales)).to(E4M3), scales
+    scaled, scales = over_scales(values, LARGEST_E4M3)
+    return to_e4m3(scaled), scales
 
 
 def turned(codes: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from finchtune.adapters.fp8 import check_fp8
+from finchtune.adapters.fp8 import E4M3, LARGEST_E4M3, check_fp8, over_scales, to_e4m3
 from finchtune.errors import UserError
 from finchtune.ops.kernels import has_kernels
 from finchtune.ops.kernels.devices import are_set_aside, device_type
@@ -29,7 +29,7 @@ FP4_HALF = (1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0)
 FP4 = (*(-value for value in reversed(FP4_HALF)), 0.0, *FP4_HALF, 1.0)
 TABLES = {"nf4": NF4, "fp4": FP4}
 """The 16 values of each 4-bit form, rising; fp4 has one of them twice and never uses the last."""
-LARGEST = {"nf4": 1.0, "fp4": 1.0, "int8": 127.0, "fp8": 448.0, BY_ROW: 448.0}
+LARGEST = {"nf4": 1.0, "fp4": 1.0, "int8": 127.0, "fp8": LARGEST_E4M3, BY_ROW: LARGEST_E4M3}
 """The value that each form gives the largest element of a block; its keys are the forms."""
 
 Form = tuple[str, torch.Size]
@@ -114,13 +114,11 @@ def quantise(W: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if whole < len(flat):
         parts.append(nn.functional.pad(flat[whole:], (0, whole + BLOCK - len(flat))).view(1, -1))
     for part in parts:
-        values = part.float()
-        scale = values.abs().amax(1) / LARGEST[kind]
+        scaled, scale = over_scales(part.float(), LARGEST[kind])
         if not scale.isfinite().all():
             raise UserError("a weight with NaN or infinity cannot be quantised")
-        scaled = values / torch.where(scale == 0, 1, scale).unsqueeze(1)
         codes.append(encode(scaled.view(-1, BLOCK), kind))
-        scales.append(scale)
+        scales.append(scale.squeeze(1))
     return torch.cat(codes), torch.cat(scales)
 
 
@@ -135,7 +133,7 @@ def encode(values: Tensor, kind: str) -> Tensor:
     if kind == "int8":
         return values.round().clamp(-127, 127).to(torch.int8)
     if kind in ("fp8", BY_ROW):
-        return values.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        return to_e4m3(values).view(torch.uint8)
     table = torch.tensor(TABLES[kind], device=values.device)
     codes = torch.bucketize(values, (table[1:] + table[:-1]) / 2).to(torch.uint8)
     return codes[:, 0::2] * 16 + codes[:, 1::2]
@@ -163,7 +161,7 @@ def decode(codes: Tensor, kind: str) -> Tensor:
     if kind == "int8":
         return codes.float()
     if kind in ("fp8", BY_ROW):
-        return codes.view(torch.float8_e4m3fn).float()
+        return codes.view(E4M3).float()
     table = torch.tensor(TABLES[kind], device=codes.device)
     pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1)  # of each byte
     return pairs.index_select(0, codes.flatten().int()).view(-1, BLOCK)
