@@ -53,7 +53,9 @@ def over_scales(values: Tensor, largest: float) -> tuple[Tensor, Tensor]:
 
     Rows of zeros, whose scale is 0, stay.
     """
-    scales = values.abs().amax(1, keepdim=True) / largest
+    # By a tensor of this device: by a number, a GPU multiplies with the reciprocal, and scales that
+    # differ from a CPU's in the last bit make another base.
+    scales = values.abs().amax(1, keepdim=True) / values.new_full((), largest)
     return values / torch.where(scales == 0, 1, scales), scales
 
 
