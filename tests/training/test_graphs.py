@@ -16,7 +16,7 @@ from finchtune.distributed.launch import run_processes
 from finchtune.errors import UserError
 from finchtune.models.graphed_blocks import GraphedBlocks
 from finchtune.training.engine import Engine
-from finchtune.training.precision import choose_precision
+from finchtune.training.precision import check_device
 
 CPU = torch.device("cpu")
 STEPS, LAYERS = 4, 2
@@ -101,7 +101,7 @@ def test_what_graphs_do_not_go_with_is_refused(changes, said):
 
 def test_without_a_gpu_they_are_refused():
     with pytest.raises(UserError, match="`cuda_graphs` needs a GPU"):
-        choose_precision(settings("1", cuda_graphs=True), "cpu")
+        check_device(settings("1", cuda_graphs=True), CPU)
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.support import assert_one_error_line, run_script, save_model, small_model
 
+from finchtune.adapters import fp8
 from finchtune.cli.flags import parse_train_flags
 from finchtune.errors import UserError
 from finchtune.ops.kernels import kernels_absent
@@ -159,6 +160,26 @@ def test_graphs_are_planned_where_there_can_be_any(capsys):
     grown = {row for row, total in without.items() if with_graphs[row] != total}
     assert len(without) == 18
     assert grown == {(f"ZeRO {stage}", "1") for stage in ("0", "1", "2", "2 offload")}
+
+
+def test_a_plan_refuses_what_the_gpu_here_refuses(monkeypatch):
+    """One without products in fp8, on a machine that has compiled no kernels for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A100")
+    monkeypatch.setattr(fp8, "can_multiply", lambda device: False)
+    flags = "--load_model 1.6B --peft bone --accelerator gpu --plan".split()
+    with pytest.raises(UserError, match="A100 has no products in fp8"):
+        print_plan(parse_train_flags([*flags, "--quant", "fp8_compute"]))
+    graphs = parse_train_flags([*flags, "--cuda_graphs", "1"])
+    with kernels_absent(), pytest.raises(UserError, match="needs the compiled GPU kernels"):
+        print_plan(graphs)
+
+
+def test_a_plan_of_graphs_names_no_machine_that_has_none(capsys, kernels):
+    flags = "--load_model 1.6B --peft bone --ctx_len 128 --accelerator gpu --cuda_graphs 1".split()
+    said = planned(capsys, *flags)
+    assert "nvcc" not in said
+    assert "without which `cuda_graphs` is refused" in said
 
 
 def test_a_plan_says_which_operators_it_counts(capsys, kernels):

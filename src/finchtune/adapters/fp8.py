@@ -41,6 +41,11 @@ def check_fp8(shape: torch.Size, device: torch.device) -> None:
             f"`quant` fp8_compute needs layers whose outputs are a multiple of 16 and inputs of "
             f"64, and one is {shape[0]} x {shape[1]}; give `quant` fp8"
         )
+    check_fp8_device(device)
+
+
+def check_fp8_device(device: torch.device) -> None:
+    """Raise UserError for a device without products in fp8."""
     if not can_multiply(device):
         raise UserError(
             f"`quant` fp8_compute: {torch.cuda.get_device_name(device)} has no products in fp8, "

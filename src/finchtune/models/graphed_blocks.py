@@ -91,12 +91,18 @@ class GraphedBlocks:
         return known[signature]
 
 
-def cuda_graphs() -> GraphedBlocks:
-    """Blocks by CUDA graphs. Raises UserError without compiled kernels: plain torch, which runs
-    instead of them, copies from the host.
+def check_graphs_device(device: torch.device) -> None:
+    """Raise UserError for a device without CUDA graphs, or without compiled kernels: plain torch,
+    which runs instead of them, copies from the host.
     """
+    if device.type != "cuda":
+        raise UserError("`cuda_graphs` needs a GPU; drop it on a CPU")
     if not has_kernels("cuda"):
         raise UserError("`cuda_graphs` needs the compiled GPU kernels; train without it")
+
+
+def cuda_graphs() -> GraphedBlocks:
+    """Blocks by CUDA graphs, for a device that `check_graphs_device` accepts."""
     return GraphedBlocks(CudaRecorder())
 
 

@@ -20,7 +20,7 @@ from finchtune.models import LanguageModel
 from finchtune.report import plot_loss, write_report
 from finchtune.training.batch_size import resolve_batch_size
 from finchtune.training.engine import Engine, StepResult
-from finchtune.training.precision import choose_precision, set_matrix_precision
+from finchtune.training.precision import check_device, choose_precision, set_matrix_precision
 from finchtune.training.run_folder import check_flags, choose_checkpoint, locked
 from finchtune.training.samples import Samples
 from finchtune.training.saver import Saver, restore_tensors
@@ -77,6 +77,7 @@ def prepare(config: TrainConfig, device: torch.device) -> "Run":
 
 def prepare_model(config: TrainConfig, device: torch.device) -> LanguageModel:
     """The model with its adapters in the run's precision, drawn from the run's seed."""
+    check_device(config, device)
     dtype = choose_precision(config, device.type)
     set_matrix_precision(config)
     torch.manual_seed(config.random_seed)

@@ -23,7 +23,7 @@ from finchtune.memory.estimate import (
 from finchtune.models import LanguageModel, ModelSizes, meta_model, released_sizes
 from finchtune.ops.kernels import cpu_standing_for, has_kernels, kernels_absent
 from finchtune.training.batch_size import rows_per_process, split
-from finchtune.training.precision import choose_precision, device_type
+from finchtune.training.precision import check_device, choose_precision, device_type
 from finchtune.training.schedule import Schedule
 from finchtune.training.setup import model_plan, open_data
 from finchtune.training.warm_start import start_from_file
@@ -57,6 +57,7 @@ def print_plan(config: TrainConfig) -> None:
     """
     config = planned_batch(config)
     device = device_type(config)
+    check_device(config, torch.device(device))
     dtype = choose_precision(config, device)
     sizes = planned_sizes(config.load_model)
     plan = model_plan(config, sizes, dtype)
@@ -214,6 +215,8 @@ def operators_line(config: TrainConfig, plan: ModelPlan, device: str) -> str:
             return "counted in plain torch, since there are no compiled kernels here"
         if fakes == device:
             return "counted with the compiled kernels"
+        if config.cuda_graphs:
+            return "counted with the compiled kernels, without which `cuda_graphs` is refused"
         with kernels_absent():
             plain = activations(config, plan, fakes)
     total = estimate(config, plan, config.devices * config.num_nodes, device, plain).total
