@@ -1,10 +1,9 @@
-"""Long contexts in chunks: memory and speed by length, and whether a number is recalled.
+"""Long contexts in chunks: memory and speed by length.
 
 `speed` takes steps over one row, plain checkpointed training at the first length and chunks at all
 of them in turn, Bone, one thread: tokens per second of processor time, and the time of a token as a
 multiple of plain training's (median, least, most). `memory` gives the peak of a process for each
-length. `recall` trains small models from scratch on scripts/make_recall.py's records with exact and
-with truncated gradients, and prints the share of right answers.
+length.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 from random_models import add_generation, initialised, sizes_of
@@ -99,61 +97,9 @@ def speed(given: argparse.Namespace) -> None:
         print(json.dumps(result | {"to_plain": spread}), flush=True)
 
 
-def recall(given: argparse.Namespace) -> None:
-    """Print the share of right answers of each seed and way."""
-    records, held_out = (
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in (given.train, given.test)
-    )
-    for seed in range(given.seeds):
-        for exact in (True, False):
-            curve = train_recall(given, records, held_out, seed, exact)
-            name = "exact" if exact else "truncated"
-            print(json.dumps({"bptt": name, "seed": seed, "right": curve}), flush=True)
-
-
-def train_recall(given, records, held_out, seed: int, exact: bool) -> dict[int, float]:
-    """Share of right first digits on held-out records, by step."""
-    model = initialised(sizes_of(given.generation, 2, 64, 128, head_size=16), seed=seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=given.rate, betas=(0.9, 0.98), weight_decay=0.0
-    )
-    order = torch.Generator().manual_seed(seed)
-    curve = {}
-    for number in range(1, given.steps + 1):
-        chosen = torch.randint(len(records), (16,), generator=order).tolist()
-        step(model, batch_of([records[i] for i in chosen]), given.chunk, exact)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = given.rate * min(1.0, number / 50)
-        optimizer.step()
-        optimizer.zero_grad()
-        if number % max(1, given.steps // 10) == 0:
-            curve[number] = score(model, held_out)
-    return curve
-
-
-def batch_of(records):
-    """Rows whose only label is the answer's first digit; the space before it is the last input."""
-    segments = []
-    for i, record in enumerate(records):
-        ids = list(f"{record['question']} {record['answer'][0]}".encode())
-        mask = torch.tensor([0] * (len(ids) - 1) + [1], dtype=torch.uint8).numpy()
-        segments.append(Segment(torch.tensor(ids).numpy(), mask, i))
-    return padded(segments, max(len(segment.ids) - 1 for segment in segments))
-
-
-@torch.no_grad()
-def score(model, records) -> float:
-    batch = batch_of(records)
-    logits, _ = model(batch.tokens)
-    counted = batch.labels != -100
-    return round((logits[counted].argmax(-1) == batch.labels[counted]).float().mean().item(), 3)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["memory", "speed", "recall", "one"])
+    parser.add_argument("what", choices=["memory", "speed", "one"])
     add_generation(parser)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2**n for n in range(11, 17)])
     parser.add_argument("--length", type=int, help="of one measurement")
@@ -162,20 +108,13 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=1024)
     parser.add_argument("--grad_cp", type=int, default=0, help="beside chunks")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--train", type=Path)
-    parser.add_argument("--test", type=Path)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, default=3e-3)
     given = parser.parse_args()
     if given.what == "one":
         measure(given)
     elif given.what == "memory":
         memory(given)
-    elif given.what == "speed":
-        speed(given)
     else:
-        recall(given)
+        speed(given)
 
 
 if __name__ == "__main__":

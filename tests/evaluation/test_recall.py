@@ -54,16 +54,34 @@ def test_sizes_that_cannot_be(tmp_path):
         assert_one_error_line(done, words[0])
 
 
+def benchmark(train, test, words):
+    return run_script("scripts/bench/recall.py", "--train", train, "--test", test, *words.split())
+
+
 @pytest.mark.slow
-def test_the_benchmark_learns_what_stands_in_another_chunk(tmp_path):
+@pytest.mark.parametrize("words", ["--steps 120", "--steps 50 --tokens characters --chunks 3"])
+def test_the_benchmark_learns_what_stands_in_another_chunk(tmp_path, words):
     """A name and a digit: by gradients of the whole context, and not by those within a chunk."""
     sizes = "--train 640 --test 40 --length 60 --shortest 50 --keys 1 --digits 1 --distractors 0"
     made = run_script("scripts/make_recall.py", *sizes.split(), "--output", tmp_path)
     assert made.returncode == 0, made.stderr
-    files = "--train", tmp_path / "train.jsonl", "--test", tmp_path / "test.jsonl"
-    words = "--steps 120 --scores 1 --seeds 0 --rate 5e-3".split()
-    done = run_script("scripts/bench/recall.py", *files, *words)
+    files = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    done = benchmark(*files, f"--scores 1 --seeds 0 --rate 5e-3 {words}")
     assert done.returncode == 0, done.stderr
     exact, truncated = map(json.loads, done.stdout.splitlines())
     assert (exact["bptt"], truncated["bptt"]) == ("exact", "truncated")
     assert exact["right"] > 0.5 > truncated["right"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("generation", [6, 7])
+def test_the_benchmark_runs_on_a_few_records(tmp_path, generation):
+    few, none = tmp_path / "few.jsonl", tmp_path / "none.jsonl"
+    few.write_text(json.dumps({"question": "Ada is 4. What is Ada?", "answer": "4"}) + "\n")
+    none.touch()
+    words = f"--steps 2 --scores 1 --seeds 0 --generation {generation} --bptt exact"
+    done = benchmark(few, few, words)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["step"] == 2
+    assert_one_error_line(benchmark(none, few, words), "none.jsonl holds no records")
+    assert "invalid choice" in benchmark(few, few, "--bptt exactly").stderr
