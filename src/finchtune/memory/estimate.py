@@ -220,8 +220,8 @@ ROW_BUFFERS = 8  # at most: a block's inputs, outputs, and the gradients of both
 
 
 def graph_bytes(config: TrainConfig, model: LanguageModel, made: Activations) -> int:
-    """At most what the graphs of --cuda_graphs hold of one shape: the memory of one block's
-    backward, and buffers of its inputs, results and gradients.
+    """At most what the graphs of --cuda_graphs hold, whose shapes share the memory of the largest:
+    that of one block's backward, and buffers of its inputs, results and gradients.
     """
     B, C, width = config.micro_bsz, model.config.n_embd, model.emb.weight.element_size()
     rows = ROW_BUFFERS * B * tokens_at_once(config) * C * width

@@ -1,5 +1,6 @@
 """Work on a GPU recorded once, as a CUDA graph, and run again with a single launch."""
 
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,7 @@ class CudaRecorder:
 
     def __init__(self) -> None:
         self.stream = torch.cuda.Stream()
-        self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Work) -> Work:
         # Libraries choose their kernels and memory in a first call, which no graph may record.
@@ -30,10 +31,13 @@ class CudaRecorder:
         with torch.cuda.stream(self.stream):
             work()
         torch.cuda.current_stream().wait_stream(self.stream)
+        if not self.graphs:  # torch takes no graph into a pool whose graphs are all gone
+            self.pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may work meanwhile: one reads rows ahead.
         with torch.cuda.graph(
             graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
         ):
             work()
+        self.graphs.add(graph)
         return graph.replay

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from finchtune.errors import UserError
 from finchtune.models.cuda_graph import CudaRecorder, Record
+from finchtune.models.graph_buffers import Buffers
 from finchtune.models.recompute import recomputed
 from finchtune.ops.kernels import has_kernels
 
@@ -26,24 +27,6 @@ MOST_SHAPES = 8  # of inputs that a block has graphs for
 Signature = tuple[tuple[torch.Size, torch.dtype, bool] | None, ...]
 """Of each input its shape, dtype, and whether it needs a gradient."""
 Rows = Sequence[Tensor | None]
-
-
-class Buffers:
-    """Tensors at fixed addresses, shared by all graphs: one for each use, shape and dtype."""
-
-    def __init__(self) -> None:
-        self.made: dict[tuple[Any, ...], Tensor] = {}
-
-    def like(self, use: str, x: Tensor) -> Tensor:
-        """The buffer for values such as x. Zero at first."""
-        key = use, x.shape, x.dtype, x.device
-        if key not in self.made:
-            self.made[key] = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-        return self.made[key]
-
-    def filled(self, use: str, x: Tensor) -> Tensor:
-        """The same, with a copy of x in it."""
-        return self.like(use, x).copy_(x)
 
 
 class GraphedBlocks:
@@ -54,8 +37,8 @@ class GraphedBlocks:
     """
 
     def __init__(self, record: Record):
-        self.record, self.buffers = record, Buffers()
-        self.graphs: dict[nn.Module, dict[Signature, BlockGraphs]] = defaultdict(dict)
+        self.record, self.buffers = record, Buffers(self.drop)
+        self.graphs: dict[nn.Module, dict[Signature, BlockGraphs | None]] = defaultdict(dict)
         self.seen: set[tuple[nn.Module, Signature]] = set()
 
     def __call__(self, block: nn.Module, *inputs: Any) -> Any:
@@ -78,17 +61,28 @@ class GraphedBlocks:
         found = known.get(signature)
         if found is not None and found.places == places(found.tensors):
             return found
-        may = found is not None or (again and len(known) < MOST_SHAPES)
+        may = signature in known or (again and len(known) < MOST_SHAPES)
         if not may or not any(x.requires_grad for x in (*filter_none(rows), *block.parameters())):
             return None
         try:
-            known[signature] = BlockGraphs(block, rows, self.record, self.buffers)
+            found = BlockGraphs(block, rows, self.record, self.buffers)
         except RuntimeError as error:
             raise UserError(
                 f"`cuda_graphs`: a block could not be recorded ({str(error).splitlines()[0]}); "
                 "train without"
             ) from error
-        return known[signature]
+        known[signature] = found
+        return found
+
+    def drop(self, buffer: Tensor) -> None:
+        """Free the graphs that use a buffer; they are recorded anew when their shapes come again.
+
+        Those that still await their backward keep the buffers that they were recorded with.
+        """
+        for known in self.graphs.values():
+            for signature, graphs in known.items():
+                if graphs is not None and buffer.data_ptr() in places(graphs.of_buffers):
+                    known[signature] = None
 
 
 def check_graphs_device(device: torch.device) -> None:
@@ -186,8 +180,12 @@ class BlockGraphs:
         output rows to `gradients`, by use.
         """
 
+        self.of_outputs: dict[int, Tensor] = {}
+
         def gradient_of(i: int, y: Tensor) -> Tensor | None:
-            return self.buffers.like(f"of output {i}", y) if i < self.n_rows else None
+            if i < self.n_rows:
+                self.of_outputs[i] = self.buffers.like(f"of output {i}", y)
+            return self.of_outputs.get(i)
 
         found = self.differentiate(self.inputs, gradient_of)
         self.gradients = {
@@ -225,6 +223,12 @@ class BlockGraphs:
         )
         return {f"gradient {name}": d for name, d in zip(wanted, found, strict=True)}
 
+    @property
+    def of_buffers(self) -> list[Tensor]:
+        """The beginnings of the buffers in use."""
+        groups = self.outputs, self.of_outputs, self.gradients
+        return [*filter_none(self.inputs), *(x for group in groups for x in group.values())]
+
     def __call__(self, rows: Rows) -> Any:
         """What block(*rows, None, None) returns."""
         made = Replayed.apply(self, *rows, *(self.trained[name] for name in self.reached))
@@ -250,10 +254,9 @@ class BlockGraphs:
             found = self.differentiate(rows, lambda i, _: of_outputs[i])
         else:
             self.copy_in(rows)
-            for i, d in of_outputs.items():
-                if i < self.n_rows and i in self.differentiable:
-                    buffer = self.buffers.like(f"of output {i}", self.outputs[i])
-                    buffer.zero_() if d is None else buffer.copy_(d)
+            for i, buffer in self.of_outputs.items():
+                d = of_outputs[i]
+                buffer.zero_() if d is None else buffer.copy_(d)
             self.replay_backward()
             fresh = copies(list(self.gradients.values()))
             found = dict(zip(self.gradients, fresh, strict=True))
