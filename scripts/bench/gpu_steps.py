@@ -176,7 +176,8 @@ def measure(case: StepCase, bench: Bench) -> dict[str, Any]:
         case.vocab_size, (2, case.micro_bsz, case.ctx_len), device=bench.device
     )
     if case.graphs:
-        model.graphs = cuda_graphs() if bench.device.type == "cuda" else GraphedBlocks(run_again)
+        on_gpu = bench.device.type == "cuda"
+        model.graphs = cuda_graphs(bench.device) if on_gpu else GraphedBlocks(run_again)
     step = BareLoop(case, model, tokens, labels)
     for _ in range(2):
         step()  # the second one records
@@ -233,7 +234,11 @@ def launches(step: Callable[[], object], bench: Bench) -> dict[str, Any]:
             torch.cuda.synchronize()
     host = [x.count for x in found.key_averages() if not gpu or "Launch" in x.key]
     wanted = torch.autograd.DeviceType.CUDA if gpu else torch.autograd.DeviceType.CPU
-    events = [x for x in found.key_averages() if x.device_type == wanted]
+    # Names that torch gives to parts of a step, such as the optimizer's, stand beside the kernels
+    # in them.
+    events = [
+        x for x in found.key_averages() if x.device_type == wanted and not x.is_user_annotation
+    ]
     spent = {x.key: (x.self_device_time_total if gpu else x.self_cpu_time_total) for x in events}
     longest = sorted(events, key=lambda x: -spent[x.key])[: bench.profiled]
     return {

@@ -54,7 +54,7 @@ def steps(model, count=4):
 def test_steps_are_those_without_graphs(method, generation, dtype):
     """The same kernels run on the same numbers; only libraries may choose others."""
     graphed, model = (trained_model(method, generation, dtype) for _ in range(2))
-    graphed.graphs = cuda_graphs()
+    graphed.graphs = cuda_graphs(torch.device("cuda"))
     losses, gradients, random = steps(graphed)
     losses_expected, expected, random_expected = steps(model)
     assert all(len(known) == 1 for known in graphed.graphs.graphs.values())

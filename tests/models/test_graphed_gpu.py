@@ -67,3 +67,17 @@ def test_a_state_that_was_returned_is_not_written_to():
         again = form.advance(tokens, states[1])[1]
     for one, other in zip(again, states[2], strict=True):
         torch.testing.assert_close(one.wkv, other.wkv)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_another_than_the_current_gpu_is_recorded_there():
+    model = small_model(head_size=64, n_embd=128).to("cuda:1")
+    form, tokens = model.inference_form(), torch.randint(256, (2, 1), device="cuda:1")
+    with torch.no_grad():
+        _, state = model.advance(tokens)
+        expected = model.advance(tokens, state)[0]
+        for _ in range(3):
+            found, _ = form.advance(tokens, state)
+    assert set(form.steps) == {2}
+    torch.testing.assert_close(found, expected)
+    assert torch.cuda.current_device() == 0

@@ -15,17 +15,23 @@ overwritten as soon as other work of the same recorder runs.
 
 
 class CudaRecorder:
-    """Records on one stream, and into one pool of memory that all its graphs share.
+    """Records a GPU's work, on one stream and into one pool of memory that all its graphs share.
 
     One that is replayed finds nothing there that it has not written itself: so the order of
     replays is free, as long as what a graph made is copied before the next one runs.
     """
 
-    def __init__(self) -> None:
-        self.stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
         self.graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, work: Work) -> Work:
+        with torch.cuda.device(self.device):  # not the current one where a user named another
+            return self.record(work)
+
+    def record(self, work: Work) -> Work:
+        """As called, with this recorder's device the current one."""
         # Libraries choose their kernels and memory in a first call, which no graph may record.
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):

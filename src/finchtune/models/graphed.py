@@ -64,7 +64,7 @@ class OneTokenStep:
             self.hidden, self.after = model.advance(self.tokens, self.state)
 
         with torch.no_grad():
-            self.replay = CudaRecorder()(work)
+            self.replay = CudaRecorder(tokens.device)(work)
 
     def __call__(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         self.tokens.copy_(tokens)

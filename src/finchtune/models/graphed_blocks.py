@@ -95,9 +95,9 @@ def check_graphs_device(device: torch.device) -> None:
         raise UserError("`cuda_graphs` needs the compiled GPU kernels; train without it")
 
 
-def cuda_graphs() -> GraphedBlocks:
+def cuda_graphs(device: torch.device) -> GraphedBlocks:
     """Blocks by CUDA graphs, for a device that `check_graphs_device` accepts."""
-    return GraphedBlocks(CudaRecorder())
+    return GraphedBlocks(CudaRecorder(device))
 
 
 def is_trained(block: nn.Module, x: Tensor) -> bool:

@@ -80,7 +80,7 @@ class Engine:
         timeout = timedelta(minutes=config.timeout_minutes)
         self.ds = start_deepspeed(module, optimizer, self._ds_config(config), device, timeout)
         self.passes = make_passes(self.ds, model, config, device)
-        model.graphs = cuda_graphs() if config.cuda_graphs else None
+        model.graphs = cuda_graphs(device) if config.cuda_graphs else None
         self.readers = config.readers(distributed.world_size())
         self._make_moments()
 
