@@ -17,6 +17,7 @@ for name in ("deepspeed", "tokenizers", "transformers", "sentencepiece"):
 """
 RUNNABLE = (
     "build",
+    "tests",
     "wkv6",
     "wkv7",
     "steps",
@@ -30,7 +31,7 @@ RUNNABLE = (
 
 @pytest.mark.slow
 def test_every_stage_runs_and_is_reported(kernels, tmp_path):
-    """Without DeepSpeed and tokenizers. The GPU tests are skipped, which pytest counts as none."""
+    """Without DeepSpeed and tokenizers. Tests that need a GPU may be skipped."""
     (tmp_path / "sitecustomize.py").write_text(BARE)
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}:$PYTHONPATH exec {sys.executable} "$@"\n')
@@ -43,7 +44,6 @@ def test_every_stage_runs_and_is_reported(kernels, tmp_path):
     )
     found = json.loads((out / "gpu_check.json").read_text())
     assert {name: found[name]["status"] for name in RUNNABLE} == dict.fromkeys(RUNNABLE, "0")
-    assert "passed" in found["tests"]["said"] or "skipped" in found["tests"]["said"]
     rows = found["table6"]["figures"]["rows"]
     assert [row["peft"] for row in rows] == ["lora", "bone", "bat"]
     assert all(row["tokens_per_s"] > 0 and 0 < row["products_share"] < 1 for row in rows)
