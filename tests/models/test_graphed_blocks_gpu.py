@@ -67,6 +67,23 @@ def test_steps_are_those_without_graphs(method, generation, dtype):
         assert error <= limit * gradient.float().abs().max(), name
 
 
+def test_larger_shapes_replace_the_buffers_of_smaller_ones():
+    graphed, model = (trained_model("bone", 6, torch.float32) for _ in range(2))
+    graphed.graphs = cuda_graphs()
+    for step, length in enumerate((80, 80, 112, 112, 80, 112)):
+        torch.manual_seed(step)
+        tokens = torch.randint(256, (2, length)).cuda()
+        losses = [one.loss(tokens, tokens)[0] for one in (graphed, model)]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=0)
+        for loss in losses:
+            loss.backward()
+    for known in graphed.graphs.graphs.values():
+        assert [graphs is not None for graphs in known.values()] == [True, True]
+    for mine, other in zip(graphed.parameters(), model.parameters(), strict=True):
+        if other.grad is not None:
+            assert (mine.grad - other.grad).abs().max() <= 1e-5 * other.grad.abs().max()
+
+
 def test_a_step_under_deepspeed_is_the_one_without_graphs():
     pytest.importorskip("deepspeed")
     from finchtune import distributed

@@ -1,8 +1,8 @@
 """Products with a frozen weight computed in fp8: both factors e4m3, each row with a scale.
 
-Hopper and later GPUs multiply e4m3 numbers at twice bf16's speed. A row of x or of the gradient is
-divided by its largest magnitude over 448 and rounded; the sums are exact to fp32 on a CPU, and of
-fewer bits inside a GPU's tensor cores.
+GPUs of compute capability 8.9 and later multiply e4m3 numbers at twice bf16's speed. A row of x or
+of the gradient is divided by its largest magnitude over 448 and rounded; the sums are exact to fp32
+on a CPU, and of fewer bits inside a GPU's tensor cores.
 """
 
 import functools
@@ -90,7 +90,7 @@ def multiplied(
 ) -> Tensor:
     """x W^T for e4m3 x (T, k) and W (d, k) and scales of their rows, in the dtype of `like`.
 
-    `fast` lets a Hopper GPU sum up in fewer bits.
+    `fast` lets a GPU sum up in fewer bits, as Hopper does.
     """
     dtype = like.dtype if x.device.type == "cpu" else torch.bfloat16  # what every GPU has
     scales = of_x, of_W.view(1, -1)
