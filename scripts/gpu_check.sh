@@ -8,7 +8,7 @@
 # flash-linear-attention, compute-sanitizer and ncu where they are. What is worth most comes first.
 # Each stage has a limit of its own, none stops the next, none begins after DEADLINE seconds; the
 # results are written anew after each, so that a run that is cut off leaves those of its stages. Those
-# that found no time can be named for a second run.
+# that found no time can be named for a second run, whose results join those already in FOLDER.
 set -u
 shopt -s globstar
 cd "$(dirname "$0")/.."
@@ -19,10 +19,12 @@ python=${PYTHON:-python3}
 only=" ${*:2} "
 DEADLINE=520
 logs=$(mktemp -d)
+[[ $only = "  " ]] && rm -f "$out"/gpu_check.{json,md}
 
 stage() { # NAME LIMIT COMMAND...
   local name=$1 limit=$2 began=$SECONDS left=$((DEADLINE - SECONDS)) rc; shift 2
-  [[ $only = "  " || $only = *" $name "* ]] || return
+  # On a fresh machine others would compile in their own time, or under a sanitizer.
+  [[ $only = "  " || $name = build || $only = *" $name "* ]] || return
   [ "$left" -lt "$limit" ] && limit=$left
   if [ "$limit" -lt 5 ]; then rc=skipped; echo "no time is left" > "$logs/$name.log"
   elif ! command -v "$1" > /dev/null; then rc=skipped; echo "no $1 here" > "$logs/$name.log"
@@ -72,10 +74,13 @@ steps settings 60 --methods bone --grad_cp 0 2 --shapes $small --repeats 3
 steps quantised 60 --methods bone --quant nf4 fp8 --shapes $small --repeats 3
 steps fp8 40 --methods bone --quant fp8_compute --shapes $small $large --repeats 3
 for operator in wkv6 wkv7; do
-  LINES_OF=40 stage counters_$operator 45 ncu --clock-control none -c 2 \
-    -k 'regex:^(chunk_)?(forward|backward)_kernel' --section SpeedOfLight --section Occupancy \
-    --section WarpStateStats --section SchedulerStats "$python" scripts/bench/wkv.py \
-    --operator $operator --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64
+  for pass in forward backward; do  # by namespace: the sequential kernels have the same names
+    LINES_OF=40 stage counters_${operator}_$pass 40 ncu --clock-control none -c 1 \
+      --kernel-name-base demangled -k "regex:$operator::(chunk_)?${pass}_kernel" \
+      --section SpeedOfLight --section Occupancy --section WarpStateStats \
+      --section SchedulerStats "$python" scripts/bench/wkv.py --operator $operator \
+      --device $device --dtypes bf16 --seconds 0.1 --shapes 8,4096,64,64
+  done
 done
 steps sizes 60 --sizes 1.6b 2.9b 7b --methods bone --shapes $small --repeats 3
 

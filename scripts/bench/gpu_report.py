@@ -1,5 +1,7 @@
 """One JSON and one Markdown file from the logs that the stages of scripts/gpu_check.sh left.
 
+Stages that FOLDER has from an earlier run stay unless they ran again.
+
 python scripts/bench/gpu_report.py LOGS FOLDER
 """
 
@@ -26,7 +28,10 @@ def main() -> None:
     if not (given.logs / "stages.tsv").exists():
         raise UserError(f"{given.logs} has no stages.tsv: run scripts/gpu_check.sh")
     found, folder = collect(given.logs), given.folder
-    write_json(folder / "gpu_check.json", found)
+    results = folder / "gpu_check.json"
+    if results.exists():
+        found = read_json(results) | found
+    write_json(results, found)
     with atomic_path(folder / "gpu_check.md") as temporary:
         temporary.write_text("\n".join(markdown(found)) + "\n")
 

@@ -10,6 +10,7 @@ import pytest
 from helpers.support import REPOSITORY, run_script
 
 STEPS = REPOSITORY / "scripts" / "bench" / "gpu_steps.py"
+REPORT = REPOSITORY / "scripts" / "bench" / "gpu_report.py"
 BARE = """
 import sys
 for name in ("deepspeed", "tokenizers", "transformers", "sentencepiece"):
@@ -78,6 +79,24 @@ def test_a_run_that_is_cut_off_leaves_the_results_of_its_stages(kernels, tmp_pat
     assert found["build"]["status"] == "0"
     assert "cpu: loaded" in found["build"]["said"]
     assert "| build | 0 |" in (tmp_path / "gpu_check.md").read_text()
+
+
+def test_a_second_run_adds_its_stages_and_replaces_those_run_again(tmp_path):
+    for run, stages in enumerate([{"build": "0", "tests": "124"}, {"tests": "0", "wkv6": "1"}]):
+        logs = tmp_path / str(run)
+        logs.mkdir()
+        for name, status in stages.items():
+            (logs / f"{name}.log").write_text(f"run {run}")
+            with (logs / "stages.tsv").open("a") as table:
+                table.write(f"{name}\t{status}\t3\n")
+        assert run_script(REPORT, logs, tmp_path).returncode == 0
+    found = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert {name: (x["status"], x["said"]) for name, x in found.items()} == {
+        "build": ("0", "run 0"),
+        "tests": ("0", "run 1"),
+        "wkv6": ("1", "run 1"),
+    }
+    assert "| build | 0 | 3 |" in (tmp_path / "gpu_check.md").read_text()
 
 
 def test_a_combination_that_fails_is_noted_and_the_next_one_runs(tmp_path):
