@@ -5,9 +5,12 @@ compute-sanitizer --tool racecheck --error-exitcode 9 python scripts/dev/wkv_sma
 
 import torch
 
-from finchtune.adapters import attach
+from finchtune.adapters import QuantisedWeight, attach
+from finchtune.adapters.fp8 import rounded_rows, turned
+from finchtune.adapters.frozen import coded_product
+from finchtune.adapters.quantise import LARGEST
 from finchtune.errors import UserError, run_cli
-from finchtune.models.rwkv6 import RWKV6, ModelConfig, init_weights
+from finchtune.models import Generation, generations
 from finchtune.ops.wkv6 import wkv6
 from finchtune.ops.wkv7 import wkv7
 
@@ -44,15 +47,38 @@ def call(
     assert all(x.isfinite().all() for x in (y, state, *gradients)), (operator, B, T, H, N, dtype)
 
 
-def train(method: str, quant: str | None) -> None:
-    """A step of a small model: the element-wise parts, an adapter's linears, the loss."""
-    model = RWKV6(ModelConfig(n_layer=1, n_embd=128, vocab_size=300), 1)
-    attach(init_weights(model, seed=0).bfloat16(), method, r=16, quant=quant).cuda()
+def train(generation: Generation, method: str | None, quant: str | None = None) -> None:
+    """A step of a small model: the element-wise parts, an adapter's linears, the loss. Without a
+    method all of it is trained; the second layer of an RWKV-7 mixes values.
+    """
+    model = generation.model(generation.sizes(n_layer=2, n_embd=128, vocab_size=300), 1)
+    generation.init_weights(model, 0).bfloat16()
+    if method:
+        attach(model, method, r=16, quant=quant)
+    model.cuda()
     tokens = torch.randint(300, (2, 70), device="cuda")
     loss, _ = model.loss(tokens, tokens)
     loss.backward()
     torch.cuda.synchronize()
-    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad), method
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients
+    assert all(x.isfinite().all() for x in gradients), (generation.name, method)
+
+
+def quantised() -> None:
+    """Products with codes of each kind, and what products in fp8 are made of."""
+    for kind in LARGEST:
+        W = QuantisedWeight(torch.randn(112, 192), kind).to(torch.device("cuda"))
+        for rows in (1, 3, 8):
+            x = torch.randn(rows, 192, device="cuda", dtype=torch.bfloat16)
+            assert coded_product(x, W.codes, W.scales, W.form).isfinite().all(), (kind, rows)
+    x, factors = torch.randn(70, 192, device="cuda"), torch.rand(192, device="cuda")
+    for given in (None, factors):
+        codes, scales = rounded_rows(x, given)
+        assert codes.float().isfinite().all()
+        assert scales.isfinite().all()
+    codes = torch.randint(256, (112, 192), device="cuda").to(torch.uint8)
+    assert torch.equal(turned(codes), codes.T)
 
 
 def main() -> None:
@@ -61,8 +87,11 @@ def main() -> None:
     for operator in ("wkv6", "wkv7"):
         for arguments in CALLS:
             call(operator, *arguments)
+    quantised()
+    for generation in generations().values():
+        train(generation, None)
     for method, quant in (("bone", "nf4"), ("bat", None)):
-        train(method, quant)
+        train(generations()["x060"], method, quant)
     print(f"{2 * len(CALLS)} calls, all finite")
 
 
