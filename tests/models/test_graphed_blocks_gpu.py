@@ -69,7 +69,7 @@ def test_steps_are_those_without_graphs(method, generation, dtype):
 
 def test_larger_shapes_replace_the_buffers_of_smaller_ones():
     graphed, model = (trained_model("bone", 6, torch.float32) for _ in range(2))
-    graphed.graphs = cuda_graphs()
+    graphed.graphs = cuda_graphs(torch.device("cuda"))
     for step, length in enumerate((80, 80, 112, 112, 80, 112)):
         torch.manual_seed(step)
         tokens = torch.randint(256, (2, length)).cuda()
