@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils.flop_counter import register_flop_formula
 
 from finchtune.errors import UserError
 from finchtune.ops.kernels import device_type, fits
 
 LARGEST_E4M3 = 448.0
-LEAST_CAPABILITY = (8, 9)
 E4M3 = torch.float8_e4m3fn
 
 PRODUCT, PRODUCT_BACK = "finchtune::fp8_product", "finchtune::fp8_product_back"
@@ -28,10 +28,20 @@ torch.library.define(PRODUCT_BACK, "(Tensor dy, Tensor codes, Tensor scales) -> 
 
 @functools.cache
 def can_multiply(device: torch.device) -> bool:
-    """Whether a device multiplies e4m3 matrices; a CPU does slowly, for tests."""
+    """Whether a device multiplies e4m3 matrices; a CPU does slowly, for tests.
+
+    A GPU is tried: which ones can depends on its libraries too.
+    """
     if device.type != "cuda" or not torch.cuda.is_available():  # an imagined one can
         return True
-    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
+    with unset_fake_temporarily():
+        ones = torch.ones(16, 1, device=device)
+        rows = ones.expand(16, 64).to(E4M3).contiguous()
+        try:
+            multiplied(rows, ones, rows, ones, ones, fast=True)
+        except RuntimeError:
+            return False
+    return True
 
 
 def check_fp8(shape: torch.Size, device: torch.device) -> None:
@@ -48,8 +58,8 @@ def check_fp8_device(device: torch.device) -> None:
     """Raise UserError for a device without products in fp8."""
     if not can_multiply(device):
         raise UserError(
-            f"`quant` fp8_compute: {torch.cuda.get_device_name(device)} has no products in fp8, "
-            "which need compute capability 8.9 or later; give `quant` fp8"
+            f"`quant` fp8_compute: {torch.cuda.get_device_name(device)} has no products in fp8 "
+            f"with torch {torch.__version__}; give `quant` fp8"
         )
 
 
