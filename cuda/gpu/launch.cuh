@@ -23,11 +23,21 @@ inline int device_attribute(cudaDeviceAttr attribute) {
 }
 
 constexpr size_t ALWAYS_ALLOWED = 48 * 1024;  // bytes of shared memory of a thread block
+constexpr size_t MUCH_SHARED = 32 * 1024;     // from here on it says how many blocks fit
+
+// Leaves as much of the level-1 cache as possible to shared memory, for a kernel whose blocks would
+// otherwise wait for it. Only a hint, so that an error does not count.
+template <typename Args>
+void prefer_shared_memory(void (*kernel)(Args)) {
+  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                       cudaSharedmemCarveoutMaxShared);
+}
 
 template <typename Args>
 cudaError_t launch(void (*kernel)(Args), int64_t blocks, int threads, size_t shared_bytes,
                    void* stream, const Args& args) {
   if (blocks < 1 || blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes >= MUCH_SHARED) prefer_shared_memory(kernel);
   if (shared_bytes > ALWAYS_ALLOWED) {
     const cudaError_t error = cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));

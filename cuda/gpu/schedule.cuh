@@ -12,14 +12,12 @@ using finchtune::device_attribute;
 
 constexpr int64_t SHORTEST_SEGMENT = 4 * CHUNK;  // the pre-pass and the join have to pay
 
-// How many thread blocks of a tensor-core kernel run at the same time, where the level-1 cache leaves
-// shared memory what they need.
+// How many thread blocks of a tensor-core kernel run at the same time.
 template <typename Args>
 int64_t places(void (*kernel)(Args), size_t shared_bytes) {
   static_assert(sizeof(BackwardShared) <= finchtune::ALWAYS_ALLOWED);
   int blocks = 0;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
-                       cudaSharedmemCarveoutMaxShared);
+  finchtune::prefer_shared_memory(kernel);
   if (cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, THREADS, shared_bytes) !=
           cudaSuccess ||
       blocks < 1) {

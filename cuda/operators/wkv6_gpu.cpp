@@ -21,10 +21,6 @@ struct Wkv6CudaCall : OnGpu<Wkv6Call> {
                      r().options().dtype(wide ? at::kFloat : at::kBFloat16));
   }
 
-  static void succeed(int error) {
-    TORCH_CHECK(error == 0, "wkv6: the GPU kernel failed: ", wkv6_error_string(error));
-  }
-
   void forward(Tensor& y, Tensor& new_state, void* checkpoints) const {
     Tensor memory = scratch(wkv6_forward_scratch_bytes(&problem));
     succeed(::wkv6_forward(&problem, row(0), row(1), row(2), row(3), u.const_data_ptr<float>(),

@@ -26,10 +26,6 @@ struct Wkv7CudaCall : OnGpu<Wkv7Call> {
     return floats({wanted ? wkv7_checkpoint_count(&problem) : 0, H, N, N});
   }
 
-  static void succeed(int error) {
-    TORCH_CHECK(error == 0, "wkv7: the GPU kernel failed: ", wkv7_error_string(error));
-  }
-
   void forward(Tensor& y, Tensor& new_state, void* checkpoints) const {
     succeed(::wkv7_forward(&problem, inputs().data(), data_or_null<float>(state), y.data_ptr(),
                            new_state.data_ptr<float>(), static_cast<float*>(checkpoints), stream));

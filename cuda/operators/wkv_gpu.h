@@ -1,6 +1,7 @@
 // What the WKV operators of all generations share on a GPU.
 #pragma once
 
+#include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -42,6 +43,9 @@ struct OnGpu : Call {
         TORCH_CHECK(false, "wkv: the GPU kernels do not take ", this->r().scalar_type());
     }
   }
+
+  // Also clears the error, which would otherwise be found after the next call of anybody.
+  static void succeed(int error) { C10_CUDA_CHECK(static_cast<cudaError_t>(error)); }
 
   at::Tensor scratch(size_t bytes) const {
     return at::empty({static_cast<int64_t>(bytes)}, this->r().options().dtype(at::kByte));
