@@ -66,8 +66,7 @@ struct Head {
   template <For use = For::kReading>
   void prefetch_row(const void* data, int64_t token) const {
     const int64_t size = element == Element::kFloat32 ? 4 : 2;
-    ask_for<use>(static_cast<const char*>(data) + position(token) * size,
-                 head_size * size);
+    ask_for<use>(static_cast<const char*>(data) + position(token) * size, head_size * size);
   }
 
   void prefetch(const void* data, int64_t token) const {

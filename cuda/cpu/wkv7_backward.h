@@ -31,8 +31,7 @@ struct Wkv7Token : Wkv7Rows {
   void load(const Head& head, const Wkv7Inputs& in, const void* gradient_of_y, int64_t token) {
     Wkv7Rows::load(head, in, token);
     head.load(dy, gradient_of_y, token);
-    for (Row* row : {&dr, &dk, &dw, &da, &db})
-      std::memset(row->at, 0, head.width * sizeof(float));
+    for (Row* row : {&dr, &dk, &dw, &da, &db}) std::memset(row->at, 0, head.width * sizeof(float));
   }
 
   static void prefetch(const Head& head, const Wkv7Inputs& in, const void* gradient_of_y,
@@ -79,8 +78,7 @@ static inline __attribute__((always_inline)) void wkv7_first_removed(Wkv7Token& 
     const Part<vecs> a(x.a, column);
     for (int p = 0; p < LANES; ++p)
 #pragma GCC unroll 4
-      for (int q = 0; q < vecs; ++q)
-        sums[p] += vec(S + p * width + column + q * LANES) * a.at[q];
+      for (int q = 0; q < vecs; ++q) sums[p] += vec(S + p * width + column + q * LANES) * a.at[q];
   });
   x.removed.vec(value) = sums_of_lanes(sums);
 }

@@ -287,6 +287,6 @@ def test_the_operator_of_two_products(rows, dtype):
     torch.library.opcheck(torch.ops.finchtune.product_plus, (s, D, x, W))
     other = s @ D if rows else torch.cat([s] * 3, 1)
     with FlopCounterMode(display=False) as counter:
-        y = product_plus(s, D, x, W)
+        y = product_plus(s, D, x, W, None, None)
     torch.testing.assert_close(y, other + x @ W.T, rtol=2e-2, atol=2e-2)
     assert counter.get_total_flops() == 2 * 5 * 12 * (8 + (rows or 0))

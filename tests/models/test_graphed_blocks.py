@@ -128,7 +128,12 @@ def test_bf16_has_the_same_bits():
     assert replays(models[0]) == 2 * 2 * LAYERS
 
 
-@pytest.mark.parametrize("method", ["all", "bone", "bat", "lora, dropout"])
+SLOW = pytest.mark.slow  # the norms are emulated
+
+
+@pytest.mark.parametrize(
+    "method", ["bone", *(pytest.param(m, marks=SLOW) for m in ("all", "bat", "lora, dropout"))]
+)
 @every_generation
 def test_the_ways_of_a_gpu_wait_for_no_value(method, generation, kernels):
     """Which operators it takes, as far as a CPU has them too; a tape refuses those that wait."""
