@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from helpers.adapted import quantised_and_dense
 from helpers.support import relative_error, small_model
 from torch import nn
 
-from finchtune.adapters import METHODS, AdaptedLinear, QuantisedWeight, attach, fp8, merge
+from finchtune.adapters import QuantisedWeight, attach, fp8, merge
 from finchtune.adapters.fp8 import fp8_product, fp8_product_back, rounded_rows
 from finchtune.errors import UserError
 
@@ -72,27 +73,13 @@ def test_operators_say_what_they_return():
     torch.library.opcheck(ops.fp8_product_back, (dy, W.codes, W.scales), test_utils=checks)
 
 
-def adapted(name, settings, dtype):
-    """A layer with a trained adapter on an fp8 weight, and the same on the dense weight."""
-    linear = nn.Linear(128, 48, bias=False, dtype=dtype)
-    adapter = METHODS[name](128, 48, **settings)
-    adapter.init(linear.weight.detach())
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) / 16)
-    layer = AdaptedLinear(linear, adapter, KIND)
-    dense = nn.Linear(128, 48, bias=False, dtype=dtype)
-    dense.weight = nn.Parameter(layer.weight.dense(dtype))
-    return layer, AdaptedLinear(dense, adapter)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "settings"), METHOD_CASES)
 def test_adapters_differ_from_the_dense_weight_by_the_rounding_of_activations(
     name, settings, dtype, monkeypatch
 ):
     """And never rebuild it."""
-    layer, dense = adapted(name, settings, dtype)
+    layer, dense = quantised_and_dense(name, settings, KIND, (128, 48), 1 / 16, dtype)
     x = torch.randn(2, 30, 128, dtype=dtype, requires_grad=True)
     inputs = [x, *layer.adapter.parameters()]
     expected = dense(x)

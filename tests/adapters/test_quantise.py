@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.adapted import quantised_and_dense
 from helpers.contexts import gradients, long_batch, trainable
 from helpers.elementwise_emulator import cuda_kernels_in_place
 from helpers.support import every_generation, relative_error
@@ -12,8 +13,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from finchtune.adapters import (
-    METHODS,
-    AdaptedLinear,
     QuantisedLinear,
     QuantisedWeight,
     attach,
@@ -105,16 +104,7 @@ def test_storage_is_small_and_outlives_a_change_of_dtype(kind):
 
 def adapted(name, settings, kind, dtype=torch.float32):
     """A layer with a trained adapter on a quantised weight, and the same on the dense weight."""
-    linear = nn.Linear(40, 24, bias=False, dtype=dtype)
-    adapter = METHODS[name](40, 24, **settings)
-    adapter.init(linear.weight.detach())
-    with torch.no_grad():
-        for parameter in adapter.parameters():
-            parameter.add_(torch.randn_like(parameter) / 4)
-    layer = AdaptedLinear(linear, adapter, kind)
-    dense = nn.Linear(40, 24, bias=False, dtype=dtype)
-    dense.weight = nn.Parameter(layer.weight.dense(dtype))
-    return layer, AdaptedLinear(dense, adapter)
+    return quantised_and_dense(name, settings, kind, (40, 24), 1 / 4, dtype)
 
 
 @every_kind

@@ -1,9 +1,11 @@
-"""A base file and an adapter's file of any method."""
+"""Adapted layers, and base and adapter files, of any method."""
 
 import torch
 from helpers.support import save_model, small_model
+from torch import nn
 
-from finchtune.adapters import attach
+from finchtune import adapters
+from finchtune.adapters import AdaptedLinear, attach
 from finchtune.files import sha256
 from finchtune.weights.adapter_files import adapter_keys, save_adapter
 from finchtune.weights.base import load_model
@@ -37,3 +39,19 @@ def make_adapter(folder, method, hyperparameters, record=True, scale=1.0, sizes=
     else:
         write_tensors(tensors, path)
     return base, model, path
+
+
+def quantised_and_dense(name, settings, kind, sizes, scale, dtype=torch.float32):
+    """A layer of `sizes` (in, out) with a trained adapter on a quantised weight, and the same on
+    the dense weight.
+    """
+    linear = nn.Linear(*sizes, bias=False, dtype=dtype)
+    adapter = adapters.METHODS[name](*sizes, **settings)
+    adapter.init(linear.weight.detach())
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(torch.randn_like(parameter) * scale)
+    layer = AdaptedLinear(linear, adapter, kind)
+    dense = nn.Linear(*sizes, bias=False, dtype=dtype)
+    dense.weight = nn.Parameter(layer.weight.dense(dtype))
+    return layer, AdaptedLinear(dense, adapter)
