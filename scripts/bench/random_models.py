@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import torch
 
-from finchtune.models import generations
 from finchtune.models.config import ModelSizes
-from finchtune.models.generations import generation_of_sizes
+from finchtune.models.generations import by_number, generation_of_sizes
 from finchtune.models.language_model import LanguageModel
 
-NUMBERS = {one.number: one for one in generations().values()}
+NUMBERS = by_number()
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -22,12 +21,11 @@ def sizes_of(
     generation: int, n_layer: int, n_embd: int, vocab_size: int, head_size: int = 64
 ) -> ModelSizes:
     """Sizes of a model; those that are not given are a released model's of that width."""
-    made = NUMBERS[generation].sizes(n_layer, n_embd, vocab_size, head_size=head_size)
     for released in NUMBERS[generation].released.values():
         if released.n_embd == n_embd:
             given = {"n_layer": n_layer, "vocab_size": vocab_size, "head_size": head_size}
             return replace(released, **given)
-    return made
+    return NUMBERS[generation].sizes(n_layer, n_embd, vocab_size, head_size=head_size)
 
 
 def initialised(sizes: ModelSizes, grad_checkpoint: int = 0, seed: int = 0) -> LanguageModel:

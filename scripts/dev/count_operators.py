@@ -28,7 +28,7 @@ from finchtune.adapters import attach
 from finchtune.errors import run_cli
 from finchtune.files import write_json
 from finchtune.memory.estimate import materialise
-from finchtune.models.generations import generations, meta_model
+from finchtune.models.generations import by_number, meta_model
 from finchtune.ops.kernels import cpu_standing_for, kernels_set_aside
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ LAUNCHES = {
     "fixed_mixtures": 2,
     "fixed_mixtures_backward": 3,
 }
-GENERATIONS = {one.number: one for one in generations().values()}
+GENERATIONS = by_number()
 
 
 def launches_of(name: str, inputs: tuple[Any, ...]) -> int:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from helpers import fork_server
 
-from finchtune.models import LanguageModel, generation_of, generations
+from finchtune.models import LanguageModel, generation_of
+from finchtune.models.generations import by_number
 from finchtune.ops import kernels
 from finchtune.weights.tensors import write_tensors
 
-NUMBERS = {one.number: one for one in generations().values()}
+NUMBERS = by_number()
 every_generation = pytest.mark.parametrize("generation", NUMBERS, ids="RWKV-{}".format)
 
 

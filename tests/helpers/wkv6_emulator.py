@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from helpers.emulation import ORDERS, Guarded, compile_emulated
+from helpers.emulation import DTYPE_CODES, ORDERS, Guarded, compile_emulated
 from torch import Tensor
 
 from finchtune.ops.wkv6.reference import wkv6_reference
 from finchtune.ops.wkv6.sequential import Wkv6Problem
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 REGIMES = ("typical", "strong", "mixed", "weak", "wide")
 INPUTS = ("r", "k", "v", "w", "dy", "u", "state", "dstate")
 STATE_OUTPUTS = ("state", "dstate_in")

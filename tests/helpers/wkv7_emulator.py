@@ -4,18 +4,17 @@ import ctypes
 from pathlib import Path
 
 import torch
-from helpers.emulation import ORDERS, Guarded, compile_emulated
+from helpers.emulation import DTYPE_CODES, ORDERS, Guarded, array, compile_emulated
 from torch import Tensor
 
 from finchtune.ops.wkv6.sequential import Wkv6Problem
 
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ROWS = ("r", "k", "v", "w", "a", "b")
 
 
 def pointers(guarded: list[Guarded]) -> ctypes.Array:
     """Addresses one after another, as a launcher takes them."""
-    return (ctypes.c_void_p * len(guarded))(*(x.pointer for x in guarded))
+    return array([x.pointer for x in guarded])
 
 
 class Emulator:

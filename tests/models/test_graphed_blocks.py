@@ -8,6 +8,7 @@ import itertools
 
 import pytest
 import torch
+from helpers.contexts import gradients
 from helpers.elementwise_emulator import cuda_kernels_in_place
 from helpers.support import every_generation, small_model
 from helpers.tape import TapeRecorder
@@ -75,10 +76,6 @@ def micro_batch(model, tokens):
     loss = model.loss(tokens, tokens)[0]
     loss.backward()
     return loss.detach()
-
-
-def gradients(model):
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
 def assert_same_gradients(model, reference):

@@ -68,21 +68,27 @@ def reads_codes(x: Tensor, form: Form | None) -> bool:
     return computes_fp8(x, form) or are_few(x, form)
 
 
-def coded_product(x: Tensor, codes: Tensor, scales: Tensor, form: Form) -> Tensor:
-    """x W^T of few rows (n, k), exact but for fp32 sums. No gradients."""
+def coded_product(
+    x: Tensor, codes: Tensor, scales: Tensor, form: Form, activation: int = 0
+) -> Tensor:
+    """activation(x W^T) of few rows (n, k), exact but for fp32 sums. No gradients.
+
+    `activation` is one of the operator's, 0 for none.
+    """
     kind, (n_out, _) = form
     factors = of_blocks(scales, form).view(torch.float32)
-    return torch.ops.finchtune.coded_product(x, codes, factors, code_table(kind), n_out, 0)
+    return torch.ops.finchtune.coded_product(x, codes, factors, code_table(kind), n_out, activation)
 
 
 def product(x: Tensor, main: Tensor, scales: Tensor | None, form: Form | None) -> Tensor:
     """x W^T (..., d) for x (..., k) and the parts of a W (d, k)."""
-    if scales is None or form is None or not reads_codes(x, form):
-        return x @ dense_weight(main, scales, form, x.dtype).T
-    rows = x.flatten(0, -2)
-    if computes_fp8(x, form):
-        return fp8_product(rows, main, scales).view(*x.shape[:-1], -1)
-    return coded_product(rows, main, scales, form).view(*x.shape[:-1], -1)
+    if scales is not None and form is not None:
+        if computes_fp8(x, form):
+            return fp8_product(x.flatten(0, -2), main, scales).view(*x.shape[:-1], -1)
+        if are_few(x, form):
+            y = coded_product(x.flatten(0, -2), main, scales, form)
+            return y.view(*x.shape[:-1], -1)
+    return x @ dense_weight(main, scales, form, x.dtype).T
 
 
 def product_back(dy: Tensor, main: Tensor, scales: Tensor | None, form: Form | None) -> Tensor:

@@ -71,10 +71,6 @@ class QuantisedWeight(nn.Module):
     def device(self) -> torch.device:
         return self.codes.device
 
-    def block_scales(self) -> Tensor:
-        """The scale of each block, float32."""
-        return of_blocks(self.scales, self.form).view(torch.float32)
-
     def leave_fp8(self) -> None:
         """Make "fp8_compute" the same weight as "fp8", by which products round no activations."""
         kind, shape = self.form

@@ -4,7 +4,7 @@ import torch
 
 from finchtune.cli.options import Parser, check_output
 from finchtune.errors import printable
-from finchtune.models import generations
+from finchtune.models.generations import by_number
 from finchtune.weights.tensors import write_tensors
 
 
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--output", required=True, help="the .pth to write")
-    numbers = {one.number: one for one in generations().values()}
+    numbers = by_number()
     parser.add_argument("--generation", type=int, choices=numbers, default=6, help="of RWKV [6]")
     given = parser.parse_args(arguments)
     check_output(given.output)

@@ -41,7 +41,12 @@ class CompiledModel:
 
     def through_blocks(self, x: Tensor, rows: "Rows", state: State | None) -> tuple[Tensor, State]:
         """Embedded tokens (rows, C) and the states before them -> the same after all blocks."""
-        raise NotImplementedError
+        new_state: State = []
+        more: list[Tensor] = []  # what a generation hands on from block to block
+        for layer, block in enumerate(self.blocks):
+            x, block_state, *more = block(x, rows, state[layer] if state else None, *more)
+            new_state.append(block_state)
+        return x, new_state
 
     def advance(
         self, tokens: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None

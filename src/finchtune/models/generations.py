@@ -58,6 +58,11 @@ def generations() -> dict[str, Generation]:
     return {one.name: one for one in sorted(found, key=lambda one: one.number)}
 
 
+def by_number() -> dict[int, Generation]:
+    """Every generation by its number, the oldest first."""
+    return {one.number: one for one in generations().values()}
+
+
 def generation_of(weights: Mapping[str, Any]) -> Generation:
     """The generation of a weight file, by its keys. Raises UserError if there is none."""
     for generation in generations().values():

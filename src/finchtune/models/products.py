@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from finchtune.adapters.frozen import coded_product
 from finchtune.adapters.linear import AdaptedLinear, QuantisedLinear
-from finchtune.adapters.quantise import QuantisedWeight, code_table
+from finchtune.adapters.quantise import QuantisedWeight
 from finchtune.adapters.shards import add_to_shards, move_shards
 from finchtune.errors import UserError
 
@@ -116,9 +117,7 @@ def other_product(x: Tensor, layer: Layer, activation: int) -> Tensor:
     if not isinstance(W, QuantisedWeight):
         assert isinstance(W, nn.Module)
         return activated(W(x), activation)
-    return torch.ops.finchtune.coded_product(
-        x, W.codes, W.block_scales(), code_table(W.form[0]), W.shape[0], own
-    )
+    return coded_product(x, W.codes, W.scales, W.form, own)
 
 
 def activated(x: Tensor, activation: int) -> Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from finchtune.errors import UserError
 from finchtune.ops.kernels import DTYPES as KERNEL_DTYPES
@@ -122,6 +123,12 @@ def fits_kernel(r: Tensor) -> bool:
     device, N = device_type(r), r.shape[-1]
     fits = r.dtype in KERNEL_DTYPES.get(device, ()) and N % 8 == 0 and 8 <= N <= 128
     return fits and has_kernels(device)
+
+
+def suits_triton(r: Tensor) -> bool:
+    """Whether Triton kernels can take inputs like r: real ones of at most 32 bits on a GPU."""
+    narrow = r.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return r.device.type == "cuda" and narrow and not isinstance(r, FakeTensor)
 
 
 def by_kernel(operator: str, r: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:

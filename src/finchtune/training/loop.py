@@ -146,10 +146,10 @@ class Run:
         """This rank's micro batches of each step that remains."""
         config, engine = self.config, self.engine
         reader = distributed.rank() // config.context_parallel
+        cut = config.micro_bsz, config.accumulate_grad_batches
+        on_gpu = engine.device.type == "cuda"
         for step in self.remaining:
-            cut = config.micro_bsz, config.accumulate_grad_batches
             batches = self.data.rows(step, reader, engine.readers, *cut)
-            on_gpu = engine.device.type == "cuda"
             yield [batch.pinned() for batch in batches] if on_gpu else batches
 
     def step(self, step: int, rows: Iterator[list[Batch]]) -> tuple[StepResult, float]:

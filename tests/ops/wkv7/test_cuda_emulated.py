@@ -6,14 +6,21 @@ import itertools
 import pytest
 import torch
 from helpers.emulation import ORDERS, Guarded
-from helpers.wkv import errors, evaluate, one_thread, rms
-from helpers.wkv7_cases import NAMES, REGIMES, in_dtype, make_inputs, oracle
+from helpers.wkv import evaluate, one_thread, rms
+from helpers.wkv7_cases import (
+    FP32_TOLERANCE,
+    NAMES,
+    REGIMES,
+    assert_close,
+    in_dtype,
+    make_inputs,
+    oracle,
+)
 from helpers.wkv7_emulator import Emulator, pointers
 
 from finchtune.ops.wkv6.sequential import Wkv6Problem
 from finchtune.ops.wkv7 import wkv7_reference
 
-FP32_MAX = 3e-6
 ROUNDING_RMS = {torch.bfloat16: 2e-3, torch.float16: 2.5e-4}
 TENSOR_CORES_RMS = 6e-3
 
@@ -27,11 +34,6 @@ def quiet():
 @pytest.fixture(scope="session")
 def emulator(tmp_path_factory) -> Emulator:
     return Emulator(tmp_path_factory.mktemp("wkv7"))
-
-
-def check(got, exact, tolerance=FP32_MAX):
-    found = errors(NAMES, got, exact)
-    assert all(error <= tolerance for error in found.values()), found
 
 
 def packed(regime, lengths, H, N):
@@ -54,7 +56,7 @@ def test_every_length(emulator, regime):
     """Packed, an empty sequence among them."""
     inputs, cu_seqlens = packed(regime, [1, 2, 15, 0, 16, 17, 65, 203], 2, 16)
     exact = evaluate(wkv7_reference, inputs, cu_seqlens)
-    check(emulator.run(in_dtype(inputs, torch.float32), cu_seqlens), exact)
+    assert_close(emulator.run(in_dtype(inputs, torch.float32), cu_seqlens), exact)
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -93,7 +95,7 @@ def test_short_sequences_and_older_gpus_take_the_scan(emulator, T, capability):
 @pytest.mark.parametrize("N", [8, 24, 32, 40, 64, 120, 128])
 def test_head_sizes(emulator, N):
     inputs, exact = oracle("typical", 1, 17, 2, N)
-    check(emulator.run(in_dtype(inputs, torch.float32)), exact)
+    assert_close(emulator.run(in_dtype(inputs, torch.float32)), exact)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING_RMS, ids=str)
@@ -111,7 +113,7 @@ def test_states_may_be_left_out(emulator, N, dtype):
     exact = evaluate(wkv7_reference, [x.double() for x in zeros])
     *rows, _, grad_y, _ = zeros
     found = rms(NAMES, emulator.run([*rows, None, grad_y, None]), exact)
-    tolerance = FP32_MAX if dtype == torch.float32 else TENSOR_CORES_RMS
+    tolerance = FP32_TOLERANCE if dtype == torch.float32 else TENSOR_CORES_RMS
     assert all(error <= tolerance for error in found.values()), found
 
 

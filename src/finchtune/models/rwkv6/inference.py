@@ -8,7 +8,6 @@ from torch import Tensor
 
 from finchtune.models.compiled import CompiledModel, Rows
 from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
-from finchtune.models.recurrent import State
 from finchtune.models.rwkv6.model import ChannelMix, TimeMix
 
 
@@ -95,10 +94,3 @@ class CompiledRWKV6(CompiledModel):
     """The whole model."""
 
     time_mix, channel_mix = CompiledTimeMix, CompiledChannelMix
-
-    def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
-        new_state = []
-        for layer, block in enumerate(self.blocks):
-            x, block_state = block(x, rows, state[layer] if state else None)
-            new_state.append(block_state)
-        return x, new_state

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from finchtune.models.compiled import CompiledModel, Rows
 from finchtune.models.products import NONE, SQUARED_RELU, TANH, prepared, products
-from finchtune.models.recurrent import State
 from finchtune.models.rwkv7.model import MIXED, ChannelMix, TimeMix
 
 
@@ -31,7 +30,7 @@ class CompiledTimeMix:
         rows: Rows,
         shift: Tensor | None,
         state: Tensor | None,
-        first: Tensor | None,
+        first: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (rows, C), the rows before and the state of each sequence, the first block's values
         -> output, new state, these values.
@@ -77,10 +76,3 @@ class CompiledRWKV7(CompiledModel):
     """The whole model."""
 
     time_mix, channel_mix = CompiledTimeMix, CompiledChannelMix
-
-    def through_blocks(self, x: Tensor, rows: Rows, state: State | None) -> tuple[Tensor, State]:
-        first, new_state = None, []
-        for layer, block in enumerate(self.blocks):
-            x, block_state, first = block(x, rows, state[layer] if state else None, first)
-            new_state.append(block_state)
-        return x, new_state

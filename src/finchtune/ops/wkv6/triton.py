@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from finchtune.ops.wkv import suits_triton
 
 
 @functools.cache
@@ -21,9 +22,7 @@ def chunk_rwkv6() -> Callable[..., Any] | None:
 
 def fits_triton(r: Tensor) -> bool:
     """Whether `wkv6_triton` takes inputs like r."""
-    narrow = r.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    real = not isinstance(r, FakeTensor)  # Triton runs on nothing else
-    return r.device.type == "cuda" and narrow and real and chunk_rwkv6() is not None
+    return suits_triton(r) and chunk_rwkv6() is not None
 
 
 def wkv6_triton(

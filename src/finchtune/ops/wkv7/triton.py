@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+
+from finchtune.ops.wkv import suits_triton
 
 
 @functools.cache
@@ -21,9 +22,7 @@ def chunk_dplr_delta_rule() -> Callable[..., Any] | None:
 
 def fits_triton(r: Tensor) -> bool:
     """Whether `wkv7_triton` takes inputs like r."""
-    narrow = r.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    real = not isinstance(r, FakeTensor)  # Triton runs on nothing else
-    return r.device.type == "cuda" and narrow and real and chunk_dplr_delta_rule() is not None
+    return suits_triton(r) and chunk_dplr_delta_rule() is not None
 
 
 def wkv7_triton(
